@@ -1,0 +1,48 @@
+"""Packaging. `kernels/` is installed as `tracer.kernels`; see docs/architecture.md for why."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "tracer/__init__.py").read_text())[1]
+
+DATA = ["Pillow>=10", "tqdm>=4.66"]
+TRAIN = [
+    "open_clip_torch>=3.3,<3.4",
+    "torchvision>=0.24",
+    "deepspeed==0.19.8",  # exact: a sharded teacher needs private attributes of its optimizers
+    "jsonargparse[signatures]>=4.40",
+    "jinja2>=3.1",
+    "matplotlib>=3.8",
+    "rich>=13",
+    "tensorboard>=2.16",
+    "torchmetrics>=1.4",
+    "safetensors>=0.4.3",
+    "resvg-py>=0.5,<0.6",
+    *DATA,
+]
+
+setup(
+    name="tracer-clip",
+    version=VERSION,
+    description="Robust fine-tuning of CLIP-like models: fused losses, a one-launch teacher, a ZeRO loop",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["tracer", "tracer.kernels"],
+    package_dir={"tracer.kernels": "kernels"},
+    package_data={"tracer": ["assets/*"]},
+    install_requires=["torch>=2.9", "numpy>=1.26"],
+    extras_require={
+        "train": TRAIN,
+        "dali": ["nvidia-dali-cuda130>=2.4,<3"],
+        "dali-cuda12": ["nvidia-dali-cuda120>=1.50"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100"],
+        "bench": ["pytest-benchmark>=5"],
+        "dev": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-tqdm"],
+    },
+    entry_points={"console_scripts": ["tracer = tracer.cli:main"]},
+)
