@@ -1,0 +1,142 @@
+"""The index, its bad inputs, and what the DALI pipeline hands to the model."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tracer.data import Pictures, TrainingBatches, check_pictures, in_order, read_index, shuffled
+from tracer.errors import UserError
+from tracer.model import load_clip
+
+
+@pytest.fixture(scope="module")
+def clip(tiny_config):
+    return load_clip(str(tiny_config), None)
+
+
+def write_csv(path: Path, header: list[str], rows: list[list[str]]) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def test_index_reads_csv_and_folder_alike(drawings, tmp_path):
+    index = read_index(drawings / "train.csv")
+    assert len(index) == 32
+    assert index.classes == ["bar", "circle", "cross", "square"]
+    assert index.captions[0] == ["a circle", "the drawing of a circle"]
+    for image, label in zip(index.images, index.labels, strict=True):
+        (tmp_path / label).mkdir(exist_ok=True)
+        (tmp_path / label / image.name).write_bytes(image.read_bytes())
+    folder = read_index(tmp_path)
+    assert sorted(zip(folder.labels, [p.name for p in folder.images], strict=True)) == sorted(
+        zip(index.labels, [p.name for p in index.images], strict=True)
+    )
+    assert folder.captions[0] == ["a photo of a bar"]
+
+
+def test_labels_or_captions_may_be_absent(drawings, tmp_path):
+    file = next(drawings.glob("*.png"))
+    only_label = read_index(write_csv(tmp_path / "a.csv", ["image", "label"], [[str(file), "red_fox"]]))
+    assert only_label.captions == [["a photo of a red fox"]]
+    only_text = read_index(write_csv(tmp_path / "b.csv", ["image", "captions"], [[str(file), "x|y"]]))
+    assert only_text.labels == [str(file)]
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "says"),
+    [
+        (
+            ["image", "category"],
+            [["a.png", "x"]],
+            "it needs 'image' and at least one of 'label' and 'captions'",
+        ),
+        (["picture", "label"], [["a.png", "x"]], "has the columns label, picture"),
+        (["image", "label"], [], "holds no pictures"),
+        (["image", "label"], [["nowhere.png", "x"]], "names 1 pictures that do not exist"),
+        (["image", "label"], [["", "x"]], "line 2: needs a picture"),
+    ],
+)
+def test_bad_csv_is_named_in_one_line(tmp_path, header, rows, says):
+    with pytest.raises(UserError, match=says) as caught:
+        read_index(write_csv(tmp_path / "bad.csv", header, rows))
+    assert "\n" not in str(caught.value)
+    assert "bad.csv" in str(caught.value)
+
+
+def test_missing_source_is_named(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        read_index(tmp_path / "nothing.csv")
+
+
+def test_damaged_picture_is_named_and_whole_ones_are_remembered(drawings, tmp_path):
+    good = read_index(drawings / "test.csv")
+    check_pictures(good, tmp_path / "cache", workers=2)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(good.images[0].read_bytes()[:60])
+    bad = read_index(write_csv(tmp_path / "bad.csv", ["image", "label"], [[str(cut), "x"]]))
+    with pytest.raises(UserError, match=r"1 of 1 pictures of 'bad' cannot be decoded, first '.*cut.png'"):
+        check_pictures(bad, tmp_path / "cache", workers=2)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_every_epoch_is_a_new_whole_permutation():
+    batches = list(shuffled(size=10, batch_size=4, steps=5, seed=3))
+    seen = np.concatenate(batches)
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert list(seen[:10]) != list(seen[10:])
+    again = np.concatenate(list(shuffled(size=10, batch_size=4, steps=5, seed=3)))
+    other = np.concatenate(list(shuffled(size=10, batch_size=4, steps=5, seed=4)))
+    assert (seen == again).all()
+    assert (seen != other).any()
+
+
+def test_evaluation_pictures_are_what_pil_gives(drawings, clip):
+    """Same pixels as open_clip's own transform, up to the resampling's rounding; every picture once, in order."""
+    index = read_index(drawings / "test.csv")
+    images, rows = zip(*Pictures(index, clip, in_order(len(index), 7), 7), strict=True)
+    assert torch.cat(rows).tolist() == list(range(len(index)))
+    got = torch.cat(images)
+    mean, std = torch.tensor(clip.mean).view(3, 1, 1), torch.tensor(clip.std).view(3, 1, 1)
+    for n, path in enumerate(index.images):
+        pil = Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
+        want = (torch.from_numpy(np.array(pil)).permute(2, 0, 1) / 255 - mean) / std
+        assert (got[n] - want).abs().mean() * 255 * 0.27 < 2
+
+
+def test_training_batches_pair_each_picture_with_its_own_caption_and_label(drawings, clip):
+    index = read_index(drawings / "train.csv")
+
+    def batches(seed, workers=2):
+        options = dict(batch_size=8, steps=6, crop_scale=0.9, workers=workers)
+        return list(TrainingBatches(index, clip, seed=seed, **options))
+
+    first = batches(seed=1)
+    assert len(first) == 6
+    used = set()
+    for batch in first:
+        assert batch.image.shape == (8, 3, 32, 32)
+        assert batch.image.dtype == torch.float32
+        for text, label, row in zip(batch.text, batch.label, batch.index, strict=True):
+            captions = clip.tokenizer(index.captions[row])
+            choice = [bool((c == text).all()) for c in captions]
+            assert any(choice)
+            used.add(choice.index(True))
+            assert index.classes[label] == index.labels[row]
+    assert used == {0, 1}
+    for a, b in zip(first, batches(seed=1, workers=1), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not torch.equal(first[0].index, batches(seed=2)[0].index)
+
+
+def test_too_few_pictures_for_a_batch_are_named(drawings, clip):
+    index = read_index(drawings / "test.csv")
+    with pytest.raises(UserError, match="holds 16 pictures, fewer than one batch of 32: lower --batch_size"):
+        TrainingBatches(index, clip, batch_size=32, steps=1, seed=0, crop_scale=0.9)

@@ -1,0 +1,117 @@
+"""An open_clip model with its tokenizer and picture format, by tag, by local file, or the shipped demo model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tracer.errors import UserError
+from tracer.files import whole_file
+
+
+@dataclass
+class Clip:
+    """A dual encoder and what feeds it.
+
+    ``tokenizer`` maps a list of strings to int64 tokens [n, context]. Pictures are RGB in [0, 255], resized to
+    ``image_size`` pixels, then normalised with ``mean`` and ``std``, which are in units of 1.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Callable[[list[str]], Tensor]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load_clip(name: str, pretrained: str | None) -> Clip:
+    """Build the model ``name`` and load the weights ``pretrained`` (an open_clip tag or a local file).
+
+    Raises:
+        UserError: unknown model or tag, missing or unfitting checkpoint, weights that cannot be fetched.
+    """
+    if name.endswith(".json"):
+        name = _register(Path(name))
+    known = name in open_clip.list_models() or name.startswith(("hf-hub:", "local-dir:"))
+    if not known:
+        near = [m for m in open_clip.list_models() if m.lower().startswith(name.lower()[:5])]
+        raise UserError(
+            f"unknown model '{name}': use an open_clip name (such as {', '.join(near[:4]) or 'ViT-B-32'}), "
+            "tracer-demo, local-dir:<folder>, hf-hub:<name>, or the path of a model config (.json)"
+        )
+    if pretrained and not Path(pretrained).is_file():
+        if Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors"):
+            raise UserError(f"checkpoint '{pretrained}' does not exist: check --pretrained")
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if ":" not in name and pretrained not in tags:
+            raise UserError(
+                f"'{pretrained}' is neither a local file nor a pretrained tag of {name} "
+                f"(its tags: {', '.join(tags) or 'none'}): check --pretrained"
+            )
+    try:
+        # A logit scale with one dimension: DeepSpeed cannot broadcast a parameter with none.
+        model = open_clip.create_model(name, pretrained=pretrained, nonscalar_logit_scale=True)
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # open_clip raises many kinds; each means that this start cannot be had
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"model '{name}' with weights '{pretrained}' cannot be loaded: {reason}") from error
+    picture = open_clip.get_model_preprocess_cfg(model)
+    size = picture["size"]
+    return Clip(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        image_size=size if isinstance(size, int) else size[0],
+        mean=tuple(picture.get("mean") or open_clip.OPENAI_DATASET_MEAN),
+        std=tuple(picture.get("std") or open_clip.OPENAI_DATASET_STD),
+    )
+
+
+def _register(path: Path) -> str:
+    """Make open_clip know the model config in a JSON file; its name is the file's."""
+    if not path.is_file():
+        raise UserError(f"model config '{path}' does not exist: check --model")
+    open_clip.add_model_config(path)
+    return path.stem
+
+
+def projections(model: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """The two projection matrices into the shared space, Wv [width_v, D] and Wt [width_t, D].
+
+    None where a tower has none (a ResNet's attention pooling, some timm towers).
+    """
+    visual = getattr(getattr(model, "visual", None), "proj", None)
+    text = getattr(model, "text_projection", None)
+    if text is None:
+        text = getattr(getattr(model, "text", None), "text_projection", None)
+    matrices = []
+    for matrix in (visual, text):
+        if isinstance(matrix, nn.Linear):
+            matrix = matrix.weight.T
+        if not isinstance(matrix, Tensor):
+            return None
+        matrices.append(matrix)
+    return matrices[0], matrices[1]
+
+
+def save_weights(state: dict[str, Tensor], path: Path) -> None:
+    """Write a plain open_clip checkpoint (safetensors) that ``open_clip.create_model(pretrained=path)`` loads."""
+    with whole_file(path) as part:
+        save_file({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}, part)
+
+
+def interpolate(start: dict[str, Tensor], end: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """WiSE-FT (arXiv 2109.01903): (1 − α)·start + α·end, per floating-point entry; others from ``end``."""
+    return {
+        name: torch.lerp(start[name].float(), value.float(), alpha).to(value.dtype)
+        if value.is_floating_point()
+        else value
+        for name, value in end.items()
+    }
