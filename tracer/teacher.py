@@ -1,0 +1,366 @@
+"""The teacher: a moving average of the student's own trajectory.
+
+A schedule says how far the average moves after each optimizer step; ``MovingAverageTeacher`` holds
+the average in float32 and runs it. ``build_teacher`` is the one call for a training loop: it takes
+a plain module or a DeepSpeed engine of any ZeRO stage.
+
+    teacher = build_teacher(model, WMA(total_steps))
+    for step in range(1, total_steps + 1):
+        with_teacher = teacher.encode(images, tokens)     # no autograd, eval mode
+        ...                                               # forward, backward, optimizer step
+        teacher.update(step)
+
+Source: TRACER (arXiv 2605.29380); weights of the WMA from a Beta(β, β) density.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tracer.kernels.average import average_
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How far the average moves: θ̄_k = θ̄_{k−1} + weight(k) · (θ_k − θ̄_{k−1}), θ̄_0 = pretrained.
+
+    The step is the only state: ``weight(step)`` is a pure function of it. ``every`` is the update
+    frequency: the average moves after the steps that it divides, and rests (weight 0) after others.
+    """
+
+    def weight(self, step: int) -> float:
+        """Weight in [0, 1] after optimizer step ``step`` = 1, 2, …; 0 where the average rests."""
+        if step < 1:
+            raise ValueError(f"step is {step}: the first update follows optimizer step 1")
+        every: int = getattr(self, "every", 1)
+        return 0.0 if step % every else self._weight(step)
+
+    def _weight(self, step: int) -> float:
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "every"):
+            if getattr(self, name, 1) < 1:
+                raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)}: at least 1")
+
+
+@lru_cache(maxsize=4)
+def _wma_weights(total_steps: int, beta: float, every: int) -> Tensor:
+    """w_k / Σ_{i≤k} w_i over the visited steps k = 0, every, 2·every, … ≤ total_steps, float64.
+
+    w_k = x^(β−1) (1−x)^(β−1) at x = (k + ½)/(K + 1); the constant 1/B(β, β) cancels in the ratio.
+    """
+    x = (torch.arange(0, total_steps + 1, every, dtype=torch.float64) + 0.5) / (total_steps + 1)
+    log_w = (beta - 1) * (x.log() + (-x).log1p())
+    return torch.exp(log_w - torch.logcumsumexp(log_w, 0))
+
+
+@dataclass(frozen=True)
+class WMA(Schedule):
+    """Weighted moving average: w_k = pdf of Beta(β, β) at (k + ½)/(K + 1), k = 0 … K = total_steps.
+
+    θ̄_k is the mean of θ_0 … θ_k under the weights w_0 … w_k; with ``every`` > 1, the mean over the
+    visited steps 0, every, 2·every, … only. β = ½ favours the start and the end of the run, β = 1
+    is the uniform average.
+    """
+
+    total_steps: int
+    beta: float = 0.5
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta > 0:
+            raise ValueError(f"WMA.beta is {self.beta}: a Beta(β, β) density needs β > 0")
+
+    def _weight(self, step: int) -> float:
+        if step > self.total_steps:
+            raise ValueError(
+                f"step {step} is past WMA.total_steps = {self.total_steps}: make that the run's length"
+            )
+        return float(_wma_weights(self.total_steps, self.beta, self.every)[step // self.every])
+
+
+@dataclass(frozen=True)
+class EMA(Schedule):
+    """Exponential moving average, θ̄ ← m θ̄ + (1 − m) θ every ``every`` steps.
+
+    The momentum m rises linearly from ``start`` to ``end`` over the first ``warmup`` · total_steps
+    steps and stays there.
+    """
+
+    total_steps: int
+    start: float = 0.05
+    end: float = 0.9
+    warmup: float = 0.2
+    every: int = 500
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("start", "end", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"EMA.{name} is {getattr(self, name)}: between 0 and 1")
+
+    def _weight(self, step: int) -> float:
+        ramp = self.warmup * self.total_steps
+        return 1.0 - (self.start + (self.end - self.start) * (min(1.0, step / ramp) if ramp else 1.0))
+
+
+@dataclass(frozen=True)
+class Uniform(Schedule):
+    """Plain mean of the visited parameters θ_0, θ_every, θ_{2·every}, …"""
+
+    every: int = 1
+
+    def _weight(self, step: int) -> float:
+        return 1.0 / (step // self.every + 1)
+
+
+@dataclass(frozen=True)
+class Frozen(Schedule):
+    """The pretrained weights: the average never moves."""
+
+    def _weight(self, step: int) -> float:
+        return 0.0
+
+
+class MovingAverageTeacher:
+    """Float32 moving average of a module, runnable as a module of its own.
+
+    Parameters and floating-point buffers (BatchNorm statistics) are averaged, integer buffers are
+    copied. ``module`` is an ordinary ``nn.Module`` in eval mode without gradients: evaluate it, or
+    save ``gather()`` as a checkpoint of the student's own format.
+
+    Args:
+        model: the student. Its present weights are θ̄_0. It is never written.
+        schedule: how far to move after each step.
+        dtype: dtype of ``module``. None or float32: ``module`` holds the averages themselves.
+            bfloat16 or float16: ``module`` holds copies, renewed in the pass that moves the averages.
+        own_stream: run ``encode`` on a CUDA stream of its own, so that it overlaps the student's
+            forward; call ``wait`` before using what it returned.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        *,
+        dtype: torch.dtype | None = None,
+        own_stream: bool = False,
+    ) -> None:
+        self.schedule = schedule
+        self.step = 0
+        self.dtype = dtype or torch.float32
+        self.module = _cast_module(copy.deepcopy(model).eval().requires_grad_(False), self.dtype)
+        self._stream: torch.cuda.Stream | None = None
+        self._outputs: Any = None
+        if own_stream:
+            device = next(self.module.parameters()).device
+            if device.type != "cuda":
+                raise ValueError(f"own_stream needs a CUDA model, this one is on {device}")
+            self._stream = torch.cuda.Stream(device)
+
+        # Live slots, not tensors: a parameter that the student replaces is still found.
+        self._slots = _slots(model)
+        self._copies = {name: owner[key] for name, (owner, key) in _slots(self.module).items()}
+        check_names("the student", self._slots, "its copy", self._copies)
+        persistent = {id(tensor) for tensor in self.module.state_dict(keep_vars=True).values()}
+        self._averaged: list[str] = []
+        self._copied: list[str] = []
+        for name, tensor in self._copies.items():
+            # Masks (infinite) and caches (not persistent) are no state of the training: copied.
+            state = id(tensor) in persistent and tensor.is_floating_point()
+            moves = state and (isinstance(tensor, nn.Parameter) or bool(tensor.isfinite().all()))
+            (self._averaged if moves else self._copied).append(name)
+        self._averages = {}
+        self._low: dict[str, Tensor] = {}  # the copies of averages that the module can't hold itself
+        for name in self._averaged:
+            mine = self._copies[name].detach()
+            if mine.dtype is torch.float32:
+                self._averages[name] = mine
+            else:
+                self._averages[name] = self._student(name).to(torch.float32, copy=True)
+                self._low[name] = mine
+
+    def _student(self, name: str) -> Tensor:
+        owner, key = self._slots[name]
+        tensor = owner.get(key)
+        if tensor is None:
+            raise ValueError(f"the student no longer has {name!r}: build a new teacher for a changed model")
+        return tensor.detach()
+
+    @torch.no_grad()
+    def update(self, step: int) -> bool:
+        """Move the average after optimizer step ``step`` (1, 2, …); True when it moved.
+
+        Call it once per optimizer step, not for steps that were skipped. A second call with the same
+        step does nothing.
+
+        Raises:
+            ValueError: ``step`` is lower than an earlier one, or beyond the schedule's end.
+        """
+        if step < self.step:
+            raise ValueError(
+                f"update({step}) after update({self.step}): load the teacher's state of that step to go back"
+            )
+        if step == self.step:
+            return False
+        weight = self.schedule.weight(step)
+        self.step = step
+        if weight == 0.0:
+            return False
+        if self._stream is not None:  # the last forward still reads what is now written
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        names = self._averaged
+        average_(
+            [self._averages[n] for n in names],
+            [self._student(n) for n in names],
+            weight,
+            copies=[self._low.get(n) for n in names] if self._low else None,
+        )
+        for name in self._copied:
+            self._copies[name].copy_(self._student(name))
+        return True
+
+    @torch.no_grad()
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """``module(*args, **kwargs)`` without autograd; floating-point inputs are cast to its dtype.
+
+        With ``own_stream`` this returns at once: call :meth:`wait` before using the result.
+        """
+        if self._stream is None:
+            return self.module(*self._cast(args), **self._cast(kwargs))
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        _record((args, kwargs), self._stream)
+        with torch.cuda.stream(self._stream):
+            self._outputs = self.module(*self._cast(args), **self._cast(kwargs))
+        return self._outputs
+
+    def wait(self) -> None:
+        """Make the current stream wait for the last ``encode``; nothing to do without ``own_stream``."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._stream.device)
+            current.wait_stream(self._stream)
+            _record(self._outputs, current)
+            self._outputs = None
+
+    def _cast(self, inputs: Any) -> Any:
+        if isinstance(inputs, Tensor):
+            return inputs.to(self.dtype) if inputs.is_floating_point() else inputs
+        if isinstance(inputs, dict):
+            return {k: self._cast(v) for k, v in inputs.items()}
+        if isinstance(inputs, (list, tuple)):
+            return type(inputs)(self._cast(v) for v in inputs)
+        return inputs
+
+    def gather(self) -> dict[str, Tensor]:
+        """The averaged model's state dict, floating-point values in float32, keys as the student's."""
+        names = {id(tensor): name for name, tensor in self._copies.items()}
+        state = {key: names[id(tensor)] for key, tensor in self.module.state_dict(keep_vars=True).items()}
+        return {key: self._averages.get(name, self._copies[name]).detach() for key, name in state.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs: step, schedule, and the averages in float32 (not copied)."""
+        return {"step": self.step, "schedule": repr(self.schedule), "averages": self.gather()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave; refuses other names, shapes or another schedule."""
+        check_schedule(state["schedule"], self.schedule)
+        mine = self.gather()
+        check_names("the saved teacher", state["averages"], "this model", mine)
+        for key, saved in state["averages"].items():
+            if saved.shape != mine[key].shape:
+                raise ValueError(
+                    f"the saved average of {key!r} has shape {tuple(saved.shape)}, "
+                    f"the model's has {tuple(mine[key].shape)}: it belongs to another model"
+                )
+        for key, saved in state["averages"].items():
+            mine[key].copy_(saved)
+        for name, low in self._low.items():
+            low.copy_(self._averages[name])
+        self.step = int(state["step"])
+
+
+def build_teacher(
+    model: nn.Module,
+    schedule: Schedule,
+    *,
+    dtype: torch.dtype | None = None,
+    own_stream: bool = False,
+) -> MovingAverageTeacher:
+    """The teacher for a plain module or a DeepSpeed engine of any ZeRO stage.
+
+    See :class:`MovingAverageTeacher` for the arguments. Under an engine ``update(step)`` may follow
+    every ``engine.step()``: it moves only where an optimizer step was really taken, not after a
+    micro-batch that only accumulates gradients, nor after a step skipped for overflow.
+    """
+    if type(model).__module__.partition(".")[0] == "deepspeed":
+        from tracer.zero import ZeroTeacher  # imports DeepSpeed
+
+        return ZeroTeacher(model, schedule, dtype=dtype, own_stream=own_stream)
+    return MovingAverageTeacher(model, schedule, dtype=dtype, own_stream=own_stream)
+
+
+def check_names(what: str, names: Iterable[str], other: str, expected: Iterable[str]) -> None:
+    """Raise ValueError naming the first differences between two sets of tensor names."""
+    names, expected = set(names), set(expected)
+    if names != expected:
+        parts = [
+            f"{len(extra)} only in {where} ({', '.join(sorted(extra)[:3])})"
+            for where, extra in ((what, names - expected), (other, expected - names))
+            if extra
+        ]
+        raise ValueError(f"{what} and {other} differ in their tensors: {'; '.join(parts)}")
+
+
+def check_schedule(saved: str, schedule: Schedule) -> None:
+    """Raise ValueError unless the saved teacher followed the same schedule."""
+    if saved != repr(schedule):
+        raise ValueError(
+            f"the teacher was saved under {saved}, this run has {schedule!r}: "
+            "resume with the same settings, or start a new run from its averages"
+        )
+
+
+def _cast_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast in place; what a low-precision model itself keeps in float32 (layer norms) stays there."""
+    floats = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    mixed = any(t.dtype.itemsize < 4 for t in floats)
+    for tensor in floats:
+        if not (mixed and tensor.dtype is torch.float32):
+            tensor.data = tensor.data.to(dtype)
+    return module
+
+
+def _slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """Name -> (owning dictionary, key) of every parameter and buffer; a tied one has its first name."""
+    slots: dict[str, tuple[dict[str, Any], str]] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for owner in (module._parameters, module._buffers):
+            for key, tensor in owner.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    slots[f"{prefix}.{key}" if prefix else key] = (owner, key)
+    return slots
+
+
+def _record(value: Any, stream: torch.cuda.Stream) -> None:
+    """Tell the allocator that ``stream`` uses the tensors in ``value``."""
+    if isinstance(value, Tensor):
+        if value.is_cuda:
+            value.record_stream(stream)
+    elif isinstance(value, dict):
+        _record(tuple(value.values()), stream)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _record(item, stream)
