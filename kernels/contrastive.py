@@ -1,0 +1,855 @@
+"""Triton kernels of the contrastive, margin and distillation terms, forward and backward.
+
+``kernels/eager.py`` defines what is computed. Here no N×M matrix ever reaches memory, except a strip of
+gradient rows of bounded size in the backward pass.
+
+**One walk.** A two-dimensional grid of programs cuts the logit matrix into rectangles; each program
+walks its rectangle tile by tile. The four logit tiles of a visit are one 2×2 product of the four
+operand tiles, ``[u; u']·[v; v']ᵀ = [s a; b t]``, and a switched-off term drops its products at compile
+time: CLIP and MPM-NCE need one product, the full objective four.
+
+**Forward.** A tile is summarised along rows and along columns into *partial statistics*: running
+maxima, sums of exponentials, and sums weighted by them. Partial statistics of disjoint sets of logits
+merge exactly (``_merge``), so row statistics stay in registers, column statistics go to a part of the
+scratch that only this program touches, and a small kernel merges the partials of all programs into
+log-sum-exps and terms. No atomics: two runs agree bit for bit.
+
+**Backward.** The same visit recomputes the tiles; with the saved log-sum-exps every probability is one
+exponential, so ∂L/∂s, ∂L/∂a, ∂L/∂b form in registers. They are written, in the inputs' dtype, to a strip
+of rows, and the vendor's matrix product finishes
+
+    ∂L/∂u = σ (∂s V + ∂a V')        ∂L/∂v = σ (∂sᵀ U + ∂bᵀ U')        accumulated in float32.
+
+Logits live in base 2 (scaled by log₂e) so that every exponential is a bare ``exp2``.
+
+Per pair of statistics the formulas are, along a row i (columns: a → b, and likewise)
+
+    CE(q, z)    = lse z − (1−ε)/|P| Σ_P z − ε/(M−|P|) Σ_¬P z
+    KL(t ‖ s)   = Σ_j eᵗ (t − s) / Σ_j eᵗ − lse t + lse s
+    CE(P/|P|, a) = lse a − Σ_P a / |P|
+
+and their derivatives are softmax minus target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _config
+from ._config import Tile
+from ._triton import device_guard, require_device, tl, triton
+
+# --------------------------------------------------------------------------------------------------
+# Partial statistics
+# --------------------------------------------------------------------------------------------------
+
+# The statistics of a row (or column), in the order in which a state tuple holds them. z: contrastive
+# logits; s: student; t: teacher; x: the cross logits, a along rows and b along columns; eˢ: 2^(s − max s).
+# fmt: off
+(
+    Z_MAX, Z_SUM,  # max z, Σ eᶻ
+    S_MAX, S_SUM,  # the same of s; without a margin s is z, and z's stand in
+    S_SELF, S_HIT, S_ARG,  # diagnostics: Σ eˢ s, Σ_P eˢ, the first argmax
+    T_MAX, T_SUM, T_SELF, T_HIT, T_ARG,  # the same of the teacher
+    T_MINUS_S, T_MINUS_X,  # Σ eᵗ (t − s), Σ eᵗ (t − x)
+    X_MAX, X_SUM,
+    Z_POSITIVE, Z_NEGATIVE, X_POSITIVE,  # Σ_P z, Σ_¬P z (only with smoothing), Σ_P x
+    COUNT,  # |P|; without labels it is known to be 1
+) = STATISTICS = tuple(tl.constexpr(i) for i in range(20))
+# fmt: on
+# How each merges: M maximum, S sum relative to the last maximum before it, I index of that maximum, P plain sum.
+KINDS = tl.constexpr("MS" "MS" "SSI" "MSSSI" "SS" "MS" "PPP" "P")
+STATISTICS_IN_ALL = tl.constexpr(len(STATISTICS))
+
+# Rows of the saved statistics: log-sum-exps (base 2) of z, s, t, x, and the number of positives.
+LSE_Z, LSE_S, LSE_T = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+LSE_X, POSITIVES = tl.constexpr(3), tl.constexpr(4)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# The logit of a pair outside the matrix. Finite, so that differences of two of them are 0, not NaN.
+OUTSIDE = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def _empty_state(LENGTH: tl.constexpr):
+    """State of no logits at all: merging it changes nothing."""
+    state = ()
+    for i in tl.static_range(STATISTICS_IN_ALL):
+        if KINDS[i] == "M":
+            state += (tl.full([LENGTH], OUTSIDE, tl.float32),)
+        else:
+            state += (tl.zeros([LENGTH], tl.float32),)
+    return state
+
+
+@triton.jit
+def _load_state(ptr, stride, mask, SLOTS: tl.constexpr, LENGTH: tl.constexpr):
+    """State at ``ptr`` [LENGTH] + slot · stride; empty where masked off."""
+    state = ()
+    for i in tl.static_range(STATISTICS_IN_ALL):
+        if SLOTS[i] < 0:
+            state += (tl.zeros([LENGTH], tl.float32),)
+        elif KINDS[i] == "M":
+            state += (tl.load(ptr + SLOTS[i] * stride, mask=mask, other=OUTSIDE),)
+        else:
+            state += (tl.load(ptr + SLOTS[i] * stride, mask=mask, other=0.0),)
+    return state
+
+
+@triton.jit
+def _store_state(ptr, stride, state, mask, SLOTS: tl.constexpr):
+    for i in tl.static_range(STATISTICS_IN_ALL):
+        if SLOTS[i] >= 0:
+            tl.store(ptr + SLOTS[i] * stride, state[i], mask=mask)
+
+
+@triton.jit
+def _merge(p, q, SLOTS: tl.constexpr):
+    """State of the union of two disjoint sets of logits, p's before q's. Inactive slots pass through."""
+    state = ()
+    for i in tl.static_range(STATISTICS_IN_ALL):
+        if SLOTS[i] < 0:
+            state += (p[i],)
+        elif KINDS[i] == "M":
+            top = tl.maximum(p[i], q[i])
+            keep_p = tl.exp2(p[i] - top)
+            keep_q = tl.exp2(q[i] - top)
+            later = q[i] > p[i]  # a tie keeps the first index
+            state += (top,)
+        elif KINDS[i] == "S":
+            state += (p[i] * keep_p + q[i] * keep_q,)
+        elif KINDS[i] == "I":
+            state += (tl.where(later, q[i], p[i]),)
+        else:
+            state += (p[i] + q[i],)
+    return state
+
+
+@triton.jit
+def _softmax(b_x, AXIS: tl.constexpr):
+    """Maximum, sum of exponentials, and the exponentials themselves of a tile along an axis."""
+    top = tl.max(b_x, AXIS)
+    b_e = tl.exp2(b_x - tl.expand_dims(top, AXIS))
+    return top, tl.sum(b_e, AXIS), b_e
+
+
+@triton.jit
+def _first(b_x, top, offs, AXIS: tl.constexpr):
+    """Index of the first entry that equals ``top``, as a float (exact up to 2^24)."""
+    hit = b_x == tl.expand_dims(top, AXIS)
+    return tl.min(tl.where(hit, tl.expand_dims(offs, 1 - AXIS), 0x7FFFFFFF), AXIS).to(tl.float32)
+
+
+@triton.jit
+def _summarise(b_z, b_s, b_t, b_x, b_positive, b_valid, offs, SLOTS: tl.constexpr, AXIS: tl.constexpr):
+    """State of one tile's logits along ``AXIS``; ``offs`` are the indices along that axis."""
+    zero = tl.zeros([b_valid.shape[1 - AXIS]], tl.float32)
+    z_max, z_sum, z_positive, z_negative = zero, zero, zero, zero
+    s_max, s_sum, s_self, s_hit, s_arg = zero, zero, zero, zero, zero
+    t_max, t_sum, t_self, t_hit, t_arg = zero, zero, zero, zero, zero
+    t_minus_s, t_minus_x, x_max, x_sum, x_positive, count = zero, zero, zero, zero, zero, zero
+
+    # 1. Contrastive logits.
+    if SLOTS[Z_MAX] >= 0:
+        z_max, z_sum, b_e = _softmax(b_z, AXIS)
+        z_positive = tl.sum(tl.where(b_positive, b_z, 0.0), AXIS)
+    if SLOTS[Z_NEGATIVE] >= 0:
+        z_negative = tl.sum(tl.where(b_positive | ~b_valid, 0.0, b_z), AXIS)
+
+    # 2. Student logits, where they are not the contrastive ones anyway.
+    if SLOTS[S_MAX] >= 0:
+        s_max, s_sum, b_e = _softmax(b_s, AXIS)
+    if SLOTS[S_SELF] >= 0:
+        s_self = tl.sum(b_e * b_s, AXIS)
+        s_hit = tl.sum(tl.where(b_positive, b_e, 0.0), AXIS)
+        s_arg = _first(b_s, s_max if SLOTS[S_MAX] >= 0 else z_max, offs, AXIS)
+
+    # 3. Teacher logits, and the student's and the cross logits as the teacher weighs them.
+    if SLOTS[T_MAX] >= 0:
+        t_max, t_sum, b_e = _softmax(b_t, AXIS)
+        if SLOTS[T_SELF] >= 0:
+            t_self = tl.sum(b_e * b_t, AXIS)
+            t_hit = tl.sum(tl.where(b_positive, b_e, 0.0), AXIS)
+            t_arg = _first(b_t, t_max, offs, AXIS)
+        if SLOTS[T_MINUS_S] >= 0:
+            t_minus_s = tl.sum(b_e * (b_t - b_s), AXIS)
+        if SLOTS[T_MINUS_X] >= 0:
+            t_minus_x = tl.sum(b_e * (b_t - b_x), AXIS)
+
+    # 4. Cross logits.
+    if SLOTS[X_MAX] >= 0:
+        x_max, x_sum, b_e = _softmax(b_x, AXIS)
+    if SLOTS[X_POSITIVE] >= 0:
+        x_positive = tl.sum(tl.where(b_positive, b_x, 0.0), AXIS)
+    if SLOTS[COUNT] >= 0:
+        count = tl.sum(b_positive.to(tl.float32), AXIS)
+
+    student = (z_max, z_sum, s_max, s_sum, s_self, s_hit, s_arg)
+    teacher = (t_max, t_sum, t_self, t_hit, t_arg, t_minus_s, t_minus_x)
+    return student + teacher + (x_max, x_sum, z_positive, z_negative, x_positive, count)
+
+
+# --------------------------------------------------------------------------------------------------
+# The visit of one tile, shared by forward and backward
+# --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dots(
+    image_ptr, text_ptr, teacher_image_ptr, teacher_text_ptr, offs_n, offs_m, N, M,
+    D: tl.constexpr, USE_S: tl.constexpr, USE_A: tl.constexpr, USE_B: tl.constexpr, USE_T: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The dot-product tiles u·v, u·v', u'·v, u'·v' [BLOCK_N, BLOCK_M] in float32; 0 outside the matrix."""
+    b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    b_a = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    b_b = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    b_t = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    # int64: N·D passes 2^31 from a few million rows on
+    rows = offs_n.to(tl.int64)[:, None] * D  # [BLOCK_N, 1]
+    cols = offs_m.to(tl.int64)[None, :] * D  # [1, BLOCK_M]
+    for start in range(0, D, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        row_mask = (offs_n < N)[:, None]
+        col_mask = (offs_m < M)[None, :]
+        if D % BLOCK_D != 0:
+            row_mask &= (offs_d < D)[None, :]
+            col_mask &= (offs_d < D)[:, None]
+        if USE_S or USE_A:
+            b_u = tl.load(image_ptr + rows + offs_d[None, :], mask=row_mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+        if USE_S or USE_B:
+            b_v = tl.load(text_ptr + cols + offs_d[:, None], mask=col_mask, other=0.0)  # [BLOCK_D, BLOCK_M]
+        if USE_B or USE_T:
+            b_tu = tl.load(teacher_image_ptr + rows + offs_d[None, :], mask=row_mask, other=0.0)
+        if USE_A or USE_T:
+            b_tv = tl.load(teacher_text_ptr + cols + offs_d[:, None], mask=col_mask, other=0.0)
+        if USE_S:
+            b_s = tl.dot(b_u, b_v, b_s, input_precision=PRECISION)
+        if USE_A:
+            b_a = tl.dot(b_u, b_tv, b_a, input_precision=PRECISION)
+        if USE_B:
+            b_b = tl.dot(b_tu, b_v, b_b, input_precision=PRECISION)
+        if USE_T:
+            b_t = tl.dot(b_tu, b_tv, b_t, input_precision=PRECISION)
+    return b_s, b_a, b_b, b_t
+
+
+@triton.jit
+def _pairs(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS: tl.constexpr):
+    """Which pairs of a tile are inside the matrix, and which of those are positives."""
+    b_valid = (offs_n < N)[:, None] & (offs_m < M)[None, :]
+    if LABELS:
+        row_label = tl.load(labels_ptr + offs_n, mask=offs_n < N, other=0)  # [BLOCK_N]
+        col_label = tl.load(text_labels_ptr + offs_m, mask=offs_m < M, other=0)  # [BLOCK_M]
+        b_positive = b_valid & (row_label[:, None] == col_label[None, :])
+    else:
+        b_positive = b_valid & (offs_n[:, None] == offs_m[None, :])
+    return b_valid, b_positive
+
+
+# --------------------------------------------------------------------------------------------------
+# Forward
+# --------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["margin", "N", "M", "rows", "cols"])
+def _forward_kernel(
+    image_ptr, text_ptr, scale_ptr,  # [N, D], [M, D], []
+    teacher_image_ptr, teacher_text_ptr, teacher_scale_ptr,  # [N, D], [M, D], [], or None
+    labels_ptr, text_labels_ptr,  # [N], [M], or None
+    row_partial_ptr, col_partial_ptr,  # [grid 1, K, N], [grid 0, K, M]
+    margin, N, M, rows, cols,  # rows, cols: size of a program's rectangle, in whole tiles
+    K: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, LABELS: tl.constexpr, MARGIN: tl.constexpr,
+    USE_S: tl.constexpr, USE_X: tl.constexpr, USE_T: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # 1. The rectangle, and where its partial statistics go.
+    first_row, first_col = tl.program_id(0) * rows, tl.program_id(1) * cols
+    row_partial_ptr += tl.program_id(1).to(tl.int64) * K * N
+    col_partial_ptr += tl.program_id(0).to(tl.int64) * K * M
+
+    # 2. Scales into base 2.
+    scale = tl.load(scale_ptr) * LOG2E
+    teacher_scale = scale
+    if USE_T:
+        teacher_scale = tl.load(teacher_scale_ptr) * LOG2E
+
+    for row in range(first_row, tl.minimum(first_row + rows, N), BLOCK_N):
+        offs_n = row + tl.arange(0, BLOCK_N)
+        row_state = _empty_state(BLOCK_N)
+
+        for col in range(first_col, tl.minimum(first_col + cols, M), BLOCK_M):
+            offs_m = col + tl.arange(0, BLOCK_M)
+
+            # 3. The logit tiles.
+            b_s, b_a, b_b, b_t = _dots(
+                image_ptr, text_ptr, teacher_image_ptr, teacher_text_ptr, offs_n, offs_m, N, M,
+                D, USE_S, USE_X, USE_X, USE_T, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+            b_valid, b_positive = _pairs(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS)
+            b_s = tl.where(b_valid, b_s * scale, OUTSIDE)
+            b_a = tl.where(b_valid, b_a * scale, OUTSIDE)
+            b_b = tl.where(b_valid, b_b * scale, OUTSIDE)
+            b_t = tl.where(b_valid, b_t * teacher_scale, OUTSIDE)
+            b_z = b_s
+            if MARGIN:
+                b_z = b_s + tl.where(b_positive, 0.0, margin * scale)
+
+            # 4. Rows: merge into registers.
+            tile = _summarise(b_z, b_s, b_t, b_a, b_positive, b_valid, offs_m, SLOTS, 1)
+            row_state = _merge(row_state, tile, SLOTS)
+
+            # 5. Columns: merge into this program's part of the scratch, which its first visit fills.
+            tile = _summarise(b_z, b_s, b_t, b_b, b_positive, b_valid, offs_n, SLOTS, 0)
+            inside = offs_m < M
+            seen = _load_state(col_partial_ptr + offs_m, M, inside & (row > first_row), SLOTS, BLOCK_M)
+            _store_state(col_partial_ptr + offs_m, M, _merge(seen, tile, SLOTS), inside, SLOTS)
+
+        _store_state(row_partial_ptr + offs_n, N, row_state, offs_n < N, SLOTS)
+        # The next row of tiles reads what other threads of this program have just stored.
+        tl.debug_barrier()
+
+
+@triton.jit
+def _total(values, weight):
+    """Weighted sum of a vector; what lies outside has weight 0 and may hold anything."""
+    return tl.sum(tl.where(weight != 0, values * weight, 0.0), 0)
+
+
+@triton.jit
+def _same_label(own_ptr, other_ptr, offs, found, inside, LABELS: tl.constexpr):
+    """1 where index ``found`` of the other side is a positive of ``offs``, else 0."""
+    if LABELS:
+        own = tl.load(own_ptr + offs, mask=inside, other=0)
+        hit = own == tl.load(other_ptr + found, mask=inside, other=0)
+    else:
+        hit = found == offs
+    return hit.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["smoothing", "N", "M", "row_groups", "col_groups"])
+def _combine_kernel(
+    row_partial_ptr, col_partial_ptr,  # [row_groups, K, N], [col_groups, K, M]
+    labels_ptr, text_labels_ptr,  # [N], [M], or None
+    row_stats_ptr, col_stats_ptr,  # [STAT_ROWS, N], [STAT_ROWS, M]
+    sums_ptr,  # [2, grid 0, WIDTH], zeros: per block of rows (0) or columns (1) its share of every output
+    smoothing, N, M, row_groups, col_groups,
+    K: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, LABELS: tl.constexpr,
+    CONTRASTIVE: tl.constexpr, RELATIONAL: tl.constexpr, INTERACTIVE: tl.constexpr, CROSS: tl.constexpr,
+    SMOOTHING: tl.constexpr, STATS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # 1. Rows or columns: the same work on other operands.
+    side = tl.program_id(1)
+    if side == 0:
+        length, others, groups = N, M, row_groups
+        partial_ptr, stats_ptr = row_partial_ptr, row_stats_ptr
+        own_ptr, other_ptr = labels_ptr, text_labels_ptr
+    else:
+        length, others, groups = M, N, col_groups
+        partial_ptr, stats_ptr = col_partial_ptr, col_stats_ptr
+        own_ptr, other_ptr = text_labels_ptr, labels_ptr
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < length
+    sums_ptr += (side * tl.num_programs(0) + tl.program_id(0)) * WIDTH
+
+    # 2. Merge the partial statistics of all programs, in order.
+    state = _empty_state(BLOCK)
+    ptr = partial_ptr + offs
+    for _ in range(groups):
+        state = _merge(state, _load_state(ptr, length, inside, SLOTS, BLOCK), SLOTS)
+        ptr += K * length.to(tl.int64)
+
+    # 3. Log-sum-exps and positive counts, saved for the backward pass.
+    zero = tl.zeros([BLOCK], tl.float32)
+    lse_z, lse_s, lse_t, lse_x, count = zero, zero, zero, zero, zero + 1.0
+    if SLOTS[Z_MAX] >= 0:
+        lse_z = state[Z_MAX] + tl.log2(state[Z_SUM])
+    if SLOTS[S_MAX] >= 0:
+        lse_s = state[S_MAX] + tl.log2(state[S_SUM])
+    else:
+        lse_s = lse_z
+    if SLOTS[T_MAX] >= 0:
+        lse_t = state[T_MAX] + tl.log2(state[T_SUM])
+    if SLOTS[X_MAX] >= 0:
+        lse_x = state[X_MAX] + tl.log2(state[X_SUM])
+    if LABELS:
+        count = state[COUNT]
+    tl.store(stats_ptr + LSE_Z * length + offs, lse_z, mask=inside)
+    tl.store(stats_ptr + LSE_S * length + offs, lse_s, mask=inside)
+    tl.store(stats_ptr + LSE_T * length + offs, lse_t, mask=inside)
+    tl.store(stats_ptr + LSE_X * length + offs, lse_x, mask=inside)
+    tl.store(stats_ptr + POSITIVES * length + offs, count, mask=inside)
+
+    # 4. This block's share of each term: half a mean over rows, half a mean over columns.
+    weight = tl.where(inside, 0.5 * LN2 / length, 0.0)
+    if CONTRASTIVE:
+        target = state[Z_POSITIVE] / count  # 0/0 = NaN for a row without any positive
+        if SMOOTHING:
+            negatives = others - count
+            soft = (1 - smoothing) * target + smoothing * state[Z_NEGATIVE] / negatives
+            target = tl.where(negatives == 0, target, soft)
+        tl.store(sums_ptr + 0, _total(lse_z - target, weight))
+    if RELATIONAL:
+        tl.store(sums_ptr + 1, _total(state[T_MINUS_S] / state[T_SUM] - lse_t + lse_s, weight))
+    if INTERACTIVE:
+        tl.store(sums_ptr + 2, _total(lse_x - state[X_POSITIVE] / count, weight))
+    if CROSS:
+        tl.store(sums_ptr + 3, _total(state[T_MINUS_X] / state[T_SUM] - lse_t + lse_x, weight))
+
+    # 5. Its share of each diagnostic, in the order of eager.stat_names.
+    if STATS:
+        mean = tl.where(inside, 1.0 / length, 0.0)
+        s_sum = state[S_SUM] if SLOTS[S_MAX] >= 0 else state[Z_SUM]
+        s_arg = tl.minimum(state[S_ARG].to(tl.int32), others - 1)  # all-NaN rows have no argmax
+        ptr = sums_ptr + 4 + 4 * side
+        tl.store(ptr + 0, _total(lse_s - state[S_SELF] / s_sum, mean * LN2))
+        tl.store(ptr + 1, _total(1.0 / s_sum, mean))
+        tl.store(ptr + 2, _total(state[S_HIT] / s_sum, mean))
+        tl.store(ptr + 3, _total(_same_label(own_ptr, other_ptr, offs, s_arg, inside, LABELS), mean))
+        if SLOTS[T_SELF] >= 0:
+            t_sum = state[T_SUM]
+            t_arg = tl.minimum(state[T_ARG].to(tl.int32), others - 1)
+            ptr = sums_ptr + 12 + 4 * side
+            tl.store(ptr + 0, _total(lse_t - state[T_SELF] / t_sum, mean * LN2))
+            tl.store(ptr + 1, _total(1.0 / t_sum, mean))
+            tl.store(ptr + 2, _total(state[T_HIT] / t_sum, mean))
+            tl.store(ptr + 3, _total(_same_label(own_ptr, other_ptr, offs, t_arg, inside, LABELS), mean))
+            ptr = sums_ptr + 20 + 2 * side
+            tl.store(ptr + 0, _total((s_arg == t_arg).to(tl.float32), mean))
+            tl.store(ptr + 1, _total(state[T_MINUS_S] / t_sum - lse_t + lse_s, mean * LN2))
+
+
+# --------------------------------------------------------------------------------------------------
+# Backward
+# --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _target_weights(count, others, weight, smoothing, SMOOTHING: tl.constexpr):
+    """Target q of a positive and of a negative in rows with ``count`` positives, times ``weight``.
+
+    NaN for rows without any positive, as in the forward pass.
+    """
+    positive = weight / count
+    negative = tl.where(count == 0, float("nan"), 0.0)
+    if SMOOTHING:
+        negatives = others - count
+        negative += weight * smoothing / tl.maximum(negatives, 1.0)
+        positive = tl.where(negatives == 0, positive, positive * (1 - smoothing))
+    return positive, negative
+
+
+@triton.jit
+def _pair_target(b_positive, row_positive, row_negative, col_positive, col_negative):
+    """Sum of a pair's row target and column target [BLOCK_N, BLOCK_M]."""
+    b_hit = row_positive[:, None] + col_positive[None, :]
+    b_miss = row_negative[:, None] + col_negative[None, :]
+    return tl.where(b_positive, b_hit, b_miss)
+
+
+@triton.jit(do_not_specialize=["margin", "smoothing", "N", "M", "first", "last", "rows", "cols"])
+def _backward_kernel(
+    grad_terms_ptr,  # [4]
+    image_ptr, text_ptr, scale_ptr,  # [N, D], [M, D], []
+    teacher_image_ptr, teacher_text_ptr, teacher_scale_ptr,  # [N, D], [M, D], [], or None
+    labels_ptr, text_labels_ptr,  # [N], [M], or None
+    row_stats_ptr, col_stats_ptr,  # [STAT_ROWS, N], [STAT_ROWS, M]
+    ds_ptr, da_ptr, db_ptr, stride,  # strips [last − first, M] with row stride, or None
+    d_scale_ptr,  # [grid 0, grid 1], or None
+    margin, smoothing, N, M, first, last, rows, cols,  # the strip's rows; size of a rectangle
+    D: tl.constexpr, LABELS: tl.constexpr, MARGIN: tl.constexpr, SMOOTHING: tl.constexpr,
+    CONTRASTIVE: tl.constexpr, RELATIONAL: tl.constexpr, INTERACTIVE: tl.constexpr, CROSS: tl.constexpr,
+    USE_S: tl.constexpr, USE_A: tl.constexpr, USE_B: tl.constexpr, USE_T: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # 1. The rectangle of this program within the strip.
+    first_row, first_col = first + tl.program_id(0) * rows, tl.program_id(1) * cols
+
+    # 2. Upstream gradients relative to the largest, so that no strip leaves a low precision's range.
+    g_contrastive = tl.load(grad_terms_ptr + 0)
+    g_relational = tl.load(grad_terms_ptr + 1)
+    g_interactive = tl.load(grad_terms_ptr + 2)
+    g_cross = tl.load(grad_terms_ptr + 3)
+    largest = tl.maximum(
+        tl.maximum(tl.abs(g_contrastive), tl.abs(g_relational)),
+        tl.maximum(tl.abs(g_interactive), tl.abs(g_cross)),
+    )
+    largest = tl.where(largest == 0, 1.0, largest)
+    g_contrastive /= largest
+    g_relational /= largest
+    g_interactive /= largest
+    g_cross /= largest
+
+    # 3. Rows are averaged over N, columns over M: both relative to the smaller of the two.
+    row_weight = tl.minimum(N, M).to(tl.float32) / N
+    col_weight = tl.minimum(N, M).to(tl.float32) / M
+    scale = tl.load(scale_ptr) * LOG2E
+    teacher_scale = scale
+    if USE_T:
+        teacher_scale = tl.load(teacher_scale_ptr) * LOG2E
+    shift = margin * scale
+    d_scale = tl.zeros([BLOCK_N], tl.float32)
+
+    for row in range(first_row, tl.minimum(first_row + rows, last), BLOCK_N):
+        offs_n = row + tl.arange(0, BLOCK_N)
+        for col in range(first_col, tl.minimum(first_col + cols, M), BLOCK_M):
+            offs_m = col + tl.arange(0, BLOCK_M)
+
+            # 4. The dot-product tiles and what is known about their rows and columns.
+            b_s, b_a, b_b, b_t = _dots(
+                image_ptr, text_ptr, teacher_image_ptr, teacher_text_ptr, offs_n, offs_m, N, M,
+                D, USE_S, USE_A, USE_B, USE_T, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+            b_valid, b_positive = _pairs(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS)
+            b_valid &= (offs_n < last)[:, None]
+            row_ptr, col_ptr = row_stats_ptr + offs_n, col_stats_ptr + offs_m
+            row_count = tl.load(row_ptr + POSITIVES * N, mask=offs_n < N, other=1.0)  # [BLOCK_N]
+            col_count = tl.load(col_ptr + POSITIVES * M, mask=offs_m < M, other=1.0)  # [BLOCK_M]
+            b_ds = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            b_da = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            b_db = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+
+            # 5. Contrastive: softmax minus target, along rows and along columns.
+            if CONTRASTIVE:
+                row_lse = tl.load(row_ptr + LSE_Z * N, mask=offs_n < N, other=0.0)
+                col_lse = tl.load(col_ptr + LSE_Z * M, mask=offs_m < M, other=0.0)
+                b_z = b_s * scale
+                if MARGIN:
+                    b_z += tl.where(b_positive, 0.0, shift)
+                b_ds = row_weight * tl.exp2(b_z - row_lse[:, None]) + col_weight * tl.exp2(b_z - col_lse[None, :])
+                row_hit, row_miss = _target_weights(row_count, M, row_weight, smoothing, SMOOTHING)
+                col_hit, col_miss = _target_weights(col_count, N, col_weight, smoothing, SMOOTHING)
+                b_ds = g_contrastive * (b_ds - _pair_target(b_positive, row_hit, row_miss, col_hit, col_miss))
+                if MARGIN and d_scale_ptr is not None:  # ∂z/∂σ = u·v + δ on negatives: here the δ
+                    d_scale += tl.sum(tl.where(b_positive | ~b_valid, 0.0, b_ds * margin), 1)
+
+            # 6. The teacher's probabilities, shared by the terms that follow it.
+            if USE_T:
+                row_lse = tl.load(row_ptr + LSE_T * N, mask=offs_n < N, other=0.0)
+                col_lse = tl.load(col_ptr + LSE_T * M, mask=offs_m < M, other=0.0)
+                b_row_t = row_weight * tl.exp2(b_t * teacher_scale - row_lse[:, None])
+                b_col_t = col_weight * tl.exp2(b_t * teacher_scale - col_lse[None, :])
+
+            # 7. Relational: the student's softmax minus the teacher's.
+            if RELATIONAL:
+                row_lse = tl.load(row_ptr + LSE_S * N, mask=offs_n < N, other=0.0)
+                col_lse = tl.load(col_ptr + LSE_S * M, mask=offs_m < M, other=0.0)
+                b_p = row_weight * tl.exp2(b_s * scale - row_lse[:, None])
+                b_p += col_weight * tl.exp2(b_s * scale - col_lse[None, :])
+                b_ds += g_relational * (b_p - b_row_t - b_col_t)
+
+            # 8. Interactive and cross: rows of a, columns of b.
+            if USE_A:
+                row_lse = tl.load(row_ptr + LSE_X * N, mask=offs_n < N, other=0.0)
+                b_p = row_weight * tl.exp2(b_a * scale - row_lse[:, None])
+                if INTERACTIVE:
+                    hit, miss = _target_weights(row_count, M, row_weight, smoothing, False)
+                    b_da += g_interactive * (b_p - tl.where(b_positive, hit[:, None], miss[:, None]))
+                if CROSS:
+                    b_da += g_cross * (b_p - b_row_t)
+            if USE_B:
+                col_lse = tl.load(col_ptr + LSE_X * M, mask=offs_m < M, other=0.0)
+                b_p = col_weight * tl.exp2(b_b * scale - col_lse[None, :])
+                if INTERACTIVE:
+                    hit, miss = _target_weights(col_count, N, col_weight, smoothing, False)
+                    b_db += g_interactive * (b_p - tl.where(b_positive, hit[None, :], miss[None, :]))
+                if CROSS:
+                    b_db += g_cross * (b_p - b_col_t)
+
+            # 9. To the strip, in the inputs' dtype; ∂L/∂σ stays here.
+            strip = (offs_n - first).to(tl.int64)[:, None] * stride + offs_m[None, :]
+            if ds_ptr is not None:
+                tl.store(ds_ptr + strip, b_ds.to(ds_ptr.dtype.element_ty), mask=b_valid)
+            if da_ptr is not None:
+                tl.store(da_ptr + strip, b_da.to(da_ptr.dtype.element_ty), mask=b_valid)
+            if db_ptr is not None:
+                tl.store(db_ptr + strip, b_db.to(db_ptr.dtype.element_ty), mask=b_valid)
+            if d_scale_ptr is not None:
+                b_d = b_ds * b_s + b_da * b_a + b_db * b_b
+                d_scale += tl.sum(tl.where(b_valid, b_d, 0.0), 1)
+
+    if d_scale_ptr is not None:
+        program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(d_scale_ptr + program, tl.sum(d_scale, 0))
+
+
+# --------------------------------------------------------------------------------------------------
+# Launchers
+# --------------------------------------------------------------------------------------------------
+
+# Rows of ``row_stats`` and ``col_stats``, whatever the flags.
+STAT_ROWS = 5
+# Bound on the gradient strips of the backward pass, in bytes. Larger strips make fewer, fuller matrix
+# products; below the size of a GPU's second-level cache they need not reach its memory.
+STRIP_BYTES = 64 << 20
+
+
+class _Flags(NamedTuple):
+    """What a call computes; every field is a compile-time constant of the kernels."""
+
+    contrastive: bool
+    relational: bool
+    interactive: bool
+    cross: bool
+    margin: bool
+    smoothing: bool
+    labels: bool
+    stats: bool
+    teacher: bool  # teacher features were given
+
+    @property
+    def crossed(self) -> bool:
+        return self.interactive or self.cross
+
+    @property
+    def measured(self) -> bool:
+        return self.stats and self.teacher
+
+    def slots(self) -> tuple[int, ...]:
+        """Place of each statistic in the scratch, −1 for those that nothing needs."""
+        student = self.relational or self.stats
+        needed = (
+            (self.contrastive, (Z_MAX, Z_SUM, Z_POSITIVE)),
+            (self.contrastive and self.smoothing, (Z_NEGATIVE,)),
+            (student and (self.margin or not self.contrastive), (S_MAX, S_SUM)),
+            (self.stats, (S_SELF, S_HIT, S_ARG)),
+            (self.relational or self.cross or self.measured, (T_MAX, T_SUM)),
+            (self.measured, (T_SELF, T_HIT, T_ARG)),
+            (self.relational or self.measured, (T_MINUS_S,)),
+            (self.cross, (T_MINUS_X,)),
+            (self.crossed, (X_MAX, X_SUM)),
+            (self.interactive, (X_POSITIVE,)),
+            (self.labels and (self.contrastive or self.interactive), (COUNT,)),
+        )
+        active = {int(s) for wanted, statistics in needed if wanted for s in statistics}
+        places = iter(range(len(active)))
+        return tuple(next(places) if i in active else -1 for i in range(len(STATISTICS)))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Input precision of the matrix products: float32 is exact unless torch's own flag allows TF32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _launch(kernel: Any, grid: tuple[int, int], args: Sequence[Any], tile: Tile, **constants: Any) -> None:
+    """Start ``kernel`` on ``grid`` programs. All launches pass here: benchmarks replace it to record them."""
+    kernel[grid](*args, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+def _operands(
+    image: Tensor, text: Tensor, logit_scale: Tensor, labels: Tensor | None, text_labels: Tensor | None,
+    teacher_image: Tensor | None, teacher_text: Tensor | None, teacher_scale: Tensor | None,
+) -> list[Tensor | None]:  # fmt: skip
+    """The kernels' input operands in their order: contiguous, teacher in the student's dtype."""
+    require_device(image)
+    width = image.shape[1]
+    if width % 8:
+        raise ValueError(f"impl='triton' needs a feature width that is a multiple of 8, got {width}: use impl='eager'")
+    to = {"device": image.device}
+    return [
+        image.contiguous(),
+        text.contiguous(),
+        logit_scale.to(torch.float32),
+        None if teacher_image is None else teacher_image.to(image.dtype).contiguous(),
+        None if teacher_text is None else teacher_text.to(image.dtype).contiguous(),
+        None if teacher_scale is None else teacher_scale.to(torch.float32),
+        None if labels is None else labels.contiguous(),
+        None if text_labels is None else text_labels.contiguous(),
+    ]
+
+
+def forward(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    labels: Tensor | None,
+    text_labels: Tensor | None,
+    teacher_image: Tensor | None,
+    teacher_text: Tensor | None,
+    teacher_scale: Tensor | None,
+    margin: float,
+    smoothing: float,
+    enabled: Sequence[bool],
+    stats: bool,
+    *,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Terms, saved statistics and diagnostics; see ``eager.contrastive_terms`` for the arguments.
+
+    Args:
+        image: [N, D], text: [M, D], float32, bfloat16 or float16, D a multiple of 8.
+        logit_scale, teacher_scale: 0-dim float32, on the same device.
+        labels, text_labels: int64 [N] and [M], or both None: then N = M and positives are the diagonal.
+        tile: overrides the table of ``_config``.
+
+    Returns:
+        ``(terms [4], row_stats [STAT_ROWS, N], col_stats [STAT_ROWS, M], diagnostics)``, all float32.
+    """
+    N, M, D = image.shape[0], text.shape[0], image.shape[1]
+    flags = _Flags(
+        *enabled, margin != 0, smoothing != 0, labels is not None, stats, teacher_image is not None
+    )  # fmt: skip
+    slots = flags.slots()
+    K = max(slots) + 1
+    use_s = slots[Z_MAX] >= 0 or slots[S_MAX] >= 0
+    use_t = slots[T_MAX] >= 0
+    operands = _operands(
+        image, text, logit_scale, labels, text_labels, teacher_image, teacher_text, teacher_scale
+    )
+    labelled = operands[-2:]
+
+    # 1. One walk over the logits.
+    if tile is None:
+        tile = _config.choose("forward", use_s + use_t + 2 * flags.crossed, image, N, M)
+    rows, cols = _config.rectangle(N, M, tile, image.device)
+    grid = (triton.cdiv(N, rows), triton.cdiv(M, cols))
+    row_partial = image.new_empty((grid[1], K, N), dtype=torch.float32)
+    col_partial = image.new_empty((grid[0], K, M), dtype=torch.float32)
+    with device_guard(image):
+        _launch(
+            _forward_kernel, grid, (*operands, row_partial, col_partial, float(margin), N, M, rows, cols), tile,
+            K=K, SLOTS=slots, D=D, LABELS=flags.labels, MARGIN=flags.margin, USE_S=use_s, USE_X=flags.crossed,
+            USE_T=use_t, PRECISION=_precision(image.dtype),
+            BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_D=tile.block_d,
+        )  # fmt: skip
+
+        # 2. Partials to log-sum-exps and terms.
+        block = _config.COMBINE
+        width = 4 + (0 if not stats else 20 if flags.teacher else 8)
+        row_stats = image.new_empty((STAT_ROWS, N), dtype=torch.float32)
+        col_stats = image.new_empty((STAT_ROWS, M), dtype=torch.float32)
+        grid_combine = (triton.cdiv(max(N, M), block.block_n), 2)
+        sums = image.new_zeros((2 * grid_combine[0], width), dtype=torch.float32)
+        _launch(
+            _combine_kernel, grid_combine,
+            (row_partial, col_partial, *labelled, row_stats, col_stats, sums,
+             float(smoothing), N, M, grid[1], grid[0]),
+            block, K=K, SLOTS=slots, WIDTH=width, LABELS=flags.labels,
+            CONTRASTIVE=flags.contrastive, RELATIONAL=flags.relational, INTERACTIVE=flags.interactive,
+            CROSS=flags.cross, SMOOTHING=flags.smoothing, STATS=stats, BLOCK=block.block_n,
+        )  # fmt: skip
+    outputs = sums.sum(0)
+    return outputs[:4].clone(), row_stats, col_stats, outputs[4:].clone()
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """``total + left @ right`` in float32, ``left`` and ``right`` in any one dtype."""
+    if left.dtype == torch.float32:
+        return left @ right if total is None else total.addmm_(left, right)
+    if left.is_cuda and torch.version.hip is None:
+        if total is None:
+            return torch.mm(left, right, out_dtype=torch.float32)
+        return torch.addmm(total, left, right, out_dtype=torch.float32)
+    if left.is_cuda:  # no float32 output there: one rounding per strip, the sum over strips in float32
+        product = (left @ right).float()
+    else:  # the interpreter's CPU tensors
+        product = left.float() @ right.float()
+    return product if total is None else total.add_(product)
+
+
+def backward(
+    grad_terms: Tensor,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    labels: Tensor | None,
+    text_labels: Tensor | None,
+    teacher_image: Tensor | None,
+    teacher_text: Tensor | None,
+    teacher_scale: Tensor | None,
+    row_stats: Tensor,
+    col_stats: Tensor,
+    margin: float,
+    smoothing: float,
+    enabled: Sequence[bool],
+    needs: Sequence[bool],
+    *,
+    tile: Tile | None = None,
+    strip_bytes: int = STRIP_BYTES,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``dot(grad_terms, terms)``; arguments as in :func:`forward`, and
+
+    Args:
+        grad_terms: [4], on the device; nothing here waits for its values.
+        row_stats, col_stats: what :func:`forward` returned.
+        needs: which of image, text and logit_scale need a gradient; no others are computed.
+        strip_bytes: bound on the scratch for gradient strips (one row of tiles is the least).
+
+    Returns:
+        ``(d_image [N, D], d_text [M, D], d_scale [])``, None where not needed.
+    """
+    need_image, need_text, need_scale = needs
+    if not any(needs):
+        return None, None, None
+    N, M, D = image.shape[0], text.shape[0], image.shape[1]
+    contrastive, relational, interactive, cross = enabled
+    operands = _operands(
+        image, text, logit_scale, labels, text_labels, teacher_image, teacher_text, teacher_scale
+    )
+    u, v, scale, teacher_u, teacher_v = operands[:5]
+    use_s = contrastive or relational
+    use_a = (interactive or cross) and (need_image or need_scale)
+    use_b = (interactive or cross) and (need_text or need_scale)
+    use_t = relational or (cross and (use_a or use_b))
+
+    # 1. Strips: as many rows at a time as the bound allows, in whole tiles.
+    if tile is None:
+        tile = _config.choose("backward", use_s + use_a + use_b + use_t, image, N, M)
+    store_s = use_s and (need_image or need_text)
+    store_a, store_b = use_a and need_image, use_b and need_text
+    stride = triton.cdiv(M, 16) * 16  # rows of a strip start on a boundary that wide stores can use
+    row_bytes = max(1, (store_s + store_a + store_b) * stride * image.element_size())
+    height = max(1, strip_bytes // row_bytes // tile.block_n) * tile.block_n
+    height = min(height, triton.cdiv(N, tile.block_n) * tile.block_n) if row_bytes > 1 else N
+    starts = range(0, N, height)
+
+    def strip(wanted: bool) -> Tensor | None:
+        return image.new_empty((min(height, N), stride)) if wanted else None
+
+    ds, da, db = strip(store_s), strip(store_a), strip(store_b)
+    rows, cols = _config.rectangle(min(height, N), M, tile, image.device)
+    grid_cols = triton.cdiv(M, cols)
+    programs = triton.cdiv(min(height, N), rows) * grid_cols
+    d_scales = image.new_zeros((len(starts), programs), dtype=torch.float32) if need_scale else None
+
+    # The kernel works relative to the largest upstream gradient and to the smaller side.
+    gain = grad_terms.abs().amax() / (2 * min(N, M))
+    d_image = torch.empty_like(u) if need_image else None
+    d_text: Tensor | None = None
+    with device_guard(image):
+        for i, first in enumerate(starts):
+            last = min(first + height, N)
+            grid = (triton.cdiv(last - first, rows), grid_cols)
+            _launch(
+                _backward_kernel, grid,
+                (grad_terms, *operands, row_stats, col_stats, ds, da, db, stride,
+                 None if d_scales is None else d_scales[i], float(margin), float(smoothing),
+                 N, M, first, last, rows, cols),
+                tile, D=D, LABELS=labels is not None, MARGIN=margin != 0, SMOOTHING=smoothing != 0,
+                CONTRASTIVE=contrastive, RELATIONAL=relational, INTERACTIVE=interactive, CROSS=cross,
+                USE_S=use_s, USE_A=use_a, USE_B=use_b, USE_T=use_t, PRECISION=_precision(image.dtype),
+                BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_D=tile.block_d,
+            )  # fmt: skip
+
+            # 2. ∂L/∂u of these rows is complete; ∂L/∂v sums over strips.
+            taken = slice(0, last - first), slice(0, M)
+            if d_image is not None:
+                total = None
+                if ds is not None:
+                    total = _add_product(total, ds[taken], v)
+                if da is not None:
+                    total = _add_product(total, da[taken], teacher_v)
+                torch.mul(total, gain * scale, out=d_image[first:last])
+            if need_text:
+                if ds is not None:
+                    d_text = _add_product(d_text, ds[taken].T, u[first:last])
+                if db is not None:
+                    d_text = _add_product(d_text, db[taken].T, teacher_u[first:last])
+    if d_text is not None:
+        d_text = (d_text * (gain * scale)).to(text.dtype)
+    return d_image, d_text, None if d_scales is None else d_scales.sum() * gain
