@@ -29,7 +29,7 @@ def tiny_config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def drawings(tmp_path_factory) -> Path:
-    """48 drawn pictures of four shapes, 12 of each, as ``train.csv`` and ``test.csv`` with two captions each."""
+    """48 drawn pictures of four shapes as ``train.csv`` (32) and ``test.csv`` (16), two captions each."""
     from PIL import Image, ImageDraw
 
     root = tmp_path_factory.mktemp("drawings")

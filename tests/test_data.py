@@ -99,7 +99,7 @@ def test_every_epoch_is_a_new_whole_permutation():
 
 
 def test_evaluation_pictures_are_what_pil_gives(drawings, clip):
-    """Same pixels as open_clip's own transform, up to the resampling's rounding; every picture once, in order."""
+    """Same pixels as open_clip's own transform, up to rounding; every picture once, in order."""
     index = read_index(drawings / "test.csv")
     images, rows = zip(*Pictures(index, clip, in_order(len(index), 7), 7), strict=True)
     assert torch.cat(rows).tolist() == list(range(len(index)))
@@ -115,7 +115,7 @@ def test_training_batches_pair_each_picture_with_its_own_caption_and_label(drawi
     index = read_index(drawings / "train.csv")
 
     def batches(seed, workers=2):
-        options = dict(batch_size=8, steps=6, crop_scale=0.9, workers=workers)
+        options = {"batch_size": 8, "steps": 6, "crop_scale": 0.9, "workers": workers}
         return list(TrainingBatches(index, clip, seed=seed, **options))
 
     first = batches(seed=1)

@@ -1,10 +1,17 @@
-"""The settings of a fine-tuning run: one typed dataclass, readable from YAML, overridable on the command line."""
+"""The settings of a fine-tuning run: one typed dataclass, read from YAML and the command line."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+import yaml
+
+from tracer.errors import UserError
+
+ICONS = Path("runs/data/icons")  # where the demo keeps its data
 
 
 @dataclass
@@ -47,6 +54,7 @@ class Config:
         precision: fp32, or bf16 (weights and activations bf16, master weights and teacher fp32).
         zero_stage: DeepSpeed ZeRO stage; bf16 needs at least 1.
         workers: threads that decode pictures.
+        cache: folder where it is remembered which pictures were found whole.
         check_images: decode every picture once up front, so that none ends the run later.
         seed: seed of shuffling, crops and caption choice.
     """
@@ -89,4 +97,75 @@ class Config:
     zero_stage: Literal[0, 1, 2, 3] = 1
     workers: int = 2
     check_images: bool = True
+    cache: Path = Path("runs/cache")
     seed: int = 0
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
+        for name in ("steps", "batch_size", "accumulation", "teacher_every", "workers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}: it must be at least 1")
+        if self.batch_size < 2:
+            raise UserError("--batch_size is 1: a contrastive loss needs at least 2 pairs to compare")
+        if not 0 <= self.warmup < self.steps:
+            raise UserError(
+                f"--warmup is {self.warmup}: it must be at least 0 and below --steps {self.steps}"
+            )
+        if not 0 < self.crop_scale <= 1:
+            raise UserError(f"--crop_scale is {self.crop_scale}: it must be above 0 and at most 1")
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise UserError("--precision bf16 needs --zero_stage 1 or more: stage 0 keeps no fp32 weights")
+
+    def to_yaml(self) -> str:
+        """The settings as YAML that ``--config`` reads back."""
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+        plain["eval_data"] = {name: str(path) for name, path in self.eval_data.items()}
+        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+@dataclass
+class DemoConfig(Config):
+    """Settings of the demo: those of a fine-tuning run, and what is compared.
+
+    Args:
+        seeds: runs of each method.
+        wise_alphas: interpolation weights at which WiSE-FT is measured.
+        wise_alpha: the one that stands in the table.
+        kinds: evaluation set → in-distribution, near or shifted; default: the first is in-distribution, the
+            others are shifted.
+    """
+
+    train_data: Path = ICONS / "train.csv"
+    model: str = "tracer-demo"
+    pretrained: str | None = None
+    output: Path = Path("runs/demo")
+    seeds: int = 3
+    wise_alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
+    wise_alpha: float = 0.5
+    kinds: dict[str, str] = field(default_factory=dict)
+
+    steps: int = 160
+    batch_size: int = 128
+    lr: float = 5e-4
+    warmup: int = 16
+
+
+@dataclass
+class EvaluateConfig:
+    """Zero-shot accuracy and calibration of any open_clip model on your own sets.
+
+    Args:
+        eval_data: name → CSV or folder of each set.
+        classes: JSON file {class: [prompt, …]}; default: a prompt per label.
+        model: open_clip model name, a model config (.json), or tracer-demo.
+        pretrained: open_clip tag or local checkpoint file.
+        output: JSON file for the results; default: only the table on the terminal.
+        workers: threads that decode pictures.
+    """
+
+    eval_data: dict[str, Path]
+    classes: Path | None = None
+    model: str = "ViT-B-16"
+    pretrained: str | None = "openai"
+    output: Path | None = None
+    workers: int = 2

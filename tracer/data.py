@@ -47,6 +47,11 @@ class Index:
     def __len__(self) -> int:
         return len(self.images)
 
+    def take(self, rows: list[int]) -> Index:
+        """The index of some of the pictures."""
+        columns = (self.images, self.labels, self.captions)
+        return Index(self.name, *([column[r] for r in rows] for column in columns))
+
 
 def read_index(source: Path, name: str | None = None) -> Index:
     """Read a CSV (columns image, label and/or captions) or a folder with a sub-folder of pictures per class.
@@ -127,8 +132,8 @@ def check_pictures(index: Index, cache: Path, workers: int) -> None:
     if bad:
         path, fault = bad[0]
         raise UserError(
-            f"{len(bad)} of {len(index)} pictures of '{index.name}' cannot be decoded, first '{path}' ({fault}): "
-            "repair them or remove their rows"
+            f"{len(bad)} of {len(index)} pictures of '{index.name}' cannot be decoded, "
+            f"first '{path}' ({fault}): repair them or remove their rows"
         )
     with whole_file(done) as part:
         part.write_text(json.dumps({"pictures": len(index)}))
@@ -144,7 +149,7 @@ def _fault(path: Path) -> str | None:
 
 
 class Batch(NamedTuple):
-    """``image`` [n, 3, S, S] float32, ``text`` [n, context] int64, ``label`` [n] int64, ``index`` [n] int64."""
+    """``image`` [n, 3, S, S] float32, ``text`` [n, context], ``label`` [n], ``index`` [n], all int64."""
 
     image: Tensor
     text: Tensor
@@ -172,8 +177,8 @@ def in_order(size: int, batch_size: int) -> Iterator[np.ndarray]:
 class Pictures:
     """Decoded pictures in the order of ``batches``: yields ``(image, index)`` tensors on ``device``.
 
-    Training takes random crops of at least ``crop_scale`` of the area; evaluation (``crop_scale=None``) resizes
-    the shorter side and crops the centre, as open_clip's own transforms do.
+    Training takes random crops of at least ``crop_scale`` of the area; evaluation (``crop_scale=None``)
+    resizes the shorter side and crops the centre, as open_clip's own transforms do.
     """
 
     def __init__(
@@ -203,7 +208,7 @@ class Pictures:
             )
             decoder = "cpu" if gpu is None else "mixed"
             image = fn.decoders.image(encoded, device=decoder, output_type=types.RGB)
-            cubic = dict(interp_type=types.INTERP_CUBIC, antialias=True)
+            cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True}
             if crop_scale is not None:
                 image = fn.random_resized_crop(
                     image, size=clip.image_size, random_area=[crop_scale, 1.0], **cubic

@@ -1,10 +1,11 @@
-"""An open_clip model with its tokenizer and picture format, by tag, by local file, or the shipped demo model."""
+"""An open_clip model with its tokenizer and picture format: by tag, by local file, or the demo's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 from tracer.errors import UserError
 from tracer.files import whole_file
 
+MAX_LOGIT_SCALE = 100.0  # as in CLIP's own training
+
 
 @dataclass
 class Clip:
     """A dual encoder and what feeds it.
 
-    ``tokenizer`` maps a list of strings to int64 tokens [n, context]. Pictures are RGB in [0, 255], resized to
-    ``image_size`` pixels, then normalised with ``mean`` and ``std``, which are in units of 1.
+    ``tokenizer`` maps a list of strings to int64 tokens [n, context]. Pictures are RGB, resized to
+    ``image_size`` pixels, scaled to [0, 1], then normalised with ``mean`` and ``std``.
     """
 
     name: str
@@ -82,6 +85,15 @@ def _register(path: Path) -> str:
     return path.stem
 
 
+def encode(forward: Callable[..., Any], image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised features u [N, D], v [N, D] and the logit scale σ ≤ 100 (a scalar) of any open_clip model."""
+    output = forward(image, text)
+    if isinstance(output, dict):
+        output = output["image_features"], output["text_features"], output["logit_scale"]
+    u, v, scale = output[:3]
+    return u, v, scale.float().squeeze().clamp(max=MAX_LOGIT_SCALE)
+
+
 def projections(model: nn.Module) -> tuple[Tensor, Tensor] | None:
     """The two projection matrices into the shared space, Wv [width_v, D] and Wt [width_t, D].
 
@@ -102,7 +114,7 @@ def projections(model: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
-    """Write a plain open_clip checkpoint (safetensors) that ``open_clip.create_model(pretrained=path)`` loads."""
+    """Write a safetensors checkpoint that plain ``open_clip.create_model(name, pretrained=path)`` loads."""
     with whole_file(path) as part:
         save_file({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}, part)
 

@@ -1,0 +1,59 @@
+# make demo   the main job: real data, a pretrained small CLIP, fine-tuned in several ways, a report
+# make test   the tests
+# Both set up everything they need below $(VENV) first. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: help setup demo test lint format lock clean
+
+help:
+	@echo "make demo [ARGS='--seeds 1']   run the main job; every option: make demo ARGS=--help"
+	@echo "make test [ARGS='-k data']     run the tests; ARGS go to pytest"
+	@echo "make lint                      ruff, and mypy"
+	@echo "make lock                      pin the versions anew from setup.py's ranges"
+	@echo "make clean                     remove the virtual environment and the runs"
+
+setup: $(READY)
+
+# The package is installed from this checkout (editable), its dependencies at the pinned versions.
+$(READY): requirements.lock setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "error: Python 3.10 or newer is needed ($$($(PYTHON) --version 2>&1) found): make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "error: Python's venv module is missing: sudo apt-get install python3-venv" >&2; exit 1; }
+	@echo "Setting up $(VENV): about 6 GB, a few minutes on the first time"
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --progress-bar on -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/tracer demo $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch, torchvision and triton are pinned as a set that is known to work together on a machine without a GPU.
+lock: $(READY)
+	$(BIN)/pip install --quiet uv
+	printf 'torch==2.14.1\ntorchvision==0.29.1\n' > $(VENV)/pins.txt
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --constraint $(VENV)/pins.txt \
+	    --extra train --extra dali --extra test --extra bench --extra dev \
+	    --custom-compile-command "make lock" --output-file requirements.lock setup.py
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

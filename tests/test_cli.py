@@ -1,0 +1,81 @@
+"""The command line: every option is a field, and every mistake is one line that names the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tracer.cli import main, parse
+from tracer.config import Config, DemoConfig
+
+
+def refused(capsys, *argv: str) -> str:
+    """Run the command, expect exit code 2 and one line; return the line."""
+    assert main([str(a) for a in argv]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("tracer: error: ")
+    return line
+
+
+def test_options_override_the_file_and_the_file_the_defaults(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("train_data: a.csv\nlr: 3e-4\nsteps: 70\neval_data: {near: n.csv}\n")
+    command, config = parse(["finetune", "--config", str(file), "--steps", "30", "--eval_data.far", "f.csv"])
+    assert command == "finetune"
+    assert (config.lr, config.steps, config.batch_size) == (3e-4, 30, 512)
+    assert config.eval_data == {"near": Path("n.csv"), "far": Path("f.csv")}
+
+
+def test_settings_written_by_a_run_are_read_back(tmp_path):
+    config = Config(train_data=Path("x.csv"), eval_data={"a": Path("a.csv")}, lr=2e-6, pretrained=None)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert parse(["finetune", "--config", str(tmp_path / "config.yaml")])[1] == config
+
+
+def test_the_demo_reaches_every_setting_of_a_run():
+    assert {f.name for f in dataclasses.fields(Config)} < {f.name for f in dataclasses.fields(DemoConfig)}
+    config = parse(["demo", "--seeds", "1", "--wma_beta", "0.3", "--margin", "0.05"])[1]
+    assert (config.seeds, config.wma_beta, config.margin) == (1, 0.3, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "expected"),
+        (["fintune"], "invalid choice: 'fintune'"),
+        (["finetune"], "train_data"),
+        (["finetune", "--train_data", "x.csv", "--learning_rate", "1"], "--learning_rate"),
+        (["finetune", "--train_data", "x.csv", "--lr", "fast"], "Got value: fast"),
+        (["finetune", "--train_data", "x.csv", "--teacher", "sma"], "Got value: sma"),
+        (["finetune", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["finetune", "--train_data", "x.csv", "--steps", "0"], "--steps is 0: it must be at least 1"),
+        (["finetune", "--train_data", "x.csv", "--batch_size", "1"], "needs at least 2 pairs"),
+        (
+            ["finetune", "--train_data", "x.csv", "--steps", "9"],
+            "--warmup is 500: it must be at least 0 and below",
+        ),
+        (
+            ["finetune", "--train_data", "x.csv", "--precision", "bf16", "--zero_stage", "0"],
+            "--zero_stage 1 or more",
+        ),
+        (["finetune", "--train_data", "x.csv", "--model", "ViT-Z-32"], "unknown model 'ViT-Z-32'"),
+        (
+            ["finetune", "--train_data", "x.csv", "--model", "ViT-B-32", "--pretrained", "opnai"],
+            "'opnai' is neither a local file nor a pretrained tag of ViT-B-32",
+        ),
+        (["finetune", "--train_data", "x.csv", "--pretrained", "no.pt"], "checkpoint 'no.pt' does not exist"),
+        (["evaluate", "--eval_data.a", "nothing.csv"], "data 'nothing.csv' does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(capsys, tmp_path, monkeypatch, argv, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in refused(capsys, *argv)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_key_in_the_file_is_named(capsys, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("train_data: a.csv\nlearning_rate: 1\n")
+    assert "learning_rate" in refused(capsys, "finetune", "--config", file)

@@ -1,0 +1,159 @@
+"""The loop end to end in miniature: engine, teacher, log, checkpoints, and what a failed run leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import open_clip
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tracer.config import Config
+from tracer.errors import UserError
+from tracer.log import read_log
+from tracer.model import load_clip, save_weights
+from tracer.train import finetune, lr_schedule
+
+
+@pytest.fixture
+def config(tiny_config, drawings, tmp_path) -> Config:
+    """Six steps of a one-layer model on the drawn pictures, starting from saved random weights."""
+    torch.manual_seed(0)
+    start = tmp_path / "start.safetensors"
+    save_weights(load_clip(str(tiny_config), None).model.state_dict(), start)
+    return Config(
+        train_data=drawings / "train.csv",
+        eval_data={"test": drawings / "test.csv"},
+        model=str(tiny_config),
+        pretrained=str(start),
+        output=tmp_path / "run",
+        cache=tmp_path / "cache",
+        steps=6,
+        batch_size=16,
+        warmup=2,
+        lr=1e-2,
+    )
+
+
+def test_a_run_is_whole_and_says_what_it_did(config, capsys):
+    folder = finetune(config)
+    assert {p.name for p in folder.iterdir()} == {
+        "config.yaml",
+        "log.jsonl",
+        "tensorboard",
+        "student.safetensors",
+        "teacher.safetensors",
+        "metrics.json",
+        "run.json",
+    }
+    rows = read_log(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row in rows:
+        assert all(math.isfinite(value) for value in row.values())
+        assert {"loss", "contrastive", "relational", "interactive", "cross", "feature"} <= set(row)
+    assert rows[0]["relational"] == pytest.approx(0, abs=1e-6)  # the teacher starts as the student
+    assert rows[-1]["relational"] > 1e-4
+    assert list((folder / "tensorboard").iterdir())
+    assert yaml.safe_load((folder / "config.yaml").read_text())["steps"] == 6
+    scores = json.loads((folder / "metrics.json").read_text())
+    assert set(scores) == {"student", "teacher"}
+    assert 0 <= scores["student"]["test"]["accuracy"] <= 1
+    assert scores["student"]["test"]["pictures"] == 16
+
+
+def test_weights_load_in_plain_open_clip_and_the_teacher_is_the_schedules_average(config):
+    """Uniform teacher of one step: the mean of start and student, exactly."""
+    folder = finetune(dataclasses.replace(config, teacher="uniform", steps=1, warmup=0))
+    start = load_file(config.pretrained)
+    student, teacher = (load_file(folder / f"{name}.safetensors") for name in ("student", "teacher"))
+    assert student.keys() == start.keys() == teacher.keys()
+    moved = 0.0
+    for name, value in student.items():
+        torch.testing.assert_close(teacher[name], (start[name] + value) / 2, rtol=1e-6, atol=1e-7)
+        moved = max(moved, float((value - start[name]).abs().max()))
+    assert moved > 1e-3
+    model = open_clip.create_model("tiny-clip", pretrained=str(folder / "student.safetensors"))
+    torch.testing.assert_close(model.visual.proj, student["visual.proj"])
+
+
+def test_the_same_settings_give_the_same_weights(config, tmp_path):
+    config = dataclasses.replace(config, steps=3)
+    a = load_file(finetune(config) / "student.safetensors")
+    b = load_file(finetune(dataclasses.replace(config, output=tmp_path / "again")) / "student.safetensors")
+    c = load_file(
+        finetune(dataclasses.replace(config, output=tmp_path / "other", seed=1)) / "student.safetensors"
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+def test_the_loop_equals_a_plain_torch_loop(config):
+    """FLYP through DeepSpeed against ten lines of torch with open_clip's own loss on the same batches."""
+    from tracer.data import TrainingBatches, read_index
+
+    config = dataclasses.replace(config, method="flyp", positives=False, clip_grad=0.0)
+    student = load_file(finetune(config) / "student.safetensors")
+    clip = load_clip(config.model, config.pretrained)
+    options = {"batch_size": 16, "steps": 6, "seed": 0, "crop_scale": config.crop_scale}
+    decayed = [p for p in clip.model.parameters() if p.ndim >= 2]
+    rest = [p for p in clip.model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=config.weight_decay)
+    rate = lr_schedule(config, adam)
+    for batch in TrainingBatches(read_index(config.train_data), clip, **options):
+        u, v, scale = clip.model(batch.image, batch.text)
+        open_clip.loss.ClipLoss()(u, v, scale.squeeze()).backward()
+        adam.step()
+        rate.step()
+        adam.zero_grad()
+    for name, value in clip.model.state_dict().items():
+        # Adam turns the rounding of gradients that are zero in theory (a key bias) into steps: hence atol
+        torch.testing.assert_close(student[name], value, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"precision": "bf16"}, {"zero_stage": 0}, {"zero_stage": 2}, {"accumulation": 2}]
+)
+def test_other_engines_train_too(config, changes):
+    folder = finetune(dataclasses.replace(config, steps=2, warmup=0, **changes))
+    rows = read_log(folder)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    start, student = load_file(config.pretrained), load_file(folder / "student.safetensors")
+    assert student["visual.proj"].dtype == torch.float32
+    assert not torch.equal(start["visual.proj"], student["visual.proj"])
+
+
+def test_learning_rate_rises_then_falls_to_zero(config):
+    config = dataclasses.replace(config, steps=10, warmup=4)
+    adam = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    rate, seen = lr_schedule(config, adam), []
+    for _ in range(10):
+        seen.append(adam.param_groups[0]["lr"])
+        adam.step()
+        rate.step()
+    assert seen[:4] == pytest.approx([0.25, 0.4375, 0.625, 0.8125])
+    assert seen[4] == pytest.approx(1.0)
+    assert seen[5:] == sorted(seen[5:], reverse=True)
+    assert adam.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_failed_run_leaves_nothing_that_looks_whole(config, monkeypatch):
+    def full_disk(*_args, **_kwargs):
+        raise OSError(28, "No space left on device", "student.safetensors")
+
+    monkeypatch.setattr("tracer.train.save_weights", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        finetune(config)
+    assert not config.output.exists()
+    assert not config.output.with_name("run.part").exists()
+
+
+def test_an_existing_run_is_not_overwritten(config):
+    config.output.mkdir()
+    with pytest.raises(UserError, match="exists: choose another --output"):
+        finetune(config)

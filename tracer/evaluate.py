@@ -1,0 +1,142 @@
+"""Zero-shot classification on several sets: accuracy and calibration, and example predictions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+from tqdm import tqdm
+
+from tracer.config import EvaluateConfig
+from tracer.data import Index, Pictures, default_caption, in_order, read_index
+from tracer.errors import UserError
+from tracer.files import whole_file
+from tracer.model import Clip, load_clip
+
+CALIBRATION_BINS = 15
+
+Scores = dict[str, dict[str, float]]  # evaluation set → accuracy, ece, pictures
+
+
+def evaluate(config: EvaluateConfig) -> Scores:
+    """Score a model as ``config`` says, print the table, and write it as JSON if asked.
+
+    Raises:
+        UserError: anything in the settings or the data that the user can mend.
+    """
+    if not config.eval_data:
+        raise UserError(
+            "there is nothing to evaluate on: give --eval_data.NAME=<csv or folder> at least once"
+        )
+    sets = [read_index(path, name) for name, path in config.eval_data.items()]
+    prompts = class_prompts(config.classes, sorted({label for index in sets for label in index.labels}))
+    clip = load_clip(config.model, config.pretrained)
+    clip.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    scores = evaluate_zero_shot(clip, sets, prompts, workers=config.workers)
+    print_scores({config.pretrained or config.model: scores})
+    if config.output:
+        with whole_file(config.output) as part:
+            part.write_text(json.dumps(scores, indent=1))
+    return scores
+
+
+def print_scores(results: dict[str, Scores]) -> None:
+    """One row per model and set: top-1 accuracy and calibration error in percent."""
+    table = Table(title="zero-shot evaluation")
+    for column in ("model", "set", "pictures", "accuracy %", "ECE %"):
+        table.add_column(column, justify="left" if column in ("model", "set") else "right")
+    for model, scores in results.items():
+        for name, score in scores.items():
+            values = (f"{100 * score['accuracy']:.1f}", f"{100 * score['ece']:.1f}")
+            table.add_row(model, name, str(int(score["pictures"])), *values)
+    Console().print(table)
+
+
+def class_prompts(path: Path | None, classes: list[str]) -> dict[str, list[str]]:
+    """Prompts of each class: from a JSON file {class: [prompt, …]}, or one made of each name in ``classes``.
+
+    Raises:
+        UserError: missing or malformed file.
+    """
+    if path is None:
+        return {name: [default_caption(name)] for name in classes}
+    if not path.is_file():
+        raise UserError(f"classes file '{path}' does not exist: check --classes")
+    try:
+        prompts = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"classes file '{path}' is no JSON ({error}): give {{class: [prompt, …]}}") from error
+    if not isinstance(prompts, dict) or not all(isinstance(p, list) and p for p in prompts.values()):
+        raise UserError(
+            f"classes file '{path}' must hold {{class: [prompt, …]}}, at least one prompt a class"
+        )
+    return prompts
+
+
+@torch.inference_mode()
+def classifier(clip: Clip, prompts: dict[str, list[str]], device: torch.device) -> Tensor:
+    """Zero-shot weights [C, D]: per class the normalised mean of its prompts' normalised features."""
+    texts = [text for group in prompts.values() for text in group]
+    features = torch.cat(
+        [
+            clip.model.encode_text(clip.tokenizer(texts[i : i + 256]).to(device), normalize=True)
+            for i in range(0, len(texts), 256)
+        ]
+    )
+    groups = features.split([len(group) for group in prompts.values()])
+    return F.normalize(torch.stack([group.mean(0) for group in groups]), dim=-1)
+
+
+@torch.inference_mode()
+def class_probabilities(
+    clip: Clip, index: Index, prompts: dict[str, list[str]], *, batch_size: int = 256, workers: int = 2
+) -> tuple[Tensor, Tensor]:
+    """Probabilities [N, C] of the classes in ``prompts`` for every picture, and the true classes [N]."""
+    unknown = sorted(set(index.labels) - set(prompts))
+    if unknown:
+        raise UserError(
+            f"'{index.name}' has {len(unknown)} labels without prompts, first '{unknown[0]}': "
+            "add them to --classes or drop their rows"
+        )
+    clip.model.eval()
+    device = next(clip.model.parameters()).device
+    weights = classifier(clip, prompts, device)
+    batches = Pictures(
+        index, clip, in_order(len(index), batch_size), batch_size, workers=workers, device=device
+    )
+    scale = clip.model.logit_scale.exp()
+    total = -(-len(index) // batch_size)
+    rows = []
+    for image, _ in tqdm(batches, desc=f"evaluating {index.name}", total=total, delay=3, leave=False):
+        features = clip.model.encode_image(image, normalize=True)
+        rows.append((scale * features @ weights.T).softmax(-1).cpu())
+    number = {name: i for i, name in enumerate(prompts)}
+    return torch.cat(rows), torch.tensor([number[label] for label in index.labels])
+
+
+def evaluate_zero_shot(
+    clip: Clip, sets: list[Index], prompts: dict[str, list[str]], *, workers: int = 2
+) -> Scores:
+    """Top-1 accuracy and expected calibration error (15 bins), both in [0, 1], of every set.
+
+    Raises:
+        UserError: a label without prompts, an unreadable set.
+    """
+    results: Scores = {}
+    for index in sets:
+        probabilities, truth = class_probabilities(clip, index, prompts, workers=workers)
+        classes = len(prompts)
+        accuracy = multiclass_accuracy(probabilities, truth, classes, average="micro")
+        error = multiclass_calibration_error(probabilities, truth, classes, n_bins=CALIBRATION_BINS)
+        results[index.name] = {
+            "accuracy": float(accuracy),
+            "ece": float(error),
+            "pictures": len(index),
+        }
+    return results

@@ -1,0 +1,92 @@
+"""What a run writes down while it trains: JSON lines and TensorBoard; and what it ran on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+import tracer
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "torchvision",
+    "open_clip_torch",
+    "deepspeed",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "numpy",
+)
+
+
+class StepLog:
+    """A line of scalars per optimizer step, as ``log.jsonl`` and under ``tensorboard/``.
+
+    Device tensors stay on the device until ``every`` steps have gathered, so that logging does not make the
+    host wait for the GPU at each step.
+    """
+
+    def __init__(self, folder: Path, every: int = 25):
+        self.every = every
+        self._rows: list[tuple[int, dict[str, Tensor | float]]] = []
+        self._file = (folder / "log.jsonl").open("w")
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, **values: Tensor | float) -> None:
+        """Note the values of one step; scalars, or tensors of one element."""
+        self._rows.append((step, {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}))
+        if len(self._rows) >= self.every:
+            self.flush()
+
+    def flush(self) -> None:
+        for step, values in self._rows:
+            scalars = {name: float(value) for name, value in values.items()}
+            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+        self._rows.clear()
+        self._file.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+        self._board.close()
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's ``log.jsonl``."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, of Python and of what decides the numbers."""
+    found = {"tracer": tracer.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def machine() -> dict[str, object]:
+    """Processor, usable cores, memory in GiB and GPU, as a report names them."""
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.is_file() else []

@@ -1,0 +1,215 @@
+"""The fine-tuning loop: an open_clip model, a DeepSpeed engine, a moving teacher, the fused loss.
+
+    run = finetune(Config(train_data=Path("train.csv"), eval_data={"test": Path("test.csv")}))
+
+A run is a folder that appears only when it is whole: ``config.yaml``, ``log.jsonl`` (a line per step),
+``tensorboard/``, ``student.safetensors`` and ``teacher.safetensors`` (plain open_clip checkpoints),
+``metrics.json`` (zero-shot accuracy and calibration per evaluation set) and ``run.json`` (versions, time).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found no GPU
+
+import deepspeed
+import torch.distributed as dist
+import yaml
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from tqdm import tqdm
+
+from tracer.config import Config
+from tracer.data import TrainingBatches, check_pictures, read_index
+from tracer.errors import UserError
+from tracer.evaluate import class_prompts, evaluate_zero_shot
+from tracer.files import whole_folder
+from tracer.log import StepLog, versions
+from tracer.losses import TracerLoss
+from tracer.model import Clip, encode, load_clip, projections, save_weights
+from tracer.teacher import EMA, WMA, Frozen, Schedule, Uniform, build_teacher
+
+# The only op that DeepSpeed would compile at start-up (a minute, needs g++); only inference uses it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def finetune(config: Config) -> Path:
+    """Fine-tune as ``config`` says, evaluate, and return the folder of the run.
+
+    Raises:
+        UserError: anything in the settings or the data that the user can mend.
+    """
+    config.validate()
+    if config.output.exists():
+        raise UserError(f"'{config.output}' exists: choose another --output or remove it")
+    with whole_folder(config.output) as folder:
+        (folder / "config.yaml").write_text(config.to_yaml())
+        started = time.perf_counter()
+        clip = load_clip(config.model, config.pretrained)
+        index = read_index(config.train_data)
+        tests = [read_index(path, name) for name, path in config.eval_data.items()]
+        if config.check_images:
+            for data in (index, *tests):
+                check_pictures(data, config.cache, config.workers)
+        student, teacher = _train(config, clip, index, StepLog(folder))
+
+        clip = load_clip(config.model, config.pretrained)  # the trained one may be bf16, or in shards
+        weights = {"student": student} | ({"teacher": teacher} if teacher else {})
+        metrics = {}
+        for name, state in weights.items():
+            save_weights(state, folder / f"{name}.safetensors")
+            if tests:
+                clip.model.load_state_dict(state)
+                prompts = class_prompts(config.classes, index.classes)
+                metrics[name] = evaluate_zero_shot(clip, tests, prompts, workers=config.workers)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        seconds = time.perf_counter() - started
+        about = {"seconds": seconds, "versions": versions(), "fingerprint": fingerprint(config)}
+        (folder / "run.json").write_text(json.dumps(about, indent=1))
+    return config.output
+
+
+def fingerprint(config: Config) -> str:
+    """A digest of all that decides a run's result: settings, version, and the files that it reads."""
+    settings = yaml.safe_load(config.to_yaml())
+    for free in ("output", "cache", "workers", "check_images"):
+        del settings[free]
+    files = [config.train_data, config.classes, config.pretrained, *config.eval_data.values()]
+    stamps = [_stamp(Path(file)) for file in files if file is not None]
+    return hashlib.sha256(json.dumps([settings, stamps, versions()]).encode()).hexdigest()
+
+
+def _stamp(path: Path) -> str:
+    """Content of a file; names and sizes below a folder; a tag as it is."""
+    if path.is_dir():
+        found = sorted(f"{p.relative_to(path)}:{p.stat().st_size}" for p in path.rglob("*"))
+        return hashlib.sha256("\n".join(found).encode()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(path)
+
+
+def is_run_of(config: Config, folder: Path) -> bool:
+    """Whether ``folder`` holds a whole run with the settings, data, start and version of ``config``."""
+    about = folder / "run.json"
+    return about.is_file() and json.loads(about.read_text()).get("fingerprint") == fingerprint(config)
+
+
+def _train(config: Config, clip: Clip, index, log: StepLog) -> tuple[dict[str, Tensor], dict | None]:
+    """Train ``clip.model`` and return the weights of the student and of the teacher, in float32."""
+    torch.manual_seed(config.seed)
+    engine = start_engine(config, clip.model)
+    device, dtype = engine.device, torch.bfloat16 if config.precision == "bf16" else torch.float32
+    teacher = build_teacher(engine, schedule(config)) if config.method == "tracer" else None
+    loss_fn = tracer_loss(config)
+    batches = TrainingBatches(
+        index,
+        clip,
+        batch_size=config.batch_size,
+        steps=config.steps * config.accumulation,
+        seed=config.seed,
+        crop_scale=config.crop_scale,
+        workers=config.workers,
+        device=device,
+    )
+    progress = tqdm(batches, desc=config.output.name, unit="step")
+    for micro_step, batch in enumerate(progress, 1):
+        started = time.perf_counter()
+        image = batch.image.to(dtype)
+        student = encode(engine, image, batch.text)
+        guide = encode(teacher.encode, image, batch.text) if teacher else None
+        output = loss_fn(
+            *student,
+            labels=batch.label if config.positives else None,
+            teacher=guide,
+            projections=projections(engine.module),
+        )
+        engine.backward(output.loss)
+        engine.step()
+        if micro_step % config.accumulation:
+            continue
+        step = micro_step // config.accumulation
+        if teacher:
+            teacher.update(step)
+        log.write(
+            step,
+            loss=output.loss,
+            **output.terms,
+            logit_scale=student[2],
+            lr=engine.get_lr()[0],
+            step_seconds=time.perf_counter() - started,
+        )
+    log.close()
+    student = full_weights(engine)
+    return student, teacher.gather() if teacher else None
+
+
+def start_engine(config: Config, model: nn.Module) -> deepspeed.DeepSpeedEngine:
+    """A DeepSpeed engine with AdamW, linear warm-up and cosine decay, on the present process group.
+
+    Without a launcher the process becomes a group of one. Gains, biases and the logit scale are not decayed.
+    """
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("several ranks are not supported yet: start one process")
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=lambda adam: lr_schedule(config, adam),
+        config={
+            "train_micro_batch_size_per_gpu": config.batch_size,
+            "gradient_accumulation_steps": config.accumulation,
+            "gradient_clipping": config.clip_grad,
+            "zero_optimization": {"stage": config.zero_stage},
+            "bf16": {"enabled": config.precision == "bf16"},
+            "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would be compiled first
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+        },
+    )
+    return engine
+
+
+def lr_schedule(config: Config, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """Linear warm-up over ``config.warmup`` steps, then cosine to 0 at ``config.steps``."""
+    cosine = CosineAnnealingLR(optimizer, max(1, config.steps - config.warmup))
+    if not config.warmup:
+        return cosine
+    rise = LinearLR(optimizer, 1 / config.warmup, 1.0, total_iters=config.warmup)
+    return SequentialLR(optimizer, [rise, cosine], [config.warmup])
+
+
+def schedule(config: Config) -> Schedule:
+    """The teacher's schedule that ``config`` names."""
+    every = config.teacher_every
+    if config.teacher == "wma":
+        return WMA(config.steps, config.wma_beta, every)
+    if config.teacher == "ema":
+        return EMA(config.steps, config.ema_start, config.ema_end, config.ema_warmup, every)
+    return Uniform(every) if config.teacher == "uniform" else Frozen()
+
+
+def full_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
+    """The student's state dict with the optimizer's float32 weights, whatever the ZeRO stage."""
+    state = {name: value.detach().clone() for name, value in engine.module.state_dict().items()}
+    for name, parameter in engine.module.named_parameters():
+        master = safe_get_full_fp32_param(parameter)
+        if master is not None:
+            state[name] = master.detach().clone().view(parameter.shape)
+    return {n: v.float() if v.is_floating_point() else v for n, v in state.items()}
