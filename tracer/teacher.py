@@ -134,9 +134,10 @@ class Frozen(Schedule):
 class MovingAverageTeacher:
     """Float32 moving average of a module, runnable as a module of its own.
 
-    Parameters and floating-point buffers (BatchNorm statistics) are averaged, integer buffers are
-    copied. ``module`` is an ordinary ``nn.Module`` in eval mode without gradients: evaluate it, or
-    save ``gather()`` as a checkpoint of the student's own format.
+    Parameters and floating-point buffers (BatchNorm statistics) are averaged; integer buffers, masks
+    and buffers that are not saved with the model are copied. :attr:`module` is an ordinary
+    ``nn.Module`` in eval mode without gradients; ``gather()`` is a checkpoint in the student's own
+    format.
 
     Args:
         model: the student. Its present weights are θ̄_0. It is never written.
@@ -155,46 +156,71 @@ class MovingAverageTeacher:
         dtype: torch.dtype | None = None,
         own_stream: bool = False,
     ) -> None:
+        module = copy.deepcopy(model).eval().requires_grad_(False)
+        self._begin(model, _cast_module(module, dtype or torch.float32), schedule, own_stream)
+        for name in self._tensors:
+            self._hold(name)
+
+    def _begin(self, model: nn.Module, module: nn.Module, schedule: Schedule, own_stream: bool) -> None:
+        """Set what every kind of teacher has; ``module`` is the cast copy of ``model``."""
         self.schedule = schedule
         self.step = 0
-        self.dtype = dtype or torch.float32
-        self.module = _cast_module(copy.deepcopy(model).eval().requires_grad_(False), self.dtype)
+        self._module = module
+        self._averages: dict[str, Tensor] = {}  # float32, moved by the schedule
+        self._low: dict[str, Tensor] = {}  # the module's own tensors, where they can't be the averages
+        self._copied: dict[str, Tensor] = {}  # the module's tensors that just follow the student's
+        # Live slots, not tensors: a parameter that the student replaces is still found.
+        self._slots = _slots(model)
+        slots = _slots(module)
+        check_names("the student", self._slots, "its copy", slots)
+        names = {id(owner[key]): name for name, (owner, key) in slots.items()}
+        self._tensors = {name: owner[key].detach() for name, (owner, key) in slots.items()}
+        # Key in a state dict -> name of the tensor; two keys for a tied one.
+        self._keys = {key: names[id(t)] for key, t in module.state_dict(keep_vars=True).items()}
+        floats = [t.dtype for t in self._tensors.values() if t.is_floating_point()]
+        self._dtype = min(floats, key=lambda dtype: dtype.itemsize)
         self._stream: torch.cuda.Stream | None = None
         self._outputs: Any = None
         if own_stream:
-            device = next(self.module.parameters()).device
+            device = next(iter(self._tensors.values())).device
             if device.type != "cuda":
                 raise ValueError(f"own_stream needs a CUDA model, this one is on {device}")
             self._stream = torch.cuda.Stream(device)
 
-        # Live slots, not tensors: a parameter that the student replaces is still found.
-        self._slots = _slots(model)
-        self._copies = {name: owner[key] for name, (owner, key) in _slots(self.module).items()}
-        check_names("the student", self._slots, "its copy", self._copies)
-        persistent = {id(tensor) for tensor in self.module.state_dict(keep_vars=True).values()}
-        self._averaged: list[str] = []
-        self._copied: list[str] = []
-        for name, tensor in self._copies.items():
-            # Masks (infinite) and caches (not persistent) are no state of the training: copied.
-            state = id(tensor) in persistent and tensor.is_floating_point()
-            moves = state and (isinstance(tensor, nn.Parameter) or bool(tensor.isfinite().all()))
-            (self._averaged if moves else self._copied).append(name)
-        self._averages = {}
-        self._low: dict[str, Tensor] = {}  # the copies of averages that the module can't hold itself
-        for name in self._averaged:
-            mine = self._copies[name].detach()
-            if mine.dtype is torch.float32:
-                self._averages[name] = mine
-            else:
-                self._averages[name] = self._student(name).to(torch.float32, copy=True)
-                self._low[name] = mine
-
-    def _student(self, name: str) -> Tensor:
+    def _hold(self, name: str) -> None:
+        """Put one of the module's tensors under the average, or among the copied ones."""
+        mine, source = self._tensors[name], self._student(name)
         owner, key = self._slots[name]
-        tensor = owner.get(key)
+        parameter = isinstance(owner[key], nn.Parameter)
+        saved = parameter or name in self._keys.values()
+        if not (saved and mine.is_floating_point() and (parameter or bool(source.isfinite().all()))):
+            self._copied[name] = mine  # integers, masks (infinite), caches (not saved)
+        elif mine.dtype is torch.float32:
+            self._averages[name] = mine
+        else:
+            self._averages[name] = source.to(torch.float32, copy=True)
+            self._low[name] = mine
+
+    def _student(self, key: str) -> Tensor:
+        """The student's present tensor behind one of the averages or copied tensors."""
+        owner, leaf = self._slots[key]
+        tensor = owner.get(leaf)
         if tensor is None:
-            raise ValueError(f"the student no longer has {name!r}: build a new teacher for a changed model")
+            raise ValueError(f"the student no longer has {key!r}: build a new teacher for a changed model")
         return tensor.detach()
+
+    def _stepped(self) -> bool:
+        """Whether the optimizer has taken the step that an update is called for."""
+        return True
+
+    def _refresh(self) -> None:
+        """Bring the module up to date with averages held elsewhere."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The teacher as a module, up to date. Under ZeRO this may gather: call it on every rank."""
+        self._refresh()
+        return self._module
 
     @torch.no_grad()
     def update(self, step: int) -> bool:
@@ -210,7 +236,7 @@ class MovingAverageTeacher:
             raise ValueError(
                 f"update({step}) after update({self.step}): load the teacher's state of that step to go back"
             )
-        if step == self.step:
+        if step == self.step or not self._stepped():
             return False
         weight = self.schedule.weight(step)
         self.step = step
@@ -218,31 +244,35 @@ class MovingAverageTeacher:
             return False
         if self._stream is not None:  # the last forward still reads what is now written
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-        names = self._averaged
         average_(
-            [self._averages[n] for n in names],
-            [self._student(n) for n in names],
+            list(self._averages.values()),
+            [self._student(key) for key in self._averages],
             weight,
-            copies=[self._low.get(n) for n in names] if self._low else None,
+            copies=[self._low.get(key) for key in self._averages] if self._low else None,
         )
-        for name in self._copied:
-            self._copies[name].copy_(self._student(name))
+        for key, tensor in self._copied.items():
+            tensor.copy_(self._student(key))
         return True
 
     @torch.no_grad()
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """``module(*args, **kwargs)`` without autograd; floating-point inputs are cast to its dtype.
 
-        With ``own_stream`` this returns at once: call :meth:`wait` before using the result.
+        With ``own_stream`` this returns at once: call :meth:`wait` before using the result. Under
+        ZeRO it may gather weights: call it on every rank.
         """
+        self._refresh()
+        args, kwargs = self._cast(args), self._cast(kwargs)
         if self._stream is None:
-            return self.module(*self._cast(args), **self._cast(kwargs))
-        current = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(current)
+            return self._forward(*args, **kwargs)
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         _record((args, kwargs), self._stream)
         with torch.cuda.stream(self._stream):
-            self._outputs = self.module(*self._cast(args), **self._cast(kwargs))
+            self._outputs = self._forward(*args, **kwargs)
         return self._outputs
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._module(*args, **kwargs)
 
     def wait(self) -> None:
         """Make the current stream wait for the last ``encode``; nothing to do without ``own_stream``."""
@@ -254,7 +284,7 @@ class MovingAverageTeacher:
 
     def _cast(self, inputs: Any) -> Any:
         if isinstance(inputs, Tensor):
-            return inputs.to(self.dtype) if inputs.is_floating_point() else inputs
+            return inputs.to(self._dtype) if inputs.is_floating_point() else inputs
         if isinstance(inputs, dict):
             return {k: self._cast(v) for k, v in inputs.items()}
         if isinstance(inputs, (list, tuple)):
@@ -262,31 +292,53 @@ class MovingAverageTeacher:
         return inputs
 
     def gather(self) -> dict[str, Tensor]:
-        """The averaged model's state dict, floating-point values in float32, keys as the student's."""
-        names = {id(tensor): name for name, tensor in self._copies.items()}
-        state = {key: names[id(tensor)] for key, tensor in self.module.state_dict(keep_vars=True).items()}
-        return {key: self._averages.get(name, self._copies[name]).detach() for key, name in state.items()}
+        """The averaged model's state dict, averages in float32, keys as the student's; not copied.
+
+        Under ZeRO it is collective: call it on every rank.
+        """
+        return {key: self._averages.get(n, self._tensors[n]) for key, n in self._keys.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs: step, schedule, and the averages in float32 (not copied)."""
-        return {"step": self.step, "schedule": repr(self.schedule), "averages": self.gather()}
+        """All that a resumed run needs (this rank's part of it, under ZeRO); tensors are not copied."""
+        return {
+            "step": self.step,
+            "schedule": repr(self.schedule),
+            "shard": self._shard(),
+            "averages": dict(self._averages),
+            "copied": dict(self._copied),
+        }
+
+    def _shard(self) -> str:
+        return "rank 0 of 1"
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave; refuses other names, shapes or another schedule."""
-        check_schedule(state["schedule"], self.schedule)
-        mine = self.gather()
-        check_names("the saved teacher", state["averages"], "this model", mine)
-        for key, saved in state["averages"].items():
-            if saved.shape != mine[key].shape:
+        """Restore what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: it belongs to another model (names, shapes), schedule, rank or number of ranks;
+                nothing has been changed then.
+        """
+        for what, mine in (("schedule", repr(self.schedule)), ("shard", self._shard())):
+            if state[what] != mine:
                 raise ValueError(
-                    f"the saved average of {key!r} has shape {tuple(saved.shape)}, "
-                    f"the model's has {tuple(mine[key].shape)}: it belongs to another model"
+                    f"the teacher's state was saved with {what} {state[what]}, this run has {mine}: "
+                    "resume with the same settings and number of ranks"
                 )
-        for key, saved in state["averages"].items():
-            mine[key].copy_(saved)
-        for name, low in self._low.items():
-            low.copy_(self._averages[name])
+        parts = (("averages", self._averages), ("copied", self._copied))
+        for part, tensors in parts:
+            check_names("the saved teacher", state[part], "this model", tensors)
+            for key, tensor in tensors.items():
+                if state[part][key].shape != tensor.shape:
+                    raise ValueError(
+                        f"the saved teacher's {key!r} has shape {tuple(state[part][key].shape)}, this "
+                        f"model's has {tuple(tensor.shape)}: the state belongs to another model"
+                    )
+        for part, tensors in parts:
+            for key, tensor in tensors.items():
+                tensor.copy_(state[part][key])
+        for key, low in self._low.items():
+            low.copy_(self._averages[key])
         self.step = int(state["step"])
 
 
@@ -320,15 +372,6 @@ def check_names(what: str, names: Iterable[str], other: str, expected: Iterable[
             if extra
         ]
         raise ValueError(f"{what} and {other} differ in their tensors: {'; '.join(parts)}")
-
-
-def check_schedule(saved: str, schedule: Schedule) -> None:
-    """Raise ValueError unless the saved teacher followed the same schedule."""
-    if saved != repr(schedule):
-        raise ValueError(
-            f"the teacher was saved under {saved}, this run has {schedule!r}: "
-            "resume with the same settings, or start a new run from its averages"
-        )
 
 
 def _cast_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
