@@ -1,0 +1,498 @@
+"""The report: all results are on the page, nothing is asked of the network, no input breaks it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import re
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+
+from tracer import report
+from tracer.errors import UserError
+
+DOMAINS = (
+    ("gnome", "in-distribution", 0.41),
+    ("mate", "near", 0.36),
+    ("papirus", "shifted", 0.27),
+    ("oxygen", "shifted", 0.31),
+    ("numix", "shifted", 0.22),
+)
+# key, name, note, gain in distribution, gain under shift, shape of the teacher gap over progress 0…1
+METHODS: tuple[tuple[str, str, str, float, float, Any], ...] = (
+    ("zero-shot", "Zero-shot", "no training", 0.0, 0.0, None),
+    ("flyp", "FLYP", "plain contrastive", 0.16, -0.05, None),
+    ("ema", "EMA teacher", "all terms, EMA", 0.157, -0.045, lambda t: 0.02 * math.exp(-7 * t)),
+    ("wma", "TRACER (WMA)", "all terms, WMA", 0.15, 0.004, lambda t: 0.035 * (1 - math.exp(-20 * t))),
+    ("wise-ft", "WiSE-FT", "FLYP and start, α 0.5", 0.11, 0.002, None),
+)
+
+
+def draw_icon(path: Path, seed: int) -> Path:
+    """A small RGBA picture with transparent surroundings, as icon themes have them."""
+    rng = random.Random(seed)
+    picture = Image.new("RGBA", (48, 48))
+    pen = ImageDraw.Draw(picture)
+    for _ in range(4):
+        x, y = rng.randrange(28), rng.randrange(28)
+        tint = tuple(rng.randrange(40, 220) for _ in range(3))
+        (pen.ellipse if rng.random() < 0.5 else pen.rectangle)((x, y, x + 18, y + 18), fill=(*tint, 255))
+    picture.save(path)
+    return path
+
+
+def sample_results(folder: Path, seeds: int = 3, steps: int = 240) -> dict[str, Any]:
+    """Results such as the demo writes, with drawn numbers and pictures."""
+    rng = random.Random(0)
+
+    def evaluation(home: float, away: float, noise: float) -> dict[str, dict[str, float]]:
+        return {
+            name: {
+                "accuracy": start + (home if kind != "shifted" else away) + rng.gauss(0, noise),
+                "ece": 0.06 + max(0.0, -away) + 0.5 * home * (kind == "shifted") + rng.gauss(0, noise),
+            }
+            for name, kind, start in DOMAINS
+        }
+
+    methods, curve = [], []
+    for key, name, note, home, away, gap in METHODS:
+        runs = []
+        for seed in [None] if key == "zero-shot" else list(range(seeds)):
+            log = []
+            for step in range(1, steps + 1) if key not in ("zero-shot", "wise-ft") else ():
+                t = step / steps
+                record = {"step": step, "contrastive": 1.2 + 1.8 * math.exp(-4 * t) + rng.gauss(0, 0.05)}
+                record.update(lr=1e-4 * math.cos(t * math.pi / 2) ** 2, logit_scale=30 + t, step_seconds=0.11)
+                if gap is not None:
+                    kl = gap(t) * math.exp(rng.gauss(0, 0.1)) if step > 1 else 0.0
+                    record.update(relational=kl, interactive=1.3 + math.exp(-3 * t), cross=0.7 * kl + 1e-4)
+                    record.update(feature=1e-4 * t)
+                record["loss"] = record["contrastive"] + record.get("relational", 0.0)
+                log.append(record)
+            noise = 0.0 if seed is None else 0.006
+            runs.append(
+                {
+                    "seed": seed,
+                    "eval": evaluation(home, away, noise),
+                    "log": log,
+                    "teacher_eval": evaluation(home - 0.01, away + 0.01, noise) if gap else None,
+                    "seconds": 31.2 if log else 0.0,
+                    "curve": [
+                        {"step": s, "eval": evaluation(home * s / steps, away * s / steps, noise)}
+                        for s in range(0, steps + 1, 60)
+                    ]
+                    if log
+                    else [],
+                }
+            )
+        methods.append({"key": key, "name": name, "note": note, "runs": runs})
+    for seed in range(seeds):
+        for alpha in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+            bump = 0.05 * alpha * (1 - alpha) * 4
+            point = evaluation(0.16 * alpha + 0.2 * bump, -0.05 * alpha + 0.6 * bump, 0.003 * alpha)
+            curve.append({"alpha": alpha, "seed": seed, "eval": point})
+    names = ["folder", "accessories-calculator", "edit-undo", "network-wired", "go-home", "mail-unread"]
+    examples = [
+        {
+            "image": str(draw_icon(folder / f"icon{i}.png", i)),
+            "domain": DOMAINS[i % 5][0],
+            "truth": truth,
+            "predictions": {
+                key: [truth if rng.random() < 0.6 else names[i - 1], rng.uniform(0.2, 0.99)]
+                for key, *_ in METHODS
+            },
+        }
+        for i, truth in enumerate(names)
+    ]
+    return {
+        "title": "TRACER demo: robust fine-tuning on desktop icons",
+        "start": {"model": "tracer-demo", "pretrained": "icons.safetensors", "parameters": 4_812_345},
+        "domains": [
+            {"name": name, "kind": kind, "pictures": 512, "classes": 150, "chance": 1 / 150}
+            for name, kind, _ in DOMAINS
+        ],
+        "methods": methods,
+        "wise_ft": curve,
+        "examples": examples,
+        "settings": {"steps": steps, "batch_size": 128, "lr": 1e-4, "teacher": "wma", "classes": None},
+        "versions": {"torch": "2.14.1", "open_clip": "3.3.0"},
+        "machine": {"processor": "AMD EPYC", "cores": 2, "memory_gib": 24.0, "gpu": None},
+        "times": {"data": 0.42, "training": 247.3, "evaluation": 41.0, "total": 3601.0},
+    }
+
+
+class Page(HTMLParser):
+    """Cells by their data-cell name, visible text, and every attribute that could fetch something."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "input", "hr"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.cells: dict[str, str] = {}
+        self.values: dict[str, float] = {}
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self._open: list[str] = []
+        self._cell = ""
+        self.feed(page)
+        assert self._open == [], "every element is closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        known = {k: v or "" for k, v in attrs}
+        self.tags.append(tag)
+        self.links += [
+            known[k] for k in ("src", "href", "xlink:href", "srcset", "action", "data") if k in known
+        ]
+        self.ids += [known["id"]] if "id" in known else []
+        if tag == "td":
+            self._cell = known.get("data-cell", "")
+            if "data-value" in known:
+                self.values[self._cell] = float(known["data-value"])
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+        if tag == "td":
+            self._cell = ""
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "svg"} & set(self._open):
+            self.text += data
+        if self._cell:
+            self.cells[self._cell] = self.cells.get(self._cell, "") + data
+
+
+def read(results: dict[str, Any], folder: Path) -> Page:
+    return Page(report.write_report(results, folder / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Page]:
+    """A full report: its results, its text, its parsed page."""
+    folder = tmp_path_factory.mktemp("report")
+    results = sample_results(folder)
+    before = copy.deepcopy(results)
+    page = report.write_report(results, folder / "run" / "report.html").read_text(encoding="utf-8")
+    assert results == before, "the results are only read"
+    assert [p.name for p in (folder / "run").iterdir()] == ["report.html"], "no partial file stays"
+    return results, page, Page(page)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> dict[str, Any]:
+    """Results with two methods and no logs: quick to draw, for the cases that change one thing."""
+    results = sample_results(tmp_path, steps=2)
+    results["methods"] = [m for m in results["methods"] if m["key"] in ("zero-shot", "flyp")]
+    for method in results["methods"]:
+        for run in method["runs"]:
+            run.update(log=[], curve=[])
+    results.update(wise_ft=[], examples=[])
+    return results
+
+
+def test_every_table_number_equals_the_results(written: tuple[dict[str, Any], str, Page]) -> None:
+    results, _, page = written
+    shifted = [d["name"] for d in results["domains"] if d["kind"] == "shifted"]
+    start = results["methods"][0]["runs"][0]["eval"]
+    for table, what, source in (("accuracy",) * 2 + ("eval",), ("ece",) * 2 + ("eval",)):
+        for method in results["methods"]:
+            for column, names in {
+                "in-distribution": ["gnome"],
+                "shifted": shifted,
+                "mate": ["mate"],
+                **{name: [name] for name in shifted},
+            }.items():
+                seeds = [statistics.fmean(run[source][n][what] for n in names) for run in method["runs"]]
+                cell = f"{table}/{method['key']}/{column}"
+                mean = statistics.fmean(seeds)
+                assert page.values[cell] == pytest.approx(mean, abs=1e-12)
+                text = page.cells[cell].replace("−", "-")
+                numbers = [float(v) for v in re.findall(r"[+-]?\d+\.\d", text)]
+                expected = [100 * mean]
+                if len(seeds) > 1:
+                    change = mean - statistics.fmean(start[n][what] for n in names)
+                    expected += [100 * statistics.stdev(seeds), 100 * change]
+                assert numbers == pytest.approx(expected, abs=0.0501), cell
+    for run in results["methods"][3]["runs"]:
+        for domain, measured in run["eval"].items():
+            assert page.cells[f"run/wma/{run['seed']}/{domain}"] == f"{100 * measured['accuracy']:.1f}"
+    teacher = [run["teacher_eval"]["gnome"]["accuracy"] for run in results["methods"][2]["runs"]]
+    assert page.values["teacher/ema/in-distribution"] == pytest.approx(statistics.fmean(teacher))
+    assert "teacher/flyp/in-distribution" not in page.values, "a method without a teacher has no teacher row"
+
+
+def test_page_tells_where_it_comes_from(written: tuple[dict[str, Any], str, Page]) -> None:
+    results, _, page = written
+    for expected in (
+        results["title"], "tracer-demo", "4,812,345", "2.14.1", "AMD EPYC", "4 min 07 s", "1 h 00 min",
+        "0.42 s", "batch_size", "make demo", "Means over 3 seeds", "512 pictures, 150 classes", "standard error",
+    ):  # fmt: skip
+        assert expected in page.text.replace(report.NBSP, " "), expected
+    assert page.text.count("✓") + page.text.count("✗") == 6 * 5 + 2, (
+        "each prediction is marked, and the legend"
+    )
+    assert page.tags.count("img") == 6
+    assert page.tags.count("svg") >= 1 + 1 + 5 + 2 + 6 + 3  # trade-off, gap, bars, progress, terms, the rest
+
+
+def test_page_is_self_contained(written: tuple[dict[str, Any], str, Page]) -> None:
+    _, text, page = written
+    assert page.links, "figures refer to their own parts"
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
+    assert not {"script", "link", "iframe", "object", "base", "style"} & set(page.tags) - {"style"}
+    assert "http" not in text
+    assert "@import" not in text
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
+    assert len(page.ids) == len(set(page.ids)), "figures do not share ids"
+    missing = {link[1:] for link in page.links if link.startswith("#")} - set(page.ids)
+    assert not missing, missing
+
+
+def test_figures_take_their_colours_from_the_page(written: tuple[dict[str, Any], str, Page]) -> None:
+    _, text, _ = written
+    drawings = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    fixed = set(re.findall(r"#[0-9a-fA-F]{6}\b", drawings))
+    assert not fixed, f"{fixed} would not follow dark mode"
+    assert "var(--m3)" in drawings
+    assert "var(--ink)" in drawings
+
+
+def test_same_results_give_the_same_page(small: dict[str, Any], tmp_path: Path) -> None:
+    assert report.render(small, tmp_path) == report.render(small, tmp_path)
+
+
+@pytest.mark.parametrize("hostile", ["<script>alert('x')</script>", 'a & b "c" $x_1$ 文件夹'])
+def test_names_are_escaped(small: dict[str, Any], tmp_path: Path, hostile: str) -> None:
+    small["title"] = small["methods"][1]["name"] = small["domains"][2]["name"] = hostile
+    for method in small["methods"]:
+        for run in method["runs"]:
+            run["eval"][hostile] = run["eval"].pop("papirus")
+    icon = draw_icon(tmp_path / "icon.png", 1)
+    small["examples"] = [
+        {"image": icon.name, "domain": hostile, "truth": hostile, "predictions": {"flyp": [hostile, 0.5]}}
+    ]
+    page = read(small, tmp_path)
+    assert "script" not in page.tags
+    assert page.text.count(hostile) >= 6
+    assert page.tags.count("img") == 1, "a relative picture is found beside the page"
+
+
+def test_not_a_number_is_a_dash(small: dict[str, Any], tmp_path: Path) -> None:
+    plain = small["methods"][1]
+    for run, broken in zip(plain["runs"], (math.nan, None, math.inf), strict=True):
+        run["eval"]["papirus"] = {"accuracy": broken, "ece": broken}
+        run["log"] = [{"step": 1, "loss": math.nan, "relational": None}, {"step": 2, "loss": 1.0}]
+    plain["runs"][0]["eval"].pop("mate")  # a domain that was never evaluated
+    small["domains"][0]["chance"] = None
+    page = read(small, tmp_path)
+    assert page.cells["accuracy/flyp/papirus"] == "–"
+    assert page.cells["accuracy/flyp/shifted"] == "–", "a mean over an unknown value is unknown"
+    kept = [run["eval"]["mate"]["accuracy"] for run in plain["runs"][1:]]
+    assert page.values["accuracy/flyp/mate"] == pytest.approx(statistics.fmean(kept))
+    assert "nan" not in page.text.lower().split()
+
+
+def test_one_seed_has_no_spread_and_marks_nothing(tmp_path: Path) -> None:
+    results = sample_results(tmp_path, seeds=1, steps=6)
+    page = read(results, tmp_path)
+    assert "±" not in "".join(page.cells.values())
+    assert "best" not in "".join(page.cells.values())
+    assert "One seed" in page.text
+    assert "with one seed" in report.headline(report.summarise(results))
+
+
+def test_parts_that_are_absent_are_left_out(small: dict[str, Any], tmp_path: Path) -> None:
+    for key in ("wise_ft", "examples", "settings", "versions", "machine", "times", "start"):
+        small.pop(key)
+    page = read(small, tmp_path)
+    assert "Example pictures" not in page.text
+    assert "Teacher–student gap" not in page.text
+    assert page.values["accuracy/flyp/in-distribution"] > 0
+
+
+def test_only_the_training_domain(small: dict[str, Any], tmp_path: Path) -> None:
+    small["domains"] = small["domains"][:1]
+    page = read(small, tmp_path)
+    assert "in distribution" in report.headline(report.summarise(small))
+    assert set(page.values) == {
+        f"{t}/{m}/in-distribution" for t in ("accuracy", "ece") for m in ("zero-shot", "flyp")
+    }
+
+
+def test_unreadable_picture_is_named_missing(small: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    small["examples"] = [
+        {"image": str(tmp_path / name), "domain": "gnome", "truth": "folder", "predictions": {}}
+        for name in ("broken.png", "absent.png")
+    ]
+    page = read(small, tmp_path)
+    assert page.text.count("picture not found") == 2
+
+
+@pytest.mark.parametrize("missing", ["domains", "methods"])
+def test_empty_results_are_refused(small: dict[str, Any], tmp_path: Path, missing: str) -> None:
+    small[missing] = []
+    with pytest.raises(ValueError, match="nothing to report"):
+        report.write_report(small, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_failed_write_leaves_the_old_page(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.os, "replace", full)
+    with pytest.raises(UserError, match=r"report.html: cannot write the report \(No space left"):
+        report.write_report(small, path)
+    assert path.read_text() == "old"
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".html"] + [".png"] * 6
+
+
+# --- what the sentences claim -------------------------------------------------------------------
+
+
+def results_with(**accuracy: tuple[list[float], list[float]]) -> dict[str, Any]:
+    """Results from (in distribution, under shift) accuracies per seed."""
+    methods = []
+    for key, (home, away) in accuracy.items():
+        key = key.replace("_", "-")
+        runs = [
+            {"seed": None if key == "zero-shot" else i, "log": [],
+             "eval": {"home": {"accuracy": h, "ece": 0.1}, "away": {"accuracy": a, "ece": 0.1}}}
+            for i, (h, a) in enumerate(zip(home, away, strict=True))
+        ]  # fmt: skip
+        methods.append({"key": key, "name": key.upper(), "note": "", "runs": runs})
+    domains = [{"name": "home", "kind": "in-distribution"}, {"name": "away", "kind": "shifted"}]
+    return {"title": "t", "domains": domains, "methods": methods}
+
+
+def told(results: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    summary = report.summarise(results)
+    found = {topic: text.replace(report.NBSP, " ") for topic, text in report.findings(summary)}
+    return report.headline(summary).replace(report.NBSP, " "), found
+
+
+ZERO, PLAIN = ([0.4], [0.30]), ([0.55, 0.56], [0.25, 0.26])
+
+
+@pytest.mark.parametrize(
+    ("wma", "says"),
+    [
+        (([0.55, 0.56], [0.290, 0.292]), "WMA is the best fine-tuned model under shift: 29.1 ± 0.1 %"),
+        (([0.55, 0.56], [0.260, 0.261]), "No fine-tuned model is clearly ahead under shift: WMA is highest"),
+        (([0.55, 0.56], [0.201, 0.200]), "FLYP is the best fine-tuned model under shift: 25.5 ± 0.7 %"),
+    ],
+)
+def test_headline_names_the_winner_only_if_clear(wma: Any, says: str) -> None:
+    assert told(results_with(zero_shot=ZERO, flyp=PLAIN, wma=wma))[0].startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("plain", "wma", "says"),
+    [
+        ([0.25, 0.26], [0.28, 0.28], "Of the 4.5 points that FLYP loses, WMA keeps 2.5."),
+        ([0.25, 0.26], [0.31, 0.31], "Of the 4.5 points that FLYP loses, WMA keeps them all and gains 1.0."),
+        ([0.25, 0.26], [0.24, 0.24], "Of the 4.5 points that FLYP loses, WMA loses 1.5 more."),
+        ([0.25, 0.26], [0.26, 0.27], "Of the 4.5 points that FLYP loses, WMA keeps 1.0 (within the spread)."),
+        ([0.28, 0.31], [0.33, 0.33], "FLYP shows no clear loss; against it WMA +3.5."),
+        ([0.33, 0.33], [0.32, 0.32], "FLYP shows no clear loss; against it WMA −1.0."),
+    ],
+)
+def test_shift_sentence_follows_the_numbers(plain: list[float], wma: list[float], says: str) -> None:
+    home = [0.55, 0.56]
+    found = told(results_with(zero_shot=ZERO, flyp=(home, plain), wma=(home, wma)))[1]
+    assert found["Under shift"].endswith(says)
+
+
+def test_best_is_marked_only_beyond_the_spread() -> None:
+    stat = report.Stat.of
+    assert report.best_of([stat([0.5, 0.51]), stat([0.53, 0.54]), stat([0.4], exact=True)]) == 1
+    assert report.best_of([stat([0.5, 0.53]), stat([0.52, 0.54])]) is None, "ranges overlap"
+    assert report.best_of([stat([0.5]), stat([0.6])]) is None, "one seed: spread unknown"
+    assert report.best_of([stat([0.2, 0.21]), stat([0.1, 0.11])], lower_is_better=True) == 1
+    assert report.best_of([stat([0.5, 0.51]), stat([math.nan])]) is None, "nothing to be better than"
+
+
+@pytest.mark.parametrize(
+    ("ema", "wma", "verdict"),
+    [
+        (lambda t: math.exp(-8 * t), lambda t: 1.0, "is what this run shows."),
+        (lambda t: 1.0, lambda t: 1.0, "is not what this run shows: EMA's does not collapse."),
+        (lambda t: math.exp(-8 * t), lambda t: math.exp(-6 * t),
+         "is not what this run shows: WMA's collapses too."),
+    ],
+)  # fmt: skip
+def test_gap_sentence_follows_the_logs(ema: Any, wma: Any, verdict: str) -> None:
+    results = results_with(zero_shot=ZERO, flyp=PLAIN, ema=PLAIN, wma=PLAIN)
+    for method, gap in zip(results["methods"][2:], (ema, wma), strict=True):
+        for run in method["runs"]:
+            run["log"] = [{"step": 1, "relational": 0.0}]  # teacher and student start equal
+            run["log"] += [{"step": s, "relational": 0.02 * gap(s / 300)} for s in range(2, 301)]
+    assert told(results)[1]["Teacher–student gap"].endswith(verdict)
+
+
+def test_gap_prefers_the_measured_kl_to_the_term() -> None:
+    record = {"relational": 0.0, "pair/image_to_text/kl": 0.2, "pair/text_to_image/kl": 0.4}
+    assert report.gap_of(record) == pytest.approx(0.3)
+    assert report.gap_of({"relational": 0.5}) == 0.5
+    assert math.isnan(report.gap_of({"loss": 1.0}))
+
+
+def test_long_logs_are_averaged_not_cut() -> None:
+    results = results_with(flyp=([0.5, 0.5], [0.5, 0.5]))
+    runs = results["methods"][0]["runs"]
+    for seed, run in enumerate(runs):
+        run["log"] = [{"step": s, "loss": s + seed} for s in range(1, 1001)]
+    runs[1]["log"] = runs[1]["log"][:500]  # one run was stopped half-way
+    (curve,) = report.curves_of(report.summarise(results), lambda r: report.number(r.get("loss")))
+    assert len(curve.steps) == 100
+    assert (curve.steps[0], curve.mean[0], curve.low[0], curve.high[0]) == (5.5, 6.0, 5.5, 6.5)
+    assert (curve.mean[-1], curve.low[-1], curve.high[-1]) == (995.5, 995.5, 995.5)
+
+
+# --- the terminal -------------------------------------------------------------------------------
+
+
+def test_printed_table_equals_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = sample_results(tmp_path, steps=2)
+    report.print_table(results)
+    out = capsys.readouterr().out
+    for method in results["methods"]:
+        (line,) = [row for row in out.splitlines() if row.strip().startswith(method["name"] + "  ")]
+        numbers = [float(v) for v in re.findall(r"\d+\.\d", line)]
+        for domain in ("gnome", "numix"):  # the first and the last column
+            seeds = [100 * run["eval"][domain]["accuracy"] for run in method["runs"]]
+            assert round(statistics.fmean(seeds), 1) in numbers
+    assert "papirus" in out
+    assert "Chance" in out
+    assert " ".join(report.headline(report.summarise(results)).split()) in " ".join(out.split())
+
+
+def test_printed_table_survives_an_ascii_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = sample_results(tmp_path, steps=2)
+    results["methods"][1]["name"] = "FLYP 文"
+    with (tmp_path / "out.txt").open("w", encoding="ascii") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        report.print_table(results)
+    text = (tmp_path / "out.txt").read_text()
+    assert "+/-" in text
+    assert "FLYP ?" in text
