@@ -51,18 +51,17 @@ from ._triton import device_guard, require_device, tl, triton
 # logits; s: student; t: teacher; x: the cross logits, a along rows and b along columns; eˢ: 2^(s − max s).
 # fmt: off
 (
-    Z_MAX, Z_SUM,  # max z, Σ eᶻ
-    S_MAX, S_SUM,  # the same of s; without a margin s is z, and z's stand in
+    Z_MAX, Z_SUM, Z_POSITIVE, Z_NEGATIVE,  # max z, Σ eᶻ, Σ_P s, Σ_¬P s (only with smoothing)
+    S_MAX, S_SUM,  # max s, Σ eˢ; without a margin s is z, and z's stand in
     S_SELF, S_HIT, S_ARG,  # diagnostics: Σ eˢ s, Σ_P eˢ, the first argmax
     T_MAX, T_SUM, T_SELF, T_HIT, T_ARG,  # the same of the teacher
     T_MINUS_S, T_MINUS_X,  # Σ eᵗ (t − s), Σ eᵗ (t − x)
-    X_MAX, X_SUM,
-    Z_POSITIVE, Z_NEGATIVE, X_POSITIVE,  # Σ_P z, Σ_¬P z (only with smoothing), Σ_P x
+    X_MAX, X_SUM, X_POSITIVE,
     COUNT,  # |P|; without labels it is known to be 1
 ) = STATISTICS = tuple(tl.constexpr(i) for i in range(20))
 # fmt: on
 # How each merges: M maximum, S sum relative to the last maximum before it, I index of that maximum, P plain sum.
-KINDS = tl.constexpr("MS" "MS" "SSI" "MSSSI" "SS" "MS" "PPP" "P")
+KINDS = tl.constexpr("MSPP" "MSSSI" "MSSSISS" "MSP" "P")
 STATISTICS_IN_ALL = tl.constexpr(len(STATISTICS))
 
 # Rows of the saved statistics: log-sum-exps (base 2) of z, s, t, x, and the number of positives.
@@ -88,24 +87,23 @@ def _empty_state(LENGTH: tl.constexpr):
 
 
 @triton.jit
-def _load_state(ptr, stride, mask, SLOTS: tl.constexpr, LENGTH: tl.constexpr):
-    """State at ``ptr`` [LENGTH] + slot · stride; empty where masked off."""
+def _load_state(ptr, stride, inside, SLOTS: tl.constexpr, LENGTH: tl.constexpr):
+    """State of LENGTH rows or columns at ``ptr`` [LENGTH] + slot · stride."""
     state = ()
     for i in tl.static_range(STATISTICS_IN_ALL):
-        if SLOTS[i] < 0:
-            state += (tl.zeros([LENGTH], tl.float32),)
-        elif KINDS[i] == "M":
-            state += (tl.load(ptr + SLOTS[i] * stride, mask=mask, other=OUTSIDE),)
+        if SLOTS[i] >= 0:
+            state += (tl.load(ptr + SLOTS[i] * stride, mask=inside, other=0.0),)
         else:
-            state += (tl.load(ptr + SLOTS[i] * stride, mask=mask, other=0.0),)
+            state += (tl.zeros([LENGTH], tl.float32),)
     return state
 
 
 @triton.jit
-def _store_state(ptr, stride, state, mask, SLOTS: tl.constexpr):
-    for i in tl.static_range(STATISTICS_IN_ALL):
-        if SLOTS[i] >= 0:
-            tl.store(ptr + SLOTS[i] * stride, state[i], mask=mask)
+def _store_state(ptr, stride, state, inside, SLOTS: tl.constexpr, FIRST: tl.constexpr):
+    """Store the statistics from FIRST on that ``state`` holds."""
+    for i in tl.static_range(len(state)):
+        if SLOTS[FIRST + i] >= 0:
+            tl.store(ptr + SLOTS[FIRST + i] * stride, state[i], mask=inside)
 
 
 @triton.jit
@@ -146,52 +144,76 @@ def _first(b_x, top, offs, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _summarise(b_z, b_s, b_t, b_x, b_positive, b_valid, offs, SLOTS: tl.constexpr, AXIS: tl.constexpr):
-    """State of one tile's logits along ``AXIS``; ``offs`` are the indices along that axis."""
-    zero = tl.zeros([b_valid.shape[1 - AXIS]], tl.float32)
+def _summarise(
+    b_s, b_t, b_x, b_positive,  # dot products [BLOCK_N, BLOCK_M], 0 outside the matrix
+    scale, teacher_scale, shift,  # to logits in base 2; margin on the negatives
+    offs, inside,  # index along AXIS, and whether it is inside the matrix
+    park_ptr, stride, parked,  # where the state goes, if AXIS is 0
+    SLOTS: tl.constexpr, MARGIN: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """State of one tile's logits along ``AXIS``: 1 returns that of its rows, 0 stores that of its columns.
+
+    A column's statistics are spread over all warps: each group is stored as soon as it is known, so
+    that it doesn't occupy registers in every thread.
+    """
+    zero = tl.zeros([b_s.shape[1 - AXIS]], tl.float32)
     z_max, z_sum, z_positive, z_negative = zero, zero, zero, zero
     s_max, s_sum, s_self, s_hit, s_arg = zero, zero, zero, zero, zero
     t_max, t_sum, t_self, t_hit, t_arg = zero, zero, zero, zero, zero
     t_minus_s, t_minus_x, x_max, x_sum, x_positive, count = zero, zero, zero, zero, zero, zero
+    pad = tl.expand_dims(tl.where(inside, 0.0, OUTSIDE), 1 - AXIS)
 
     # 1. Contrastive logits.
     if SLOTS[Z_MAX] >= 0:
+        b_z = b_s * scale + pad
+        if MARGIN:
+            b_z += tl.where(b_positive, 0.0, shift)
         z_max, z_sum, b_e = _softmax(b_z, AXIS)
-        z_positive = tl.sum(tl.where(b_positive, b_z, 0.0), AXIS)
+        z_positive = tl.sum(tl.where(b_positive, b_s, 0.0), AXIS) * scale
     if SLOTS[Z_NEGATIVE] >= 0:
-        z_negative = tl.sum(tl.where(b_positive | ~b_valid, 0.0, b_z), AXIS)
+        z_negative = tl.sum(tl.where(b_positive, 0.0, b_s), AXIS) * scale
+    contrastive = (z_max, z_sum, z_positive, z_negative)
+    if AXIS == 0:
+        _store_state(park_ptr, stride, contrastive, parked, SLOTS, Z_MAX)
 
     # 2. Student logits, where they are not the contrastive ones anyway.
     if SLOTS[S_MAX] >= 0:
-        s_max, s_sum, b_e = _softmax(b_s, AXIS)
+        s_max, s_sum, b_e = _softmax(b_s * scale + pad, AXIS)
     if SLOTS[S_SELF] >= 0:
-        s_self = tl.sum(b_e * b_s, AXIS)
+        s_self = tl.sum(b_e * b_s, AXIS) * scale
         s_hit = tl.sum(tl.where(b_positive, b_e, 0.0), AXIS)
-        s_arg = _first(b_s, s_max if SLOTS[S_MAX] >= 0 else z_max, offs, AXIS)
+        s_arg = _first(b_s * scale + pad, s_max if SLOTS[S_MAX] >= 0 else z_max, offs, AXIS)
+    student = (s_max, s_sum, s_self, s_hit, s_arg)
+    if AXIS == 0:
+        _store_state(park_ptr, stride, student, parked, SLOTS, S_MAX)
 
-    # 3. Teacher logits, and the student's and the cross logits as the teacher weighs them.
+    # 3. Teacher logits, and how far the student and the cross logits lie below, weighed by the teacher.
     if SLOTS[T_MAX] >= 0:
-        t_max, t_sum, b_e = _softmax(b_t, AXIS)
-        if SLOTS[T_SELF] >= 0:
-            t_self = tl.sum(b_e * b_t, AXIS)
-            t_hit = tl.sum(tl.where(b_positive, b_e, 0.0), AXIS)
-            t_arg = _first(b_t, t_max, offs, AXIS)
-        if SLOTS[T_MINUS_S] >= 0:
-            t_minus_s = tl.sum(b_e * (b_t - b_s), AXIS)
-        if SLOTS[T_MINUS_X] >= 0:
-            t_minus_x = tl.sum(b_e * (b_t - b_x), AXIS)
-
-    # 4. Cross logits.
-    if SLOTS[X_MAX] >= 0:
-        x_max, x_sum, b_e = _softmax(b_x, AXIS)
-    if SLOTS[X_POSITIVE] >= 0:
-        x_positive = tl.sum(tl.where(b_positive, b_x, 0.0), AXIS)
-    if SLOTS[COUNT] >= 0:
-        count = tl.sum(b_positive.to(tl.float32), AXIS)
-
-    student = (z_max, z_sum, s_max, s_sum, s_self, s_hit, s_arg)
+        t_max, t_sum, b_e = _softmax(b_t * teacher_scale + pad, AXIS)
+    if SLOTS[T_SELF] >= 0:
+        t_self = tl.sum(b_e * b_t, AXIS) * teacher_scale
+        t_hit = tl.sum(tl.where(b_positive, b_e, 0.0), AXIS)
+        t_arg = _first(b_t * teacher_scale + pad, t_max, offs, AXIS)
+    if SLOTS[T_MINUS_S] >= 0:
+        t_minus_s = tl.sum(b_e * (b_t * teacher_scale - b_s * scale), AXIS)
+    if SLOTS[T_MINUS_X] >= 0:
+        t_minus_x = tl.sum(b_e * (b_t * teacher_scale - b_x * scale), AXIS)
     teacher = (t_max, t_sum, t_self, t_hit, t_arg, t_minus_s, t_minus_x)
-    return student + teacher + (x_max, x_sum, z_positive, z_negative, x_positive, count)
+    if AXIS == 0:
+        _store_state(park_ptr, stride, teacher, parked, SLOTS, T_MAX)
+
+    # 4. Cross logits, and the number of positives.
+    if SLOTS[X_MAX] >= 0:
+        x_max, x_sum, b_e = _softmax(b_x * scale + pad, AXIS)
+    if SLOTS[X_POSITIVE] >= 0:
+        x_positive = tl.sum(tl.where(b_positive, b_x, 0.0), AXIS) * scale
+    if SLOTS[COUNT] >= 0:
+        ones = tl.expand_dims(tl.where(inside, 1.0, 0.0), 1 - AXIS)
+        count = tl.sum(tl.where(b_positive, ones, 0.0), AXIS)
+    crossed = (x_max, x_sum, x_positive, count)
+    if AXIS == 0:
+        _store_state(park_ptr, stride, crossed, parked, SLOTS, X_MAX)
+    return contrastive + student + teacher + crossed
 
 
 # --------------------------------------------------------------------------------------------------
@@ -240,16 +262,14 @@ def _dots(
 
 
 @triton.jit
-def _pairs(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS: tl.constexpr):
-    """Which pairs of a tile are inside the matrix, and which of those are positives."""
-    b_valid = (offs_n < N)[:, None] & (offs_m < M)[None, :]
+def _positives(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS: tl.constexpr):
+    """Which pairs of a tile are positives; outside the matrix the answer means nothing."""
     if LABELS:
         row_label = tl.load(labels_ptr + offs_n, mask=offs_n < N, other=0)  # [BLOCK_N]
         col_label = tl.load(text_labels_ptr + offs_m, mask=offs_m < M, other=0)  # [BLOCK_M]
-        b_positive = b_valid & (row_label[:, None] == col_label[None, :])
+        return row_label[:, None] == col_label[None, :]
     else:
-        b_positive = b_valid & (offs_n[:, None] == offs_m[None, :])
-    return b_valid, b_positive
+        return offs_n[:, None] == offs_m[None, :]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -262,56 +282,68 @@ def _forward_kernel(
     image_ptr, text_ptr, scale_ptr,  # [N, D], [M, D], []
     teacher_image_ptr, teacher_text_ptr, teacher_scale_ptr,  # [N, D], [M, D], [], or None
     labels_ptr, text_labels_ptr,  # [N], [M], or None
-    row_partial_ptr, col_partial_ptr,  # [grid 1, K, N], [grid 0, K, M]
+    row_partial_ptr, col_partial_ptr, parked_ptr,  # [grid 1, K, N], [grid 0, K, M] twice
     margin, N, M, rows, cols,  # rows, cols: size of a program's rectangle, in whole tiles
     K: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, LABELS: tl.constexpr, MARGIN: tl.constexpr,
     USE_S: tl.constexpr, USE_X: tl.constexpr, USE_T: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     # 1. The rectangle, and where its partial statistics go.
     first_row, first_col = tl.program_id(0) * rows, tl.program_id(1) * cols
+    last_row, last_col = tl.minimum(first_row + rows, N), tl.minimum(first_col + cols, M)
     row_partial_ptr += tl.program_id(1).to(tl.int64) * K * N
     col_partial_ptr += tl.program_id(0).to(tl.int64) * K * M
+    parked_ptr += tl.program_id(0).to(tl.int64) * K * M
 
     # 2. Scales into base 2.
     scale = tl.load(scale_ptr) * LOG2E
     teacher_scale = scale
     if USE_T:
         teacher_scale = tl.load(teacher_scale_ptr) * LOG2E
+    shift = margin * scale
 
-    for row in range(first_row, tl.minimum(first_row + rows, N), BLOCK_N):
+    for row in range(first_row, last_row, BLOCK_N):
         offs_n = row + tl.arange(0, BLOCK_N)
         row_state = _empty_state(BLOCK_N)
+        # The first row of tiles founds the column statistics, later ones park theirs to be merged.
+        if row == first_row:
+            park_ptr = col_partial_ptr
+        else:
+            park_ptr = parked_ptr
 
-        for col in range(first_col, tl.minimum(first_col + cols, M), BLOCK_M):
+        for col in range(first_col, last_col, BLOCK_M):
             offs_m = col + tl.arange(0, BLOCK_M)
 
-            # 3. The logit tiles.
+            # 3. The dot products and the positives of a tile.
             b_s, b_a, b_b, b_t = _dots(
                 image_ptr, text_ptr, teacher_image_ptr, teacher_text_ptr, offs_n, offs_m, N, M,
                 D, USE_S, USE_X, USE_X, USE_T, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
             )  # fmt: skip
-            b_valid, b_positive = _pairs(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS)
-            b_s = tl.where(b_valid, b_s * scale, OUTSIDE)
-            b_a = tl.where(b_valid, b_a * scale, OUTSIDE)
-            b_b = tl.where(b_valid, b_b * scale, OUTSIDE)
-            b_t = tl.where(b_valid, b_t * teacher_scale, OUTSIDE)
-            b_z = b_s
-            if MARGIN:
-                b_z = b_s + tl.where(b_positive, 0.0, margin * scale)
+            b_positive = _positives(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS)
 
             # 4. Rows: merge into registers.
-            tile = _summarise(b_z, b_s, b_t, b_a, b_positive, b_valid, offs_m, SLOTS, 1)
+            tile = _summarise(
+                b_s, b_t, b_a, b_positive, scale, teacher_scale, shift, offs_m, offs_m < M,
+                None, M, None, SLOTS, MARGIN, 1,
+            )  # fmt: skip
             row_state = _merge(row_state, tile, SLOTS)
 
-            # 5. Columns: merge into this program's part of the scratch, which its first visit fills.
-            tile = _summarise(b_z, b_s, b_t, b_b, b_positive, b_valid, offs_n, SLOTS, 0)
-            inside = offs_m < M
-            seen = _load_state(col_partial_ptr + offs_m, M, inside & (row > first_row), SLOTS, BLOCK_M)
-            _store_state(col_partial_ptr + offs_m, M, _merge(seen, tile, SLOTS), inside, SLOTS)
+            # 5. Columns: store, in this program's part of the scratch.
+            _summarise(
+                b_s, b_t, b_b, b_positive, scale, teacher_scale, shift, offs_n, offs_n < N,
+                park_ptr + offs_m, M, offs_m < M, SLOTS, MARGIN, 0,
+            )  # fmt: skip
+        _store_state(row_partial_ptr + offs_n, N, row_state, offs_n < N, SLOTS, Z_MAX)
 
-        _store_state(row_partial_ptr + offs_n, N, row_state, offs_n < N, SLOTS)
-        # The next row of tiles reads what other threads of this program have just stored.
+        # 6. Merge what this row of tiles has parked, between barriers: other threads wrote it.
+        if row > first_row:
+            tl.debug_barrier()
+            for col in range(first_col, last_col, MERGE):
+                offs = col + tl.arange(0, MERGE)
+                inside = offs < last_col
+                seen = _load_state(col_partial_ptr + offs, M, inside, SLOTS, MERGE)
+                new = _load_state(parked_ptr + offs, M, inside, SLOTS, MERGE)
+                _store_state(col_partial_ptr + offs, M, _merge(seen, new, SLOTS), inside, SLOTS, Z_MAX)
         tl.debug_barrier()
 
 
@@ -332,13 +364,14 @@ def _same_label(own_ptr, other_ptr, offs, found, inside, LABELS: tl.constexpr):
     return hit.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["smoothing", "N", "M", "row_groups", "col_groups"])
+@triton.jit(do_not_specialize=["margin", "smoothing", "N", "M", "row_groups", "col_groups"])
 def _combine_kernel(
     row_partial_ptr, col_partial_ptr,  # [row_groups, K, N], [col_groups, K, M]
     labels_ptr, text_labels_ptr,  # [N], [M], or None
+    scale_ptr,  # []
     row_stats_ptr, col_stats_ptr,  # [STAT_ROWS, N], [STAT_ROWS, M]
     sums_ptr,  # [2, grid 0, WIDTH], zeros: per block of rows (0) or columns (1) its share of every output
-    smoothing, N, M, row_groups, col_groups,
+    margin, smoothing, N, M, row_groups, col_groups,
     K: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, LABELS: tl.constexpr,
     CONTRASTIVE: tl.constexpr, RELATIONAL: tl.constexpr, INTERACTIVE: tl.constexpr, CROSS: tl.constexpr,
     SMOOTHING: tl.constexpr, STATS: tl.constexpr, BLOCK: tl.constexpr,
@@ -391,7 +424,8 @@ def _combine_kernel(
         target = state[Z_POSITIVE] / count  # 0/0 = NaN for a row without any positive
         if SMOOTHING:
             negatives = others - count
-            soft = (1 - smoothing) * target + smoothing * state[Z_NEGATIVE] / negatives
+            shift = margin * tl.load(scale_ptr) * LOG2E
+            soft = (1 - smoothing) * target + smoothing * (state[Z_NEGATIVE] / negatives + shift)
             target = tl.where(negatives == 0, target, soft)
         tl.store(sums_ptr + 0, _total(lse_z - target, weight))
     if RELATIONAL:
@@ -431,7 +465,7 @@ def _combine_kernel(
 
 @triton.jit
 def _target_weights(count, others, weight, smoothing, SMOOTHING: tl.constexpr):
-    """Target q of a positive and of a negative in rows with ``count`` positives, times ``weight``.
+    """Target q of a positive and of a negative beside ``count`` positives of ``others``, times ``weight``.
 
     NaN for rows without any positive, as in the forward pass.
     """
@@ -445,11 +479,11 @@ def _target_weights(count, others, weight, smoothing, SMOOTHING: tl.constexpr):
 
 
 @triton.jit
-def _pair_target(b_positive, row_positive, row_negative, col_positive, col_negative):
-    """Sum of a pair's row target and column target [BLOCK_N, BLOCK_M]."""
-    b_hit = row_positive[:, None] + col_positive[None, :]
-    b_miss = row_negative[:, None] + col_negative[None, :]
-    return tl.where(b_positive, b_hit, b_miss)
+def _store_strip(ptr, stride, b_x, rows, cols, row_inside, col_inside):
+    """Store a gradient tile in the strip's dtype, if there is a strip for it."""
+    if ptr is not None:
+        offs = rows.to(tl.int64)[:, None] * stride + cols[None, :]
+        tl.store(ptr + offs, b_x.to(ptr.dtype.element_ty), mask=row_inside[:, None] & col_inside[None, :])
 
 
 @triton.jit(do_not_specialize=["margin", "smoothing", "N", "M", "first", "last", "rows", "cols"])
@@ -464,7 +498,7 @@ def _backward_kernel(
     margin, smoothing, N, M, first, last, rows, cols,  # the strip's rows; size of a rectangle
     D: tl.constexpr, LABELS: tl.constexpr, MARGIN: tl.constexpr, SMOOTHING: tl.constexpr,
     CONTRASTIVE: tl.constexpr, RELATIONAL: tl.constexpr, INTERACTIVE: tl.constexpr, CROSS: tl.constexpr,
-    USE_S: tl.constexpr, USE_A: tl.constexpr, USE_B: tl.constexpr, USE_T: tl.constexpr,
+    USE_S: tl.constexpr, USE_A: tl.constexpr, USE_B: tl.constexpr, USE_T: tl.constexpr, D_SCALE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # 1. The rectangle of this program within the strip.
@@ -484,6 +518,7 @@ def _backward_kernel(
     g_relational /= largest
     g_interactive /= largest
     g_cross /= largest
+    g_crossed = (g_interactive if INTERACTIVE else 0.0) + (g_cross if CROSS else 0.0)
 
     # 3. Rows are averaged over N, columns over M: both relative to the smaller of the two.
     row_weight = tl.minimum(N, M).to(tl.float32) / N
@@ -500,80 +535,86 @@ def _backward_kernel(
         for col in range(first_col, tl.minimum(first_col + cols, M), BLOCK_M):
             offs_m = col + tl.arange(0, BLOCK_M)
 
-            # 4. The dot-product tiles and what is known about their rows and columns.
+            # 4. The dot products of a tile and what is known about its rows and columns.
             b_s, b_a, b_b, b_t = _dots(
                 image_ptr, text_ptr, teacher_image_ptr, teacher_text_ptr, offs_n, offs_m, N, M,
                 D, USE_S, USE_A, USE_B, USE_T, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
             )  # fmt: skip
-            b_valid, b_positive = _pairs(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS)
-            b_valid &= (offs_n < last)[:, None]
+            b_positive = _positives(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS)
+            row_inside, col_inside = offs_n < last, offs_m < M
             row_ptr, col_ptr = row_stats_ptr + offs_n, col_stats_ptr + offs_m
-            row_count = tl.load(row_ptr + POSITIVES * N, mask=offs_n < N, other=1.0)  # [BLOCK_N]
-            col_count = tl.load(col_ptr + POSITIVES * M, mask=offs_m < M, other=1.0)  # [BLOCK_M]
+            row_count = tl.load(row_ptr + POSITIVES * N, mask=row_inside, other=1.0)  # [BLOCK_N]
+            col_count = tl.load(col_ptr + POSITIVES * M, mask=col_inside, other=1.0)  # [BLOCK_M]
+            d_row = tl.zeros([BLOCK_N], tl.float32)
             b_ds = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            b_da = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            b_db = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
 
-            # 5. Contrastive: softmax minus target, along rows and along columns.
+            # 5. Along rows: interactive and cross act on a, relational on s.
+            if USE_T:
+                lse = tl.load(row_ptr + LSE_T * N, mask=row_inside, other=0.0)
+                b_p = row_weight * tl.exp2(b_t * teacher_scale - lse[:, None])
+                if RELATIONAL:
+                    b_ds -= g_relational * b_p
+            if USE_A:
+                b_da = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                if CROSS:
+                    b_da -= g_cross * b_p
+                lse = tl.load(row_ptr + LSE_X * N, mask=row_inside, other=0.0)
+                b_da += g_crossed * row_weight * tl.exp2(b_a * scale - lse[:, None])
+                if INTERACTIVE:
+                    hit, miss = _target_weights(row_count, M, g_interactive * row_weight, 0.0, False)
+                    b_da -= tl.where(b_positive, hit[:, None], miss[:, None])
+                if D_SCALE:
+                    d_row += tl.sum(tl.where(col_inside[None, :], b_da * b_a, 0.0), 1)
+                _store_strip(da_ptr, stride, b_da, offs_n - first, offs_m, row_inside, col_inside)
+
+            # 6. Along columns: the same on b and s.
+            if USE_T:
+                lse = tl.load(col_ptr + LSE_T * M, mask=col_inside, other=0.0)
+                b_p = col_weight * tl.exp2(b_t * teacher_scale - lse[None, :])
+                if RELATIONAL:
+                    b_ds -= g_relational * b_p
+            if USE_B:
+                b_db = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                if CROSS:
+                    b_db -= g_cross * b_p
+                lse = tl.load(col_ptr + LSE_X * M, mask=col_inside, other=0.0)
+                b_db += g_crossed * col_weight * tl.exp2(b_b * scale - lse[None, :])
+                if INTERACTIVE:
+                    hit, miss = _target_weights(col_count, N, g_interactive * col_weight, 0.0, False)
+                    b_db -= tl.where(b_positive, hit[None, :], miss[None, :])
+                if D_SCALE:
+                    d_row += tl.sum(tl.where(col_inside[None, :], b_db * b_b, 0.0), 1)
+                _store_strip(db_ptr, stride, b_db, offs_n - first, offs_m, row_inside, col_inside)
+
+            # 7. The student's softmaxes of the relational and the contrastive term, the latter's targets.
+            if RELATIONAL:
+                lse = tl.load(row_ptr + LSE_S * N, mask=row_inside, other=0.0)
+                b_ds += g_relational * row_weight * tl.exp2(b_s * scale - lse[:, None])
+                lse = tl.load(col_ptr + LSE_S * M, mask=col_inside, other=0.0)
+                b_ds += g_relational * col_weight * tl.exp2(b_s * scale - lse[None, :])
             if CONTRASTIVE:
-                row_lse = tl.load(row_ptr + LSE_Z * N, mask=offs_n < N, other=0.0)
-                col_lse = tl.load(col_ptr + LSE_Z * M, mask=offs_m < M, other=0.0)
                 b_z = b_s * scale
                 if MARGIN:
                     b_z += tl.where(b_positive, 0.0, shift)
-                b_ds = row_weight * tl.exp2(b_z - row_lse[:, None]) + col_weight * tl.exp2(b_z - col_lse[None, :])
-                row_hit, row_miss = _target_weights(row_count, M, row_weight, smoothing, SMOOTHING)
-                col_hit, col_miss = _target_weights(col_count, N, col_weight, smoothing, SMOOTHING)
-                b_ds = g_contrastive * (b_ds - _pair_target(b_positive, row_hit, row_miss, col_hit, col_miss))
-                if MARGIN and d_scale_ptr is not None:  # ∂z/∂σ = u·v + δ on negatives: here the δ
-                    d_scale += tl.sum(tl.where(b_positive | ~b_valid, 0.0, b_ds * margin), 1)
+                lse = tl.load(row_ptr + LSE_Z * N, mask=row_inside, other=0.0)
+                b_dz = g_contrastive * row_weight * tl.exp2(b_z - lse[:, None])
+                lse = tl.load(col_ptr + LSE_Z * M, mask=col_inside, other=0.0)
+                b_dz += g_contrastive * col_weight * tl.exp2(b_z - lse[None, :])
+                hit, miss = _target_weights(row_count, M, g_contrastive * row_weight, smoothing, SMOOTHING)
+                b_dz -= tl.where(b_positive, hit[:, None], miss[:, None])
+                hit, miss = _target_weights(col_count, N, g_contrastive * col_weight, smoothing, SMOOTHING)
+                b_dz -= tl.where(b_positive, hit[None, :], miss[None, :])
+                if D_SCALE and MARGIN:  # ∂z/∂σ = u·v + δ on negatives: here the δ
+                    b_miss = tl.where(b_positive, 0.0, b_dz)
+                    d_row += margin * tl.sum(tl.where(col_inside[None, :], b_miss, 0.0), 1)
+                b_ds += b_dz
+            if USE_S:
+                if D_SCALE:
+                    d_row += tl.sum(tl.where(col_inside[None, :], b_ds * b_s, 0.0), 1)
+                _store_strip(ds_ptr, stride, b_ds, offs_n - first, offs_m, row_inside, col_inside)
+            d_scale += tl.where(row_inside, d_row, 0.0)
 
-            # 6. The teacher's probabilities, shared by the terms that follow it.
-            if USE_T:
-                row_lse = tl.load(row_ptr + LSE_T * N, mask=offs_n < N, other=0.0)
-                col_lse = tl.load(col_ptr + LSE_T * M, mask=offs_m < M, other=0.0)
-                b_row_t = row_weight * tl.exp2(b_t * teacher_scale - row_lse[:, None])
-                b_col_t = col_weight * tl.exp2(b_t * teacher_scale - col_lse[None, :])
-
-            # 7. Relational: the student's softmax minus the teacher's.
-            if RELATIONAL:
-                row_lse = tl.load(row_ptr + LSE_S * N, mask=offs_n < N, other=0.0)
-                col_lse = tl.load(col_ptr + LSE_S * M, mask=offs_m < M, other=0.0)
-                b_p = row_weight * tl.exp2(b_s * scale - row_lse[:, None])
-                b_p += col_weight * tl.exp2(b_s * scale - col_lse[None, :])
-                b_ds += g_relational * (b_p - b_row_t - b_col_t)
-
-            # 8. Interactive and cross: rows of a, columns of b.
-            if USE_A:
-                row_lse = tl.load(row_ptr + LSE_X * N, mask=offs_n < N, other=0.0)
-                b_p = row_weight * tl.exp2(b_a * scale - row_lse[:, None])
-                if INTERACTIVE:
-                    hit, miss = _target_weights(row_count, M, row_weight, smoothing, False)
-                    b_da += g_interactive * (b_p - tl.where(b_positive, hit[:, None], miss[:, None]))
-                if CROSS:
-                    b_da += g_cross * (b_p - b_row_t)
-            if USE_B:
-                col_lse = tl.load(col_ptr + LSE_X * M, mask=offs_m < M, other=0.0)
-                b_p = col_weight * tl.exp2(b_b * scale - col_lse[None, :])
-                if INTERACTIVE:
-                    hit, miss = _target_weights(col_count, N, col_weight, smoothing, False)
-                    b_db += g_interactive * (b_p - tl.where(b_positive, hit[None, :], miss[None, :]))
-                if CROSS:
-                    b_db += g_cross * (b_p - b_col_t)
-
-            # 9. To the strip, in the inputs' dtype; ∂L/∂σ stays here.
-            strip = (offs_n - first).to(tl.int64)[:, None] * stride + offs_m[None, :]
-            if ds_ptr is not None:
-                tl.store(ds_ptr + strip, b_ds.to(ds_ptr.dtype.element_ty), mask=b_valid)
-            if da_ptr is not None:
-                tl.store(da_ptr + strip, b_da.to(da_ptr.dtype.element_ty), mask=b_valid)
-            if db_ptr is not None:
-                tl.store(db_ptr + strip, b_db.to(db_ptr.dtype.element_ty), mask=b_valid)
-            if d_scale_ptr is not None:
-                b_d = b_ds * b_s + b_da * b_a + b_db * b_b
-                d_scale += tl.sum(tl.where(b_valid, b_d, 0.0), 1)
-
-    if d_scale_ptr is not None:
+    if D_SCALE:
         program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         tl.store(d_scale_ptr + program, tl.sum(d_scale, 0))
 
@@ -701,7 +742,6 @@ def forward(
     operands = _operands(
         image, text, logit_scale, labels, text_labels, teacher_image, teacher_text, teacher_scale
     )
-    labelled = operands[-2:]
 
     # 1. One walk over the logits.
     if tile is None:
@@ -710,12 +750,14 @@ def forward(
     grid = (triton.cdiv(N, rows), triton.cdiv(M, cols))
     row_partial = image.new_empty((grid[1], K, N), dtype=torch.float32)
     col_partial = image.new_empty((grid[0], K, M), dtype=torch.float32)
+    parked = torch.empty_like(col_partial) if rows > tile.block_n else col_partial
     with device_guard(image):
         _launch(
-            _forward_kernel, grid, (*operands, row_partial, col_partial, float(margin), N, M, rows, cols), tile,
+            _forward_kernel, grid, (*operands, row_partial, col_partial, parked, float(margin), N, M, rows, cols), tile,
             K=K, SLOTS=slots, D=D, LABELS=flags.labels, MARGIN=flags.margin, USE_S=use_s, USE_X=flags.crossed,
             USE_T=use_t, PRECISION=_precision(image.dtype),
             BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_D=tile.block_d,
+            MERGE=_config.MERGE,
         )  # fmt: skip
 
         # 2. Partials to log-sum-exps and terms.
@@ -727,8 +769,8 @@ def forward(
         sums = image.new_zeros((2 * grid_combine[0], width), dtype=torch.float32)
         _launch(
             _combine_kernel, grid_combine,
-            (row_partial, col_partial, *labelled, row_stats, col_stats, sums,
-             float(smoothing), N, M, grid[1], grid[0]),
+            (row_partial, col_partial, *operands[-2:], operands[2], row_stats, col_stats, sums,
+             float(margin), float(smoothing), N, M, grid[1], grid[0]),
             block, K=K, SLOTS=slots, WIDTH=width, LABELS=flags.labels,
             CONTRASTIVE=flags.contrastive, RELATIONAL=flags.relational, INTERACTIVE=flags.interactive,
             CROSS=flags.cross, SMOOTHING=flags.smoothing, STATS=stats, BLOCK=block.block_n,
@@ -832,7 +874,7 @@ def backward(
                  N, M, first, last, rows, cols),
                 tile, D=D, LABELS=labels is not None, MARGIN=margin != 0, SMOOTHING=smoothing != 0,
                 CONTRASTIVE=contrastive, RELATIONAL=relational, INTERACTIVE=interactive, CROSS=cross,
-                USE_S=use_s, USE_A=use_a, USE_B=use_b, USE_T=use_t, PRECISION=_precision(image.dtype),
+                USE_S=use_s, USE_A=use_a, USE_B=use_b, USE_T=use_t, D_SCALE=need_scale, PRECISION=_precision(image.dtype),
                 BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_D=tile.block_d,
             )  # fmt: skip
 
