@@ -16,7 +16,7 @@ Source: TRACER (arXiv 2605.29380); weights of the WMA from a Beta(β, β) densit
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -157,7 +157,10 @@ class MovingAverageTeacher:
         own_stream: bool = False,
     ) -> None:
         module = copy.deepcopy(model).eval().requires_grad_(False)
-        self._begin(model, _cast_module(module, dtype or torch.float32), schedule, own_stream)
+        rule = cast_rule(model, dtype or torch.float32)
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = tensor.data.to(rule(tensor))
+        self._begin(model, module, schedule, own_stream)
         for name in self._tensors:
             self._hold(name)
 
@@ -173,8 +176,9 @@ class MovingAverageTeacher:
         self._slots = _slots(model)
         slots = _slots(module)
         check_names("the student", self._slots, "its copy", slots)
-        names = {id(owner[key]): name for name, (owner, key) in slots.items()}
-        self._tensors = {name: owner[key].detach() for name, (owner, key) in slots.items()}
+        tensors: dict[str, Any] = {name: owner.get(key) for name, (owner, key) in slots.items()}
+        names = {id(tensor): name for name, tensor in tensors.items()}
+        self._tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in tensors.items()}
         # Key in a state dict -> name of the tensor; two keys for a tied one.
         self._keys = {key: names[id(t)] for key, t in module.state_dict(keep_vars=True).items()}
         floats = [t.dtype for t in self._tensors.values() if t.is_floating_point()]
@@ -191,7 +195,7 @@ class MovingAverageTeacher:
         """Put one of the module's tensors under the average, or among the copied ones."""
         mine, source = self._tensors[name], self._student(name)
         owner, key = self._slots[name]
-        parameter = isinstance(owner[key], nn.Parameter)
+        parameter = isinstance(owner.get(key), nn.Parameter)
         saved = parameter or name in self._keys.values()
         if not (saved and mine.is_floating_point() and (parameter or bool(source.isfinite().all()))):
             self._copied[name] = mine  # integers, masks (infinite), caches (not saved)
@@ -356,9 +360,9 @@ def build_teacher(
     micro-batch that only accumulates gradients, nor after a step skipped for overflow.
     """
     if type(model).__module__.partition(".")[0] == "deepspeed":
-        from tracer.zero import ZeroTeacher  # imports DeepSpeed
+        from tracer.zero import zero_teacher  # imports DeepSpeed
 
-        return ZeroTeacher(model, schedule, dtype=dtype, own_stream=own_stream)
+        return zero_teacher(model, schedule, dtype=dtype, own_stream=own_stream)
     return MovingAverageTeacher(model, schedule, dtype=dtype, own_stream=own_stream)
 
 
@@ -374,14 +378,18 @@ def check_names(what: str, names: Iterable[str], other: str, expected: Iterable[
         raise ValueError(f"{what} and {other} differ in their tensors: {'; '.join(parts)}")
 
 
-def _cast_module(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast in place; what a low-precision model itself keeps in float32 (layer norms) stays there."""
-    floats = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-    mixed = any(t.dtype.itemsize < 4 for t in floats)
-    for tensor in floats:
-        if not (mixed and tensor.dtype is torch.float32):
-            tensor.data = tensor.data.to(dtype)
-    return module
+def cast_rule(model: nn.Module, dtype: torch.dtype | None) -> Callable[[Tensor], torch.dtype]:
+    """Dtype that each of the model's tensors gets in a copy of ``dtype``; None keeps them all.
+
+    What a low-precision model itself keeps in float32 (layer norms, statistics) stays float32.
+    """
+    mixed = any(p.dtype.itemsize < 4 for p in model.parameters() if p.is_floating_point())
+
+    def rule(tensor: Tensor) -> torch.dtype:
+        keep = not tensor.is_floating_point() or (mixed and tensor.dtype is torch.float32)
+        return tensor.dtype if dtype is None or keep else dtype
+
+    return rule
 
 
 def _slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
