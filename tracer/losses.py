@@ -1,0 +1,204 @@
+"""Loss modules over :func:`tracer.ops.contrastive_loss`, each a few lines.
+
+``ClipLoss`` takes the place of ``open_clip.loss.ClipLoss`` (same constructor, same call), so that
+open_clip's own training script runs with it: see ``examples/open_clip_train.py``. With
+``output_dict=True`` every module returns ``{"..._loss": tensor}`` whose values sum to the loss.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tracer.ops import ContrastiveOutput, contrastive_loss
+
+
+class ClipLoss(nn.Module):
+    """The CLIP loss; with labels, every pair of equal labels is a positive.
+
+    Constructor arguments are those of ``open_clip.loss.ClipLoss`` in the same order. ``local_loss``,
+    ``gather_with_grad`` and ``cache_labels`` choose among ways to compute the same loss there; here they
+    are accepted and change nothing.
+
+    Raises:
+        NotImplementedError: ``world_size`` > 1.
+    """
+
+    margin = 0.0
+    smoothing = 0.0
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if world_size > 1:
+            raise NotImplementedError(
+                f"{type(self).__name__}: world_size = {world_size} is not supported yet; train on one process, "
+                "or pass world_size=1 to compare only the pairs within each rank"
+            )
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+        self.impl = impl
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+        labels: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Loss of normalised features [N, D]; ``labels`` [N], integer, name the class of each pair.
+
+        Raises:
+            NotImplementedError: ``logit_bias`` is given.
+        """
+        if logit_bias is not None:
+            raise NotImplementedError(
+                f"{type(self).__name__}: logit_bias belongs to the SigLIP loss and changes no softmax; "
+                "pass logit_bias=None"
+            )
+        loss = contrastive_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            labels=labels,
+            margin=self.margin,
+            smoothing=self.smoothing,
+            impl=self.impl,
+        ).loss
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class MPMNCELoss(ClipLoss):
+    """MPM-NCE (R-Adapter, arXiv 2408.05749): several positives, a margin δ and smoothed targets ε.
+
+    Further arguments are :class:`ClipLoss`'s. The paper sums over rows where this takes the mean.
+    """
+
+    def __init__(self, margin: float = 0.05, smoothing: float = 0.05, **options: bool | int | str) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.margin = margin
+        self.smoothing = smoothing
+
+
+class TracerLoss(nn.Module):
+    """The full TRACER objective (arXiv 2605.29380); the defaults are its settings for ViT-B/16.
+
+        CON + λ (α_crd CRD + α_fd FD + α_icl ICL + α_xkd XKD) + λ_F ‖Wv Wtᵀ‖_F + λ_O ‖Wvᵀ Wv − I‖_F
+
+    Args:
+        distill_weight: λ.
+        relational, feature, interactive, cross: α_crd, α_fd, α_icl, α_xkd.
+        projection_product, projection_orthogonal: λ_F, λ_O.
+        margin, smoothing: δ, ε of the contrastive term (MPM-NCE).
+        teacher_temperature: divides the teacher's logits.
+        impl: see :func:`tracer.ops.contrastive_loss`.
+    """
+
+    def __init__(
+        self,
+        distill_weight: float = 0.9,
+        relational: float = 1.0,
+        feature: float = 2000.0,
+        interactive: float = 1.0,
+        cross: float = 1.0,
+        projection_product: float = 0.05,
+        projection_orthogonal: float = 0.0,
+        margin: float = 0.0,
+        smoothing: float = 0.0,
+        teacher_temperature: float = 1.0,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.distill_weights = {
+            "relational": distill_weight * relational,
+            "interactive": distill_weight * interactive,
+            "cross": distill_weight * cross,
+            "feature": distill_weight * feature,
+        }
+        self.projection_product = projection_product
+        self.projection_orthogonal = projection_orthogonal
+        self.options = {
+            "margin": margin,
+            "smoothing": smoothing,
+            "teacher_temperature": teacher_temperature,
+            "impl": impl,
+        }
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        teacher: tuple[Tensor, Tensor, Tensor | float] | None = None,
+        labels: Tensor | None = None,
+        text_labels: Tensor | None = None,
+        projections: tuple[Tensor, Tensor] | None = None,
+        stats: bool = False,
+        output_dict: bool = False,
+    ) -> ContrastiveOutput | dict[str, Tensor]:
+        """The loss, its unweighted terms and, on request, diagnostics.
+
+        Args:
+            image_features: [N, D]. text_features: [M, D]. logit_scale: exponentiated.
+            teacher: the same three of the teacher; without it no distillation term is taken.
+            labels: [N]. text_labels: [M]. As in :func:`tracer.ops.contrastive_loss`.
+            projections: Wv [width of the image tower, D] and Wt [width of the text tower, D], the layout
+                of open_clip's ``visual.proj`` and ``text_projection`` (of a Linear: its ``weight.T``).
+                Without them no penalty is taken.
+            output_dict: return the *weighted* terms, named ``..._loss``, in a dictionary.
+        """
+        weights = self.distill_weights if teacher is not None else dict.fromkeys(self.distill_weights, 0.0)
+        teacher_image, teacher_text, teacher_scale = teacher if teacher is not None else (None, None, None)
+        loss, terms, measured = contrastive_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            labels=labels,
+            text_labels=text_labels,
+            teacher_image=teacher_image,
+            teacher_text=teacher_text,
+            teacher_logit_scale=teacher_scale,
+            stats=stats,
+            **weights,
+            **self.options,  # type: ignore[arg-type]
+        )
+        weighted = {"contrastive": terms["contrastive"]}
+        weighted |= {name: weight * terms[name] for name, weight in weights.items() if weight}
+        if projections is not None:
+            penalties = {
+                "projection_product": self.projection_product,
+                "projection_orthogonal": self.projection_orthogonal,
+            }
+            for name, weight in penalties.items():
+                if weight:
+                    terms[name] = getattr(self, f"_{name}")(*projections)
+                    weighted[name] = weight * terms[name]
+                    loss = loss + weighted[name]
+        if output_dict:
+            return {f"{name}_loss": value for name, value in weighted.items()}
+        return ContrastiveOutput(loss, terms, measured)
+
+    @staticmethod
+    def _projection_product(image: Tensor, text: Tensor) -> Tensor:
+        """‖Wv Wtᵀ‖_F, [width_v, D] times [D, width_t]."""
+        return torch.linalg.matrix_norm(image.float() @ text.float().T)
+
+    @staticmethod
+    def _projection_orthogonal(image: Tensor, _: Tensor) -> Tensor:
+        """‖Wvᵀ Wv − I‖_F, [D, D]."""
+        gram = image.float().T @ image.float()
+        return torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device))
