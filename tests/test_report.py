@@ -227,6 +227,8 @@ def test_every_table_number_equals_the_results(written: tuple[dict[str, Any], st
                     change = mean - statistics.fmean(start[n][what] for n in names)
                     expected += [100 * statistics.stdev(seeds), 100 * change]
                 assert numbers == pytest.approx(expected, abs=0.0501), cell
+    assert page.cells["ece/zero-shot/shifted"].startswith("best")
+    assert not page.cells["accuracy/ema/in-distribution"].startswith("best"), "not beyond the spread"
     for run in results["methods"][3]["runs"]:
         for domain, measured in run["eval"].items():
             assert page.cells[f"run/wma/{run['seed']}/{domain}"] == f"{100 * measured['accuracy']:.1f}"
@@ -307,7 +309,9 @@ def test_not_a_number_is_a_dash(small: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_one_seed_has_no_spread_and_marks_nothing(tmp_path: Path) -> None:
-    results = sample_results(tmp_path, seeds=1, steps=6)
+    results = sample_results(tmp_path, seeds=1, steps=2)
+    for method in results["methods"]:
+        method["runs"][0].update(log=[], curve=[])
     page = read(results, tmp_path)
     assert "±" not in "".join(page.cells.values())
     assert "best" not in "".join(page.cells.values())
@@ -448,6 +452,28 @@ def test_gap_sentence_follows_the_logs(ema: Any, wma: Any, verdict: str) -> None
             run["log"] = [{"step": 1, "relational": 0.0}]  # teacher and student start equal
             run["log"] += [{"step": s, "relational": 0.02 * gap(s / 300)} for s in range(2, 301)]
     assert told(results)[1]["Teacher–student gap"].endswith(verdict)
+
+
+def test_gap_within_a_decade_has_its_axis_labelled(small: dict[str, Any], tmp_path: Path) -> None:
+    """Regression: a log axis without a whole decade in view came out without a single number."""
+    small["methods"][1]["runs"][0]["log"] = [
+        {"step": s, "relational": 0.03 + 0.01 * math.sin(s)} for s in range(9)
+    ]
+    drawn = report.render(small, tmp_path)
+    (gap,) = re.findall(r'<svg[^>]*aria-label="Teacher–student KL.*?</svg>', drawn, flags=re.DOTALL)
+    assert ">0.02<" in gap
+
+
+def test_vanished_gap_counts_as_zero(tmp_path: Path) -> None:
+    """Regression: dropping what a log axis cannot show took an earlier, larger gap for the last one."""
+    results = results_with(zero_shot=ZERO, flyp=PLAIN, ema=PLAIN, wma=PLAIN)
+    for method, last in zip(results["methods"][2:], (-1e-9, 0.01), strict=True):
+        for run in method["runs"]:
+            run["log"] = [{"step": s, "relational": 0.02 if s < 50 else last} for s in range(100)]
+    gap = told(results)[1]["Teacher–student gap"]
+    assert "EMA: the gap collapses (largest 0.02, at the end 0: 0 % of it)" in gap
+    assert "infinitely many times as far" in gap
+    assert "Teacher–student KL" in report.render(results, tmp_path)
 
 
 def test_gap_prefers_the_measured_kl_to_the_term() -> None:

@@ -23,7 +23,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 from rich import box
 from rich.console import Console
@@ -424,21 +424,14 @@ class Curve:
         return statistics.fmean(v for s, v in zip(self.steps, self.mean, strict=True) if s >= start)
 
 
-def curves_of(
-    summary: Summary,
-    read: Callable[[dict[str, Any]], float],
-    records: str = "log",
-    positive: bool = False,
-) -> list[Curve]:
-    """The curve of each method that logged the quantity; ``positive`` leaves out values ≤ 0 (log axes)."""
+def curves_of(summary: Summary, read: Callable[[dict[str, Any]], float], records: str = "log") -> list[Curve]:
+    """The curve of each method that logged the quantity with any value but 0."""
     curves = []
     for method in summary.methods:
         seeds = []
         for run in method.runs:
             points = [(number(r.get("step")), read(r)) for r in run.get(records) or []]
-            kept = {
-                s: v for s, v in points if math.isfinite(s) and math.isfinite(v) and (v > 0 or not positive)
-            }
+            kept = {s: v for s, v in points if math.isfinite(s) and math.isfinite(v)}
             if kept:
                 seeds.append(kept)
         steps = sorted(set().union(*seeds)) if seeds else []
@@ -462,16 +455,19 @@ def gap_of(record: dict[str, Any]) -> float:
     """Teacher–student KL of one logged step, mean of both directions, in nats.
 
     From the measured diagnostics if they were logged, else the relational term, which is that same KL.
+    Rounding may leave a vanishing KL below 0; that counts as 0.
     """
     directions = [number(record.get(f"pair/{d}/kl")) for d in ("image_to_text", "text_to_image")]
     if all(math.isfinite(v) for v in directions):
-        return statistics.fmean(directions)
-    return number(record.get("kl", record.get("relational")))
+        gap = statistics.fmean(directions)
+    else:
+        gap = number(record.get("kl", record.get("relational")))
+    return gap if math.isnan(gap) else max(gap, 0.0)
 
 
 def gap_sentence(summary: Summary) -> str:
     """What the teacher–student KL of this run shows, next to the published claim."""
-    curves = curves_of(summary, gap_of, positive=True)
+    curves = curves_of(summary, gap_of)
     if not curves:
         return ""
     ends, peaks = {c.method.key: c.end() for c in curves}, {c.method.key: max(c.mean) for c in curves}
@@ -485,8 +481,8 @@ def gap_sentence(summary: Summary) -> str:
         )
     text = f"{'; '.join(parts)}."
     if "ema" in ends and "wma" in ends:
-        ratio = ends["wma"] / ends["ema"]
-        text += f" At the end WMA's teacher is {amount(ratio)} times as far from its student as EMA's."
+        times = f"{amount(ends['wma'] / ends['ema'])} times" if ends["ema"] else "infinitely many times"
+        text += f" At the end WMA's teacher is {times} as far from its student as EMA's."
         ema_gone = ends["ema"] < 0.1 * max(peaks["ema"], ends["wma"])
         wma_kept = ends["wma"] >= 0.1 * peaks["wma"]
         claim = "The published claim, that EMA's gap collapses and WMA's does not,"
@@ -596,17 +592,24 @@ class Drawing:
     def curve(self, curves: list[Curve], title: str, log: bool = False, height: float = 3.0) -> Markup:
         """A quantity over the steps: mean over the seeds as a line, smallest to largest as a band."""
         ax = self.axes(4.4, height)
+        # a log axis cannot show 0: the line pauses there, and the band reaches down to the smallest mean
+        shown = [v for c in curves for v in c.mean if v > 0 or not log]
         for c in curves:
             alone = len(c.steps) == 1
+            mean = [v if v > 0 or not log else math.nan for v in c.mean]
+            low = [max(v, min(shown)) if log else v for v in c.low]
+            high = [max(v, min(shown)) if log else v for v in c.high]
             ax.plot(
-                c.steps, c.mean, color=colour(c.method), linestyle=DASHES[c.method.index % len(DASHES)],
+                c.steps, mean, color=colour(c.method), linestyle=DASHES[c.method.index % len(DASHES)],
                 label=c.method.name, marker=marker(c.method) if alone or len(c.steps) <= 15 else None,
                 markersize=5,
             )  # fmt: skip
             if not alone and c.low != c.high:
-                ax.fill_between(c.steps, c.low, c.high, color=colour(c.method), alpha=0.18, linewidth=0)
+                ax.fill_between(c.steps, low, high, color=colour(c.method), alpha=0.18, linewidth=0)
         if log:
             ax.set_yscale("log")
+            narrow = max(shown) < 300 * min(shown)
+            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
             ax.yaxis.set_major_formatter(lambda v, _: amount(v))
             ax.yaxis.set_minor_formatter(NullFormatter())
         else:
@@ -725,19 +728,18 @@ def table(summary: Summary, what: str, of: str = "eval") -> list[dict[str, Any]]
     methods = [
         m for m in summary.methods if any(math.isfinite(m.stat(c, what, of).mean) for c in summary.columns)
     ]
-    stats = {c.key: [m.stat(c, what, of) for m in methods] for c in summary.columns}
-    best = {c.key: best_of(stats[c.key], lower) for c in summary.columns}
+    columns = [(c, [m.stat(c, what, of) for m in methods]) for c in summary.columns]
     rows = []
     for i, m in enumerate(methods):
         cells = []
-        for c in summary.columns:
-            stat, change, trend = stats[c.key][i], math.nan, ""
+        for c, stats in columns:
+            stat, change, trend = stats[i], math.nan, ""
             if summary.baseline is not None and m is not summary.baseline:
                 start = summary.baseline.stat(c, what)
                 change = stat.mean - start.mean
                 if clearly_differ(stat, start):
                     trend = "up" if (change < 0) == lower else "down"
-            cells.append({"stat": stat, "best": best[c.key] == i, "change": change, "trend": trend})
+            cells.append({"stat": stat, "best": best_of(stats, lower) == i, "change": change, "trend": trend})
         rows.append({"method": m, "cells": cells})
     return rows
 
@@ -759,7 +761,7 @@ def draw(results: dict[str, Any], summary: Summary) -> dict[str, Any]:
         for d in results["domains"]
         if any(math.isfinite(m.stat(single[str(d["name"])]).mean) for m in summary.methods)
     ]
-    gap = curves_of(summary, gap_of, positive=True)
+    gap = curves_of(summary, gap_of)
     keys = {k for m in summary.methods for run in m.runs for r in run.get("log") or [] for k in r} - {"step"}
 
     def logged(names: Iterable[str]) -> list[Markup]:
