@@ -169,3 +169,46 @@ class EvaluateConfig:
     pretrained: str | None = "openai"
     output: Path | None = None
     workers: int = 2
+
+
+@dataclass
+class PretrainConfig:
+    """Train the small CLIP that the demo starts from; the defaults are the recipe of the shipped checkpoint.
+
+    Args:
+        data: folder whose ``packages`` holds the downloaded icon themes; filled when they are missing.
+        output: folder of ``model.safetensors``, ``log.jsonl`` and, until it is done, ``resume.pt``.
+        minutes: wall-clock budget of the training; the learning rate follows the clock.
+        batch_size: pictures per step; each brings one of its captions.
+        lr: peak learning rate of AdamW.
+        weight_decay: weight decay of AdamW, on matrices only.
+        warmup: share of the budget in which the learning rate rises linearly; then cosine to 0.
+        named: how much likelier a drawing of a benchmark class is to be drawn than another.
+        precision: bf16 runs the towers in bfloat16 autocast, weights stay fp32.
+        save_every: minutes between two resumable checkpoints.
+        workers: threads that render pictures.
+        seed: seed of the weights, the order, the captions and the augmentation.
+    """
+
+    data: Path = ICONS.parent
+    output: Path = Path("runs/pretrain")
+    minutes: float = 60.0
+    batch_size: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.02
+    named: float = 2.5
+    precision: Literal["fp32", "bf16"] = "bf16"
+    save_every: float = 5.0
+    workers: int = 2
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
+        for name in ("minutes", "batch_size", "lr", "named", "save_every", "workers"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} is {getattr(self, name)}: it must be above 0")
+        if self.batch_size < 2:
+            raise UserError("--batch_size is 1: a contrastive loss needs at least 2 pairs to compare")
+        if not 0 < self.warmup < 1:
+            raise UserError(f"--warmup is {self.warmup}: it is a share of the budget, between 0 and 1")

@@ -1,0 +1,201 @@
+"""Pretraining of the demo's small CLIP on desktop icons: ``tracer pretrain --minutes 60``.
+
+Pictures and names come from :func:`tracer.icons.pretraining_pictures`: no test picture of the icon benchmark,
+and nothing that looks like one, is among them. They stay in memory as one uint8 tensor and are augmented a
+batch at a time. The budget is wall-clock time and the learning rate follows the clock, so a slow or busy
+machine ends at the same minute with fewer steps; hence a run is not repeatable to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from tracer import icons
+from tracer.config import PretrainConfig
+from tracer.errors import UserError
+from tracer.files import whole_file
+from tracer.model import MAX_LOGIT_SCALE, save_weights
+from tracer.ops import contrastive_loss
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Train for ``config.minutes`` and return the path of the weights (float16 safetensors).
+
+    Called again with the same output, a run that was cut off goes on from its last checkpoint.
+
+    Raises:
+        UserError: settings that make no sense, packages that cannot be had, an output that is finished.
+    """
+    config.validate()
+    done = config.output / "model.safetensors"
+    if done.exists():
+        raise UserError(f"'{done}' exists: choose another --output or remove it")
+    model = icons.demo_model(None)
+    size = model.visual.image_size
+    corpus = icons.pretraining_pictures(
+        config.data, size[0] if isinstance(size, tuple) else size, config.workers
+    )
+    return fit(config, corpus)
+
+
+def fit(config: PretrainConfig, corpus: icons.Corpus) -> Path:
+    """The training itself; see :func:`pretrain`."""
+    torch.manual_seed(config.seed)
+    model = icons.demo_model(None).train()
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=(0.9, 0.98),
+    )
+    draw = torch.Generator().manual_seed(config.seed)
+    step, elapsed = _resume(config, model, optimizer, draw)
+
+    pictures = torch.from_numpy(np.ascontiguousarray(corpus.pictures.transpose(0, 3, 1, 2)))
+    labels, captions = torch.from_numpy(corpus.labels), Captions(corpus.captions)
+    chance = torch.where(torch.from_numpy(corpus.named), config.named, 1.0)
+    budget, started, saved = 60 * config.minutes, time.monotonic() - elapsed, elapsed
+    config.output.mkdir(parents=True, exist_ok=True)
+    with (
+        tqdm(total=round(budget), initial=round(elapsed), desc="pretraining", unit="s") as bar,
+        (config.output / "log.jsonl").open("a") as log,
+    ):
+        while elapsed < budget:
+            rate = learning_rate(elapsed / budget, config.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * rate
+            rows = torch.multinomial(chance, config.batch_size, generator=draw)
+            image, text = augment(pictures[rows], draw), captions.draw(rows, draw)
+            # For so few tokens the CPU's fused attention takes far longer than the plain matrix products.
+            with (
+                sdpa_kernel(SDPBackend.MATH),
+                torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"),
+            ):
+                u, v = model.encode_image(image), model.encode_text(text)
+            u, v = F.normalize(u.float(), dim=-1), F.normalize(v.float(), dim=-1)
+            loss = contrastive_loss(u, v, model.logit_scale.exp(), labels=labels[rows]).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+
+            step, elapsed = step + 1, time.monotonic() - started
+            bar.update(min(round(elapsed), round(budget)) - bar.n)
+            if step % 20 == 0:
+                bar.set_postfix(step=step, loss=f"{loss.item():.3f}")
+                log.write(json.dumps({"step": step, "seconds": elapsed, "loss": loss.item()}) + "\n")
+                log.flush()
+            if elapsed - saved > 60 * config.save_every:
+                saved = elapsed
+                _checkpoint(config, model, optimizer, draw, step, elapsed)
+    weights = {name: value.half() for name, value in model.state_dict().items()}
+    save_weights(weights, config.output / "model.safetensors")
+    (config.output / "resume.pt").unlink(missing_ok=True)
+    return config.output / "model.safetensors"
+
+
+def learning_rate(progress: float, warmup: float) -> float:
+    """Share of the peak rate: cosine from 1 to 0 over the budget, below a linear rise over its share ``warmup``."""
+    return max(min(progress / warmup, 0.5 * (1 + math.cos(math.pi * progress))), 1e-3)
+
+
+def _checkpoint(
+    config: PretrainConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    draw: torch.Generator,
+    step: int,
+    elapsed: float,
+) -> None:
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "draw": draw.get_state(),
+        "step": step,
+        "elapsed": elapsed,
+    }
+    with whole_file(config.output / "resume.pt") as part:
+        torch.save(state, part)
+
+
+def _resume(
+    config: PretrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, draw: torch.Generator
+) -> tuple[int, float]:
+    """Load the last checkpoint, if there is one; returns the steps and the seconds done."""
+    path = config.output / "resume.pt"
+    if not path.exists():
+        return 0, 0.0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    draw.set_state(state["draw"])
+    return state["step"], state["elapsed"]
+
+
+class Captions:
+    """The tokens of several captions per picture, of which :meth:`draw` takes one at random."""
+
+    def __init__(self, captions: list[list[str]]):
+        unique = sorted({text for several in captions for text in several})
+        number = {text: n for n, text in enumerate(unique)}
+        self.tokens = icons.demo_tokenizer()(unique)
+        self.of = torch.tensor([number[text] for several in captions for text in several])
+        self.first = torch.tensor(np.cumsum([0] + [len(several) for several in captions]))
+
+    def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Tokens [B, context] of one caption for each of the pictures ``rows`` [B]."""
+        start, count = self.first[rows], self.first[rows + 1] - self.first[rows]
+        return self.tokens[self.of[start + (torch.rand(len(rows), generator=generator) * count).long()]]
+
+
+def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Premultiplied RGBA [B, 4, S, S] uint8 → normalised RGB [B, 3, S, S] float32, randomly placed and coloured.
+
+    Never mirrored: left and right are what many icons are about.
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(len(pictures), *shape, generator=generator)
+
+    def sometimes(share: float) -> Tensor:
+        return (uniform(0, 1, 1, 1, 1) < share).float()
+
+    x = pictures.float() / 255
+    pale = x[:, :3].mean((1, 2, 3)) > 0.78 * x[:, 3].mean((1, 2))
+
+    # 1. turn, zoom, stretch and shift, about as much as one hand differs from another
+    angle, zoom, stretch = uniform(-0.15, 0.15), uniform(-0.12, 0.25).exp(), uniform(-0.08, 0.08).exp()
+    cos, sin, shift = angle.cos(), angle.sin(), uniform(-0.12, 0.12, 2)
+    rows = (zoom * stretch * cos, -zoom * sin, shift[:, 0], zoom * sin, zoom / stretch * cos, shift[:, 1])
+    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(x.shape), align_corners=False)
+    x = F.grid_sample(x, grid, align_corners=False)
+
+    # 2. paper: as in the benchmark, or tinted; always one on which the ink can be seen
+    plain = torch.where(pale, 80 / 255, 1.0)[:, None].expand(-1, 3)
+    tinted = torch.where(pale[:, None], uniform(0.1, 0.5, 3), uniform(0.7, 1.0, 3))
+    paper = torch.where(uniform(0, 1, 1) < 0.5, plain, tinted)
+    x = x[:, :3] + (1 - x[:, 3:]) * paper[:, :, None, None]
+
+    # 3. hue (mixed with a permutation of the channels), saturation, contrast and brightness
+    turned = x[:, torch.randperm(3, generator=generator)]
+    x = x.lerp(turned, uniform(0, 1, 1, 1, 1) * sometimes(0.25))
+    x = x.lerp(x.mean(1, keepdim=True), uniform(0, 1.4, 1, 1, 1).clamp(max=1) * sometimes(0.4))
+    x = 0.5 + (x - 0.5) * uniform(0.7, 1.15, 1, 1, 1) + uniform(-0.1, 0.1, 1, 1, 1)
+
+    mean, std = torch.tensor(OPENAI_DATASET_MEAN), torch.tensor(OPENAI_DATASET_STD)
+    return (x.clamp(0, 1) - mean[:, None, None]) / std[:, None, None]
