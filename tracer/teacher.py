@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracer.kernels.average import average_
+from tracer.kernels.foreach import average_
 
 
 @dataclass(frozen=True)
