@@ -51,15 +51,15 @@ def finetune(config: Config) -> Path:
     config.validate()
     if config.output.exists():
         raise UserError(f"'{config.output}' exists: choose another --output or remove it")
+    started = time.perf_counter()
+    clip = load_clip(config.model, config.pretrained)
+    index = read_index(config.train_data)
+    tests = [read_index(path, name) for name, path in config.eval_data.items()]
+    if config.check_images:
+        for data in (index, *tests):
+            check_pictures(data, config.cache, config.workers)
     with whole_folder(config.output) as folder:
         (folder / "config.yaml").write_text(config.to_yaml())
-        started = time.perf_counter()
-        clip = load_clip(config.model, config.pretrained)
-        index = read_index(config.train_data)
-        tests = [read_index(path, name) for name, path in config.eval_data.items()]
-        if config.check_images:
-            for data in (index, *tests):
-                check_pictures(data, config.cache, config.workers)
         student, teacher = _train(config, clip, index, StepLog(folder))
 
         clip = load_clip(config.model, config.pretrained)  # the trained one may be bf16, or in shards
@@ -108,7 +108,7 @@ def _train(config: Config, clip: Clip, index, log: StepLog) -> tuple[dict[str, T
     engine = start_engine(config, clip.model)
     device, dtype = engine.device, torch.bfloat16 if config.precision == "bf16" else torch.float32
     teacher = build_teacher(engine, schedule(config)) if config.method == "tracer" else None
-    loss_fn = tracer_loss(config)
+    loss_fn = objective(config)
     batches = TrainingBatches(
         index,
         clip,
@@ -129,7 +129,7 @@ def _train(config: Config, clip: Clip, index, log: StepLog) -> tuple[dict[str, T
             *student,
             labels=batch.label if config.positives else None,
             teacher=guide,
-            projections=projections(engine.module),
+            projections=projections(engine.module) if teacher else None,
         )
         engine.backward(output.loss)
         engine.step()
@@ -203,6 +203,21 @@ def schedule(config: Config) -> Schedule:
     if config.teacher == "ema":
         return EMA(config.steps, config.ema_start, config.ema_end, config.ema_warmup, every)
     return Uniform(every) if config.teacher == "uniform" else Frozen()
+
+
+def objective(config: Config) -> TracerLoss:
+    """The loss that ``config`` describes; without a teacher and projections it is the contrastive term alone."""
+    return TracerLoss(
+        distill_weight=config.distill_weight,
+        relational=config.relational,
+        feature=config.feature,
+        interactive=config.interactive,
+        cross=config.cross,
+        projection_product=config.projection_product,
+        projection_orthogonal=config.projection_orthogonal,
+        margin=config.margin,
+        smoothing=config.smoothing,
+    )
 
 
 def full_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
