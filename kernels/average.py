@@ -25,7 +25,6 @@ from .foreach import Layout, Layouts, check, dense, layouts, same_order
 
 BLOCK = 2048  # elements of a chunk: 28 KiB of traffic, so the 40 bytes of its row do not count
 NUM_WARPS = 8  # 40 registers a thread: a multiprocessor holds six programs
-_COLUMNS = 5
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_COPY = 3
 _WHOLE = 16  # flag: a whole chunk at 16-byte aligned addresses, moved without masks in wide words

@@ -102,6 +102,8 @@ def _check_memory(lists: Layouts) -> None:
 
 def dense(layout: Layout) -> bool:
     """Whether the tensor fills one block of memory, in whatever order of its dimensions."""
+    if layout.shape.numel() == 0:
+        return True
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(layout.stride, layout.shape, strict=True) if n != 1):
         if stride != expected:
@@ -112,6 +114,8 @@ def dense(layout: Layout) -> bool:
 
 def same_order(a: Layout, b: Layout) -> bool:
     """Whether two tensors of one shape have their elements in the same order in memory."""
+    if a.shape.numel() == 0:
+        return True
     return all(s == t for n, s, t in zip(a.shape, a.stride, b.stride, strict=True) if n != 1)
 
 
