@@ -314,7 +314,7 @@ def _resolve(impl: str, image: Tensor) -> str:
     """The implementation to use, once it is known that it can take these features."""
     on_gpu = image.device.type == "cuda"
     if impl == "auto":
-        impl = "triton" if on_gpu and image.dtype in _DTYPES["triton"] else "eager"  # blocked follows
+        impl = "triton" if on_gpu and image.dtype in _DTYPES["triton"] else "blocked"
     if image.dtype not in _DTYPES[impl]:
         able = ", ".join(name for name, dtypes in _DTYPES.items() if image.dtype in dtypes)
         remedy = f"use impl {able}" if able else "cast the features to float32"
