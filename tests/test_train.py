@@ -36,6 +36,7 @@ def config(tiny_config, drawings, tmp_path) -> Config:
         batch_size=16,
         warmup=2,
         lr=1e-2,
+        precision="fp32",
     )
 
 
@@ -116,7 +117,14 @@ def test_the_loop_equals_a_plain_torch_loop(config):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"precision": "bf16"}, {"zero_stage": 0}, {"zero_stage": 2}, {"accumulation": 2}]
+    "changes",
+    [
+        {"precision": "bf16"},
+        {"precision": "amp_bf16"},
+        {"zero_stage": 0},
+        {"zero_stage": 2},
+        {"accumulation": 2},
+    ],
 )
 def test_other_engines_train_too(config, changes):
     folder = finetune(dataclasses.replace(config, steps=2, warmup=0, **changes))

@@ -51,7 +51,8 @@ class Config:
         warmup: steps of linear warm-up, then cosine to 0.
         clip_grad: largest gradient norm; 0 switches clipping off.
         crop_scale: smallest share of the picture's area that the random crop keeps.
-        precision: fp32, or bf16 (weights and activations bf16, master weights and teacher fp32).
+        precision: fp32; amp_bf16 (fp32 weights, products in bf16); bf16 (weights and activations bf16, master
+            weights and teacher fp32); auto: amp_bf16 where the hardware multiplies bf16, else fp32.
         zero_stage: DeepSpeed ZeRO stage; bf16 needs at least 1.
         workers: threads that decode pictures.
         cache: folder where it is remembered which pictures were found whole.
@@ -93,7 +94,7 @@ class Config:
     warmup: int = 500
     clip_grad: float = 1.0
     crop_scale: float = 0.9
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "amp_bf16", "bf16"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 1
     workers: int = 2
     check_images: bool = True

@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tracer import icons
 from tracer.errors import UserError
 from tracer.files import whole_file
 
+DEMO = "tracer-demo"
+CHECKPOINTS = (".pt", ".pth", ".bin", ".safetensors")
 MAX_LOGIT_SCALE = 100.0  # as in CLIP's own training
 
 
@@ -40,6 +43,10 @@ def load_clip(name: str, pretrained: str | None) -> Clip:
     Raises:
         UserError: unknown model or tag, missing or unfitting checkpoint, weights that cannot be fetched.
     """
+    if pretrained and Path(pretrained).suffix in CHECKPOINTS and not Path(pretrained).is_file():
+        raise UserError(f"checkpoint '{pretrained}' does not exist: check --pretrained")
+    if name == DEMO:
+        return _load_demo(pretrained)
     if name.endswith(".json"):
         name = _register(Path(name))
     known = name in open_clip.list_models() or name.startswith(("hf-hub:", "local-dir:"))
@@ -49,15 +56,12 @@ def load_clip(name: str, pretrained: str | None) -> Clip:
             f"unknown model '{name}': use an open_clip name (such as {', '.join(near[:4]) or 'ViT-B-32'}), "
             "tracer-demo, local-dir:<folder>, hf-hub:<name>, or the path of a model config (.json)"
         )
-    if pretrained and not Path(pretrained).is_file():
-        if Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors"):
-            raise UserError(f"checkpoint '{pretrained}' does not exist: check --pretrained")
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if ":" not in name and pretrained not in tags:
-            raise UserError(
-                f"'{pretrained}' is neither a local file nor a pretrained tag of {name} "
-                f"(its tags: {', '.join(tags) or 'none'}): check --pretrained"
-            )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained and not Path(pretrained).is_file() and ":" not in name and pretrained not in tags:
+        raise UserError(
+            f"'{pretrained}' is neither a local file nor a pretrained tag of {name} "
+            f"(its tags: {', '.join(tags) or 'none'}): check --pretrained"
+        )
     try:
         # A logit scale with one dimension: DeepSpeed cannot broadcast a parameter with none.
         model = open_clip.create_model(name, pretrained=pretrained, nonscalar_logit_scale=True)
@@ -65,6 +69,16 @@ def load_clip(name: str, pretrained: str | None) -> Clip:
     except Exception as error:  # open_clip raises many kinds; each means that this start cannot be had
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"model '{name}' with weights '{pretrained}' cannot be loaded: {reason}") from error
+    return _with_picture_format(name, model, tokenizer)
+
+
+def _load_demo(checkpoint: str | None) -> Clip:
+    """The demo's small CLIP, with the weights shipped beside it unless others are named."""
+    model = icons.demo_model(Path(checkpoint)) if checkpoint else icons.demo_model()
+    return _with_picture_format(DEMO, model, icons.demo_tokenizer())
+
+
+def _with_picture_format(name: str, model: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> Clip:
     picture = open_clip.get_model_preprocess_cfg(model)
     size = picture["size"]
     return Clip(

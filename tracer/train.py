@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ import torch.distributed as dist
 import yaml
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from tqdm import tqdm
 
@@ -73,7 +76,12 @@ def finetune(config: Config) -> Path:
                 metrics[name] = evaluate_zero_shot(clip, tests, prompts, workers=config.workers)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
         seconds = time.perf_counter() - started
-        about = {"seconds": seconds, "versions": versions(), "fingerprint": fingerprint(config)}
+        about = {
+            "seconds": seconds,
+            "precision": resolve_precision(config.precision),
+            "versions": versions(),
+            "fingerprint": fingerprint(config),
+        }
         (folder / "run.json").write_text(json.dumps(about, indent=1))
     return config.output
 
@@ -106,7 +114,8 @@ def _train(config: Config, clip: Clip, index, log: StepLog) -> tuple[dict[str, T
     """Train ``clip.model`` and return the weights of the student and of the teacher, in float32."""
     torch.manual_seed(config.seed)
     engine = start_engine(config, clip.model)
-    device, dtype = engine.device, torch.bfloat16 if config.precision == "bf16" else torch.float32
+    device, precision = engine.device, resolve_precision(config.precision)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     teacher = build_teacher(engine, schedule(config)) if config.method == "tracer" else None
     loss_fn = objective(config)
     batches = TrainingBatches(
@@ -123,8 +132,9 @@ def _train(config: Config, clip: Clip, index, log: StepLog) -> tuple[dict[str, T
     for micro_step, batch in enumerate(progress, 1):
         started = time.perf_counter()
         image = batch.image.to(dtype)
-        student = encode(engine, image, batch.text)
-        guide = encode(teacher.encode, image, batch.text) if teacher else None
+        with mixed_precision(device, precision):
+            student = encode(engine, image, batch.text)
+            guide = encode(teacher.encode, image, batch.text) if teacher else None
         output = loss_fn(
             *student,
             labels=batch.label if config.positives else None,
@@ -167,6 +177,7 @@ def start_engine(config: Config, model: nn.Module) -> deepspeed.DeepSpeedEngine:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+    precision = resolve_precision(config.precision)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -177,13 +188,44 @@ def start_engine(config: Config, model: nn.Module) -> deepspeed.DeepSpeedEngine:
             "gradient_accumulation_steps": config.accumulation,
             "gradient_clipping": config.clip_grad,
             "zero_optimization": {"stage": config.zero_stage},
-            "bf16": {"enabled": config.precision == "bf16"},
+            "bf16": {"enabled": precision == "bf16"},
+            "torch_autocast": {
+                "enabled": precision == "amp_bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],  # gradients stay fp32
+            },
             "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would be compiled first
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         },
     )
     return engine
+
+
+def resolve_precision(precision: str) -> str:
+    """What ``auto`` means on this machine; anything else as it is."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "amp_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return (
+        "amp_bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+    )
+
+
+@contextmanager
+def mixed_precision(device: torch.device, precision: str) -> Iterator[None]:
+    """Products in bf16 for ``amp_bf16``; on the CPU also attention as plain products.
+
+    The CPU's fused attention is slow in bf16: with it a step of the demo's model takes 0.17 s instead of 0.11 s
+    (2 cores of an AVX-512 machine, batch 128).
+    """
+    with ExitStack() as stack:
+        if precision == "amp_bf16":
+            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+            if device.type == "cpu":
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
 
 
 def lr_schedule(config: Config, optimizer: torch.optim.Optimizer) -> LRScheduler:
