@@ -28,7 +28,7 @@ class Config:
         output: folder of the run; must not exist, and appears only when the run is complete.
         method: tracer (contrastive + distillation from a moving teacher) or flyp (contrastive only).
         teacher: moving average that teaches the student; only for method tracer.
-        teacher_every: optimizer steps between two moves of the average.
+        teacher_every: optimizer steps between two moves of the average; default: 500 for ema, else 1.
         wma_beta: β of the Beta(β, β) weights of the WMA teacher.
         ema_start: momentum m of the EMA teacher at its first move.
         ema_end: momentum m after its warm-up.
@@ -69,7 +69,7 @@ class Config:
 
     method: Literal["tracer", "flyp"] = "tracer"
     teacher: Literal["wma", "ema", "uniform", "frozen"] = "wma"
-    teacher_every: int = 1
+    teacher_every: int | None = None
     wma_beta: float = 0.5
     ema_start: float = 0.05
     ema_end: float = 0.9
@@ -104,8 +104,9 @@ class Config:
     def validate(self) -> None:
         """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
         for name in ("steps", "batch_size", "accumulation", "teacher_every", "workers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}: it must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} is {value}: it must be at least 1")
         if self.batch_size < 2:
             raise UserError("--batch_size is 1: a contrastive loss needs at least 2 pairs to compare")
         if not 0 <= self.warmup < self.steps:
@@ -145,6 +146,7 @@ class DemoConfig(Config):
     wise_alpha: float = 0.5
     kinds: dict[str, str] = field(default_factory=dict)
 
+    teacher_every: int | None = 1
     steps: int = 160
     batch_size: int = 128
     lr: float = 5e-4

@@ -239,7 +239,7 @@ def lr_schedule(config: Config, optimizer: torch.optim.Optimizer) -> LRScheduler
 
 def schedule(config: Config) -> Schedule:
     """The teacher's schedule that ``config`` names."""
-    every = config.teacher_every
+    every = config.teacher_every or (500 if config.teacher == "ema" else 1)
     if config.teacher == "wma":
         return WMA(config.steps, config.wma_beta, every)
     if config.teacher == "ema":
