@@ -267,25 +267,30 @@ def read_theme(package: Path, hand: str) -> list[Drawing]:
     theme = f"usr/share/icons/{hand}/"
     best: dict[tuple[str, str], Drawing] = {}
     links: dict[str, str] = {}
-    process = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE)
-    with process, tarfile.open(fileobj=process.stdout, mode="r|") as archive:
-        for member in archive:
-            path = posixpath.normpath(member.name)
-            if not path.startswith(theme):
-                continue
-            if member.issym():
-                links[path] = posixpath.normpath(posixpath.join(posixpath.dirname(path), member.linkname))
-                continue
-            place = _place(path.removeprefix(theme))
-            if place is None or not member.isfile():
-                continue
-            name, context, bucket, pixels = place
-            old = best.get((name, bucket))
-            if old is not None and _rank(old.pixels, old.path) <= _rank(pixels, path):
-                continue
-            content = archive.extractfile(member)
-            assert content is not None
-            best[name, bucket] = Drawing(hand, name, context, bucket, pixels, path, content.read())
+    command = ["dpkg-deb", "--fsys-tarfile", str(package)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        try:
+            with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+                for member in archive:
+                    path = posixpath.normpath(member.name)
+                    if not path.startswith(theme):
+                        continue
+                    if member.issym():
+                        here = posixpath.dirname(path)
+                        links[path] = posixpath.normpath(posixpath.join(here, member.linkname))
+                        continue
+                    place = _place(path.removeprefix(theme))
+                    if place is None or not member.isfile():
+                        continue
+                    name, context, bucket, pixels = place
+                    old = best.get((name, bucket))
+                    if old is None or _rank(pixels, path) < _rank(old.pixels, old.path):
+                        content = archive.extractfile(member)
+                        assert content is not None
+                        drawing = Drawing(hand, name, context, bucket, pixels, path, content.read())
+                        best[name, bucket] = drawing
+        except tarfile.TarError:
+            process.kill()
     if process.returncode:
         raise UserError(f"'{package}' is no readable Debian package: remove it and start again")
     drawings = {drawing.path: drawing for drawing in best.values()}

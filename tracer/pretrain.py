@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
+from time import monotonic
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ def fit(config: PretrainConfig, corpus: icons.Corpus) -> Path:
     pictures = torch.from_numpy(np.ascontiguousarray(corpus.pictures.transpose(0, 3, 1, 2)))
     labels, captions = torch.from_numpy(corpus.labels), Captions(corpus.captions)
     chance = torch.where(torch.from_numpy(corpus.named), config.named, 1.0)
-    budget, started, saved = 60 * config.minutes, time.monotonic() - elapsed, elapsed
+    budget, started, saved = 60 * config.minutes, monotonic() - elapsed, elapsed
     config.output.mkdir(parents=True, exist_ok=True)
     with (
         tqdm(total=round(budget), initial=round(elapsed), desc="pretraining", unit="s") as bar,
@@ -94,7 +94,7 @@ def fit(config: PretrainConfig, corpus: icons.Corpus) -> Path:
             with torch.no_grad():
                 model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
-            step, elapsed = step + 1, time.monotonic() - started
+            step, elapsed = step + 1, monotonic() - started
             bar.update(min(round(elapsed), round(budget)) - bar.n)
             if step % 20 == 0:
                 bar.set_postfix(step=step, loss=f"{loss.item():.3f}")
@@ -110,7 +110,7 @@ def fit(config: PretrainConfig, corpus: icons.Corpus) -> Path:
 
 
 def learning_rate(progress: float, warmup: float) -> float:
-    """Share of the peak rate: cosine from 1 to 0 over the budget, below a linear rise over its share ``warmup``."""
+    """Share of the peak rate: cosine from 1 to 0 over the budget, and a linear rise over its share ``warmup``."""
     return max(min(progress / warmup, 0.5 * (1 + math.cos(math.pi * progress))), 1e-3)
 
 
