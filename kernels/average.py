@@ -117,14 +117,23 @@ def average_(
     All tensors on one device; each average dense, its parameter and copy with the same strides.
     Under CUDA graph capture the table must exist: call once before with the same tensors.
     """
-    lists = layouts(averages, params, copies)
-    table = _table(lists)
+    if averages:
+        _require_gpu(averages[0])
+    table = _table(layouts(averages, params, copies))
     if table is None:
         return
     on_device = isinstance(weight, Tensor)
     with device_guard(averages[0]):
         _average_kernel[(table.shape[0],)](
             table, weight, ON_DEVICE=on_device, BLOCK=BLOCK, INTERPRETED=INTERPRETED, num_warps=NUM_WARPS
+        )
+
+
+def _require_gpu(tensor: Tensor) -> None:
+    if not (tensor.is_cuda or INTERPRETED):
+        raise ValueError(
+            f"impl='triton' needs tensors on a GPU, got {tensor.device}: use impl='foreach', or set "
+            "TRITON_INTERPRET=1 before the import to run the kernel under Triton's interpreter"
         )
 
 

@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
 
 from tracer.kernels import average, foreach
+from tracer.ops import average_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = {"triton": average, "foreach": foreach}
@@ -144,11 +145,29 @@ def test_memory_formats():
     assert_moved(averages, want)
 
 
-def test_device_scalar_weight():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_device_scalar_weight(impl):
     averages, params, _ = lists()
     want = expected(averages, params, 0.125)
-    average.average_(averages, params, torch.tensor(0.125, device=DEVICE))
+    average_(averages, params, torch.tensor(0.125, device=DEVICE), impl=impl)
     assert_moved(averages, want)
+
+
+def test_dispatch(monkeypatch):
+    """The device chooses; a name overrides; an unknown name and a CPU without interpreter are refused."""
+    called = []
+    for name, module in IMPLS.items():
+        monkeypatch.setattr(module, "average_", lambda *args, name=name: called.append(name))
+    averages, params, _ = lists()
+    for impl in ("auto", "triton", "foreach"):
+        average_(averages, params, 0.5, impl=impl)
+    assert called == ["triton" if DEVICE == "cuda" else "foreach", "triton", "foreach"]
+    with pytest.raises(ValueError, match="impl='loop': one of 'auto', 'triton', 'foreach'"):
+        average_(averages, params, 0.5, impl="loop")
+    monkeypatch.undo()
+    monkeypatch.setattr(average, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"needs tensors on a GPU, got cpu: use impl='foreach'"):
+        average_([torch.zeros(3)], [torch.zeros(3)], 0.5, impl="triton")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

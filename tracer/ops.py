@@ -1,6 +1,7 @@
 """The one dispatcher: validates a call, picks an implementation, gives it autograd and torch.compile.
 
-``contrastive_loss`` is the whole public face of the fused loss. ``impl`` is one of
+``contrastive_loss`` is the whole public face of the fused loss, ``average_`` that of the teacher's
+moving average. ``impl`` of the loss is one of
 
 * ``"triton"``  GPU kernels (``kernels/contrastive.py``): no N×M buffer, forward or backward;
 * ``"blocked"`` the same walk in torch operations (``kernels/blocked.py``): CPU and any other device;
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tracer.kernels import eager
+from tracer.kernels import eager, foreach
 
 IMPLS = ("auto", "triton", "blocked", "eager")
 _DTYPES = {
@@ -149,6 +150,40 @@ def contrastive_loss(
 
 
 @torch.no_grad()
+def average_(
+    averages: Sequence[Tensor],
+    params: Sequence[Tensor],
+    weight: float | Tensor,
+    *,
+    copies: Sequence[Tensor | None] | None = None,
+    impl: str = "auto",
+) -> None:
+    """Moving average of a list of tensors, in place: ``average += weight · (param − average)``.
+
+    Args:
+        averages: float32 tensors of any shapes, written.
+        params: one for each average, same shape; float32, bfloat16 or float16, only read.
+        weight: how far to move, in [0, 1]; a number, or a scalar tensor on the averages' device
+            (read there by the kernel: no host sync; ``foreach`` reads it on the host).
+        copies: low-precision copies of the averages, written in the same pass; None for those that
+            need none.
+        impl: ``"triton"``, one launch for the whole list (``kernels/average.py``); ``"foreach"``, torch
+            operations (``kernels/foreach.py``); ``"auto"``, the former for CUDA and ROCm tensors.
+
+    Raises:
+        ValueError: lists that don't match, dtypes or memory formats that the implementation can't
+            move, or written tensors that share memory; the message names list and position.
+    """
+    if impl not in ("auto", "triton", "foreach"):
+        raise ValueError(f"impl={impl!r}: one of 'auto', 'triton', 'foreach'")
+    if impl == "auto":
+        impl = "triton" if averages and averages[0].is_cuda else "foreach"
+    if impl == "triton":
+        importlib.import_module("tracer.kernels.average").average_(averages, params, weight, copies)
+    else:
+        foreach.average_(averages, params, float(weight), copies)
+
+
 def sampled_diagnostics(
     image: Tensor,
     text: Tensor,

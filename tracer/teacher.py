@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracer.kernels.foreach import average_
+from tracer.ops import average_
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,10 @@ class MovingAverageTeacher:
     """Float32 moving average of a module, runnable as a module of its own.
 
     Parameters and floating-point buffers (BatchNorm statistics) are averaged; integer buffers, masks
-    and buffers that are not saved with the model are copied. :attr:`module` is an ordinary
-    ``nn.Module`` in eval mode without gradients; ``gather()`` is a checkpoint in the student's own
-    format.
+    and buffers that are not saved with the model are copied. Parameters that are frozen when the teacher
+    is built are the student's own tensors, in no second copy (unless they need another dtype).
+    :attr:`module` is an ordinary ``nn.Module`` in eval mode without gradients; ``gather()`` is a
+    checkpoint in the student's own format.
 
     Args:
         model: the student. Its present weights are θ̄_0. It is never written.
@@ -156,8 +157,9 @@ class MovingAverageTeacher:
         dtype: torch.dtype | None = None,
         own_stream: bool = False,
     ) -> None:
-        module = copy.deepcopy(model).eval().requires_grad_(False)
         rule = cast_rule(model, dtype or torch.float32)
+        shared: dict[int, Any] = {id(p): p for p in model.parameters() if is_shared(p, rule)}
+        module = copy.deepcopy(model, shared).eval().requires_grad_(False)
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = tensor.data.to(rule(tensor))
         self._begin(model, module, schedule, own_stream)
@@ -179,6 +181,8 @@ class MovingAverageTeacher:
         tensors: dict[str, Any] = {name: owner.get(key) for name, (owner, key) in slots.items()}
         names = {id(tensor): name for name, tensor in tensors.items()}
         self._tensors: dict[str, Tensor] = {name: tensor.detach() for name, tensor in tensors.items()}
+        student = {name: owner.get(key) for name, (owner, key) in self._slots.items()}
+        self._shared = {name for name, tensor in tensors.items() if tensor is student[name]}
         # Key in a state dict -> name of the tensor; two keys for a tied one.
         self._keys = {key: names[id(t)] for key, t in module.state_dict(keep_vars=True).items()}
         floats = [t.dtype for t in self._tensors.values() if t.is_floating_point()]
@@ -193,6 +197,8 @@ class MovingAverageTeacher:
 
     def _hold(self, name: str) -> None:
         """Put one of the module's tensors under the average, or among the copied ones."""
+        if name in self._shared:
+            return
         mine, source = self._tensors[name], self._student(name)
         owner, key = self._slots[name]
         parameter = isinstance(owner.get(key), nn.Parameter)
@@ -234,7 +240,8 @@ class MovingAverageTeacher:
         step does nothing.
 
         Raises:
-            ValueError: ``step`` is lower than an earlier one, or beyond the schedule's end.
+            ValueError: ``step`` is lower than an earlier one, or beyond the schedule's end; a parameter
+                was unfrozen since the teacher was built.
         """
         if step < self.step:
             raise ValueError(
@@ -242,6 +249,10 @@ class MovingAverageTeacher:
             )
         if step == self.step or not self._stepped():
             return False
+        for name in self._shared:
+            owner, key = self._slots[name]
+            if getattr(owner.get(key), "requires_grad", False):
+                raise ValueError(f"{name!r} was frozen when the teacher was built: build it after unfreezing")
         weight = self.schedule.weight(step)
         self.step = step
         if weight == 0.0:
@@ -390,6 +401,11 @@ def cast_rule(model: nn.Module, dtype: torch.dtype | None) -> Callable[[Tensor],
         return tensor.dtype if dtype is None or keep else dtype
 
     return rule
+
+
+def is_shared(param: nn.Parameter, rule: Callable[[Tensor], torch.dtype]) -> bool:
+    """Whether a teacher uses the student's own tensor: it never trains, and needs no cast."""
+    return not param.requires_grad and rule(param) is param.dtype
 
 
 def _slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tracer.teacher import MovingAverageTeacher, Schedule, cast_rule
+from tracer.teacher import MovingAverageTeacher, Schedule, cast_rule, is_shared
 
 # What is read of each kind of optimizer that deepspeed.initialize may return. The first names the
 # float32 masters, the second the parameters that they belong to.
@@ -77,6 +77,8 @@ def zero_teacher(
 ) -> ZeroTeacher:
     """The teacher of a DeepSpeed engine; see :class:`ZeroTeacher`."""
     kind = check_engine(engine)
+    if own_stream and kind == "DeepSpeedZeroOptimizer_Stage3":
+        raise ValueError("own_stream isn't offered at ZeRO stage 3: DeepSpeed gathers on streams of its own")
     teacher = {
         "DeepSpeedZeroOptimizer": _ShardedTeacher,
         "BF16_Optimizer": _ShardedTeacher,
@@ -149,7 +151,8 @@ class ZeroTeacher(MovingAverageTeacher):
     ``module``, ``encode`` and ``gather`` are collective at stages 1 to 3: call them on every rank.
     ``update`` communicates nothing, and moves only if the last ``engine.step()`` took a step: not in
     the midst of accumulating gradients, not after an overflow. Parameters that the optimizer doesn't
-    have (frozen ones) keep their pretrained values. Buffers are each rank's own, as in the engine.
+    have (frozen ones) are the student's own, not copied; at stage 3 they are copied, in shards. Buffers
+    are each rank's own, as in the engine.
 
     Args:
         engine: what ``deepspeed.initialize`` returned, with its optimizer.
@@ -189,6 +192,8 @@ class ZeroTeacher(MovingAverageTeacher):
         """Put shards under the average that aren't tensors of the module."""
 
     def _clone(self, param: nn.Parameter) -> nn.Parameter:
+        if is_shared(param, self._rule):
+            return param
         return nn.Parameter(param.detach().to(self._rule(param), copy=True), requires_grad=False)
 
     def _stepped(self) -> bool:
