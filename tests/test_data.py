@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,7 @@ def test_training_batches_pair_each_picture_with_its_own_caption_and_label(drawi
             assert index.classes[label] == index.labels[row]
     assert used == {0, 1}
     for a, b in zip(first, batches(seed=1, workers=1), strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(astuple(a), astuple(b), strict=True))
     assert not torch.equal(first[0].index, batches(seed=2)[0].index)
 
 

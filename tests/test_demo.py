@@ -1,4 +1,4 @@
-"""The main job end to end in miniature: every method, the interpolation, the report, and reuse of what is there."""
+"""The main job end to end in miniature: every method, interpolation, report, and reuse of what is there."""
 
 from __future__ import annotations
 

@@ -14,11 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
+import nvidia.dali.fn
+import nvidia.dali.types
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import pipeline_def
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from PIL import Image
 from torch import Tensor
@@ -27,6 +29,10 @@ from tqdm import tqdm
 from tracer.errors import UserError
 from tracer.files import whole_file
 from tracer.model import Clip
+
+# DALI makes these modules' content at import, where a type checker does not see it.
+fn: Any = nvidia.dali.fn
+types: Any = nvidia.dali.types
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -49,8 +55,12 @@ class Index:
 
     def take(self, rows: list[int]) -> Index:
         """The index of some of the pictures."""
-        columns = (self.images, self.labels, self.captions)
-        return Index(self.name, *([column[r] for r in rows] for column in columns))
+        return Index(
+            self.name,
+            [self.images[r] for r in rows],
+            [self.labels[r] for r in rows],
+            [self.captions[r] for r in rows],
+        )
 
 
 def read_index(source: Path, name: str | None = None) -> Index:
@@ -148,7 +158,8 @@ def _fault(path: Path) -> str | None:
     return None
 
 
-class Batch(NamedTuple):
+@dataclass
+class Batch:
     """``image`` [n, 3, S, S] float32, ``text`` [n, context], ``label`` [n], ``index`` [n], all int64."""
 
     image: Tensor
@@ -194,7 +205,7 @@ class Pictures:
         device: torch.device | str = "cpu",
     ):
         self.device = torch.device(device)
-        gpu = self.device.index or 0 if self.device.type == "cuda" else None
+        gpu: Any = self.device.index or 0 if self.device.type == "cuda" else None  # None: no CUDA at all
 
         def read() -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
             for rows in batches:
@@ -202,7 +213,7 @@ class Pictures:
                 yield files, list(rows[:, None])
 
         @pipeline_def(batch_size=batch_size, num_threads=workers, device_id=gpu, seed=seed)
-        def pipeline():
+        def pipeline() -> tuple[Any, Any]:
             encoded, rows = fn.external_source(
                 read, num_outputs=2, dtype=[types.UINT8, types.INT64], ndim=[1, 1]
             )

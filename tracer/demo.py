@@ -65,7 +65,9 @@ def demo(config: DemoConfig) -> Path:
     clip = load_clip(config.model, config.pretrained)
     start = {name: value.clone() for name, value in clip.model.state_dict().items()}
     zero_shot = evaluate_zero_shot(clip, sets, prompts, workers=config.workers)
-    methods = [{"key": "zero-shot", "name": "Zero-shot", "note": "no training", "runs": [_row(zero_shot)]}]
+    methods: list[dict[str, Any]] = [
+        {"key": "zero-shot", "name": "Zero-shot", "note": "no training", "runs": [_row(zero_shot)]}
+    ]
     for key, (name, note, _) in METHODS.items():
         rows = [_finished(folder, seed) for seed, folder in enumerate(folders[key])]
         methods.append({"key": key, "name": name, "note": note, "runs": rows})

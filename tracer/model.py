@@ -30,7 +30,7 @@ class Clip:
     """
 
     name: str
-    model: nn.Module
+    model: Any  # open_clip.CLIP or one of its relatives, which share no base class
     tokenizer: Callable[[list[str]], Tensor]
     image_size: int
     mean: tuple[float, ...]

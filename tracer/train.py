@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from tqdm import tqdm
 
 from tracer.config import Config
-from tracer.data import TrainingBatches, check_pictures, read_index
+from tracer.data import Index, TrainingBatches, check_pictures, read_index
 from tracer.errors import UserError
 from tracer.evaluate import class_prompts, evaluate_zero_shot
 from tracer.files import whole_folder
@@ -110,7 +110,9 @@ def is_run_of(config: Config, folder: Path) -> bool:
     return about.is_file() and json.loads(about.read_text()).get("fingerprint") == fingerprint(config)
 
 
-def _train(config: Config, clip: Clip, index, log: StepLog) -> tuple[dict[str, Tensor], dict | None]:
+def _train(
+    config: Config, clip: Clip, index: Index, log: StepLog
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """Train ``clip.model`` and return the weights of the student and of the teacher, in float32."""
     torch.manual_seed(config.seed)
     engine = start_engine(config, clip.model)
@@ -157,8 +159,7 @@ def _train(config: Config, clip: Clip, index, log: StepLog) -> tuple[dict[str, T
             step_seconds=time.perf_counter() - started,
         )
     log.close()
-    student = full_weights(engine)
-    return student, teacher.gather() if teacher else None
+    return full_weights(engine), teacher.gather() if teacher else None
 
 
 def start_engine(config: Config, model: nn.Module) -> deepspeed.DeepSpeedEngine:
