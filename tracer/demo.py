@@ -33,8 +33,8 @@ from tracer.train import finetune, is_run_of
 # key → name, note, and what the method changes in the common settings.
 METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "flyp": ("FLYP", "contrastive loss only", {"method": "flyp"}),
-    "ema": ("TRACER, EMA teacher", "distillation from an exponential average", {"teacher": "ema"}),
-    "wma": ("TRACER, WMA teacher", "distillation from the weighted average", {"teacher": "wma"}),
+    "ema": ("TRACER, EMA", "distillation from an exponential average", {"teacher": "ema"}),
+    "wma": ("TRACER, WMA", "distillation from the weighted average", {"teacher": "wma"}),
 }
 
 
