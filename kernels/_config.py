@@ -13,7 +13,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 COMBINE = Tile(64, 0, 0, 4, 1)
-MERGE = 256
+MERGE = 128
 
 def choose(kind: str, products: int, like: Tensor, N: int, M: int) -> Tile:
     return Tile(32, 32, 32, 4, 2)

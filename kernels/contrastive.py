@@ -52,7 +52,7 @@ from ._triton import device_guard, require_device, tl, triton
 # fmt: off
 (
     Z_MAX, Z_SUM, Z_POSITIVE, Z_NEGATIVE,  # max z, Σ eᶻ, Σ_P s, Σ_¬P s (only with smoothing)
-    S_MAX, S_SUM,  # max s, Σ eˢ; without a margin s is z, and z's stand in
+    S_MAX, S_SUM,  # max s, Σ eˢ
     S_SELF, S_HIT, S_ARG,  # diagnostics: Σ eˢ s, Σ_P eˢ, the first argmax
     T_MAX, T_SUM, T_SELF, T_HIT, T_ARG,  # the same of the teacher
     T_MINUS_S, T_MINUS_X,  # Σ eᵗ (t − s), Σ eᵗ (t − x)
@@ -62,9 +62,9 @@ from ._triton import device_guard, require_device, tl, triton
 # fmt: on
 # How each merges: M maximum, S sum relative to the last maximum before it, I index of that maximum, P plain sum.
 KINDS = tl.constexpr("MSPP" "MSSSI" "MSSSISS" "MSP" "P")
-STATISTICS_IN_ALL = tl.constexpr(len(STATISTICS))
 
 # Rows of the saved statistics: log-sum-exps (base 2) of z, s, t, x, and the number of positives.
+STAT_ROWS = 5
 LSE_Z, LSE_S, LSE_T = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LSE_X, POSITIVES = tl.constexpr(3), tl.constexpr(4)
 
@@ -75,10 +75,10 @@ OUTSIDE = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def _empty_state(LENGTH: tl.constexpr):
-    """State of no logits at all: merging it changes nothing."""
+def _empty(FIRST: tl.constexpr, LAST: tl.constexpr, LENGTH: tl.constexpr):
+    """Statistics FIRST to LAST of no logits at all: merging them changes nothing."""
     state = ()
-    for i in tl.static_range(STATISTICS_IN_ALL):
+    for i in tl.static_range(FIRST, LAST + 1):
         if KINDS[i] == "M":
             state += (tl.full([LENGTH], OUTSIDE, tl.float32),)
         else:
@@ -87,41 +87,50 @@ def _empty_state(LENGTH: tl.constexpr):
 
 
 @triton.jit
-def _load_state(ptr, stride, inside, SLOTS: tl.constexpr, LENGTH: tl.constexpr):
-    """State of LENGTH rows or columns at ``ptr`` [LENGTH] + slot · stride."""
+def _places(offs, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the scratch, laid out [blocks, K, BLOCK], holds the first statistic of rows or columns ``offs``.
+
+    Statistic number i lies i · BLOCK further, a distance known at compile time: no register holds it.
+    """
+    return offs // BLOCK * (K * BLOCK) + offs % BLOCK
+
+
+@triton.jit
+def _load(ptr, places, inside, block, SLOTS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """Statistics FIRST to LAST from the scratch; what is not inside is not read."""
     state = ()
-    for i in tl.static_range(STATISTICS_IN_ALL):
+    for i in tl.static_range(FIRST, LAST + 1):
         if SLOTS[i] >= 0:
-            state += (tl.load(ptr + SLOTS[i] * stride, mask=inside, other=0.0),)
+            state += (tl.load(ptr + (places + SLOTS[i] * block), mask=inside, other=0.0),)
         else:
-            state += (tl.zeros([LENGTH], tl.float32),)
+            state += (tl.zeros(places.shape, tl.float32),)
     return state
 
 
 @triton.jit
-def _store_state(ptr, stride, state, inside, SLOTS: tl.constexpr, FIRST: tl.constexpr):
-    """Store the statistics from FIRST on that ``state`` holds."""
+def _store(ptr, places, inside, block, state, SLOTS: tl.constexpr, FIRST: tl.constexpr):
+    """Store the statistics from FIRST on in the scratch."""
     for i in tl.static_range(len(state)):
         if SLOTS[FIRST + i] >= 0:
-            tl.store(ptr + SLOTS[FIRST + i] * stride, state[i], mask=inside)
+            tl.store(ptr + (places + SLOTS[FIRST + i] * block), state[i], mask=inside)
 
 
 @triton.jit
-def _merge(p, q, SLOTS: tl.constexpr):
-    """State of the union of two disjoint sets of logits, p's before q's. Inactive slots pass through."""
+def _merge(p, q, SLOTS: tl.constexpr, FIRST: tl.constexpr):
+    """Statistics, from FIRST on, of the union of two disjoint sets of logits, p's before q's."""
     state = ()
-    for i in tl.static_range(STATISTICS_IN_ALL):
-        if SLOTS[i] < 0:
+    for i in tl.static_range(len(p)):
+        if SLOTS[FIRST + i] < 0:
             state += (p[i],)
-        elif KINDS[i] == "M":
+        elif KINDS[FIRST + i] == "M":
             top = tl.maximum(p[i], q[i])
             keep_p = tl.exp2(p[i] - top)
             keep_q = tl.exp2(q[i] - top)
             later = q[i] > p[i]  # a tie keeps the first index
             state += (top,)
-        elif KINDS[i] == "S":
+        elif KINDS[FIRST + i] == "S":
             state += (p[i] * keep_p + q[i] * keep_q,)
-        elif KINDS[i] == "I":
+        elif KINDS[FIRST + i] == "I":
             state += (tl.where(later, q[i], p[i]),)
         else:
             state += (p[i] + q[i],)
@@ -143,77 +152,71 @@ def _first(b_x, top, offs, AXIS: tl.constexpr):
     return tl.min(tl.where(hit, tl.expand_dims(offs, 1 - AXIS), 0x7FFFFFFF), AXIS).to(tl.float32)
 
 
+# What one tile contributes, one function per kind of logits, so that few tiles are alive at a time. The pads
+# are 0 inside the matrix and OUTSIDE beyond; tiles are 0 beyond, so plain sums need no mask.
+
+
 @triton.jit
-def _summarise(
-    b_s, b_t, b_x, b_positive,  # dot products [BLOCK_N, BLOCK_M], 0 outside the matrix
-    scale, teacher_scale, shift,  # to logits in base 2; margin on the negatives
-    offs, inside,  # index along AXIS, and whether it is inside the matrix
-    park_ptr, stride, parked,  # where the state goes, if AXIS is 0
-    SLOTS: tl.constexpr, MARGIN: tl.constexpr, AXIS: tl.constexpr,
-):  # fmt: skip
-    """State of one tile's logits along ``AXIS``: 1 returns that of its rows, 0 stores that of its columns.
-
-    A column's statistics are spread over all warps: each group is stored as soon as it is known, so
-    that it doesn't occupy registers in every thread.
-    """
-    zero = tl.zeros([b_s.shape[1 - AXIS]], tl.float32)
-    z_max, z_sum, z_positive, z_negative = zero, zero, zero, zero
-    s_max, s_sum, s_self, s_hit, s_arg = zero, zero, zero, zero, zero
-    t_max, t_sum, t_self, t_hit, t_arg = zero, zero, zero, zero, zero
-    t_minus_s, t_minus_x, x_max, x_sum, x_positive, count = zero, zero, zero, zero, zero, zero
-    pad = tl.expand_dims(tl.where(inside, 0.0, OUTSIDE), 1 - AXIS)
-
-    # 1. Contrastive logits.
-    if SLOTS[Z_MAX] >= 0:
-        b_z = b_s * scale + pad
-        if MARGIN:
-            b_z += tl.where(b_positive, 0.0, shift)
-        z_max, z_sum, b_e = _softmax(b_z, AXIS)
-        z_positive = tl.sum(tl.where(b_positive, b_s, 0.0), AXIS) * scale
+def _contrastive_part(b_s, b_positive, shift, row_pad, col_pad, SLOTS: tl.constexpr, MARGIN: tl.constexpr):
+    """Z_MAX … Z_NEGATIVE of the student's logits b_s; ``shift`` is the margin's share of z on negatives."""
+    row_zero, col_zero = tl.zeros([b_s.shape[0]], tl.float32), tl.zeros([b_s.shape[1]], tl.float32)
+    row_max, row_sum, row_hit, row_miss = row_zero, row_zero, row_zero, row_zero
+    col_max, col_sum, col_hit, col_miss = col_zero, col_zero, col_zero, col_zero
+    if SLOTS[Z_POSITIVE] >= 0:
+        b_hit = tl.where(b_positive, b_s, 0.0)
+        row_hit, col_hit = tl.sum(b_hit, 1), tl.sum(b_hit, 0)
     if SLOTS[Z_NEGATIVE] >= 0:
-        z_negative = tl.sum(tl.where(b_positive, 0.0, b_s), AXIS) * scale
-    contrastive = (z_max, z_sum, z_positive, z_negative)
-    if AXIS == 0:
-        _store_state(park_ptr, stride, contrastive, parked, SLOTS, Z_MAX)
+        b_miss = tl.where(b_positive, 0.0, b_s)
+        row_miss, col_miss = tl.sum(b_miss, 1), tl.sum(b_miss, 0)
+    if SLOTS[Z_MAX] >= 0:
+        b_z = b_s
+        if MARGIN:
+            b_z = b_s + tl.where(b_positive, 0.0, shift)
+        row_max, row_sum, _ = _softmax(b_z + col_pad, 1)
+        col_max, col_sum, _ = _softmax(b_z + row_pad, 0)
+    return (row_max, row_sum, row_hit, row_miss), (col_max, col_sum, col_hit, col_miss)
 
-    # 2. Student logits, where they are not the contrastive ones anyway.
-    if SLOTS[S_MAX] >= 0:
-        s_max, s_sum, b_e = _softmax(b_s * scale + pad, AXIS)
-    if SLOTS[S_SELF] >= 0:
-        s_self = tl.sum(b_e * b_s, AXIS) * scale
-        s_hit = tl.sum(tl.where(b_positive, b_e, 0.0), AXIS)
-        s_arg = _first(b_s * scale + pad, s_max if SLOTS[S_MAX] >= 0 else z_max, offs, AXIS)
-    student = (s_max, s_sum, s_self, s_hit, s_arg)
-    if AXIS == 0:
-        _store_state(park_ptr, stride, student, parked, SLOTS, S_MAX)
 
-    # 3. Teacher logits, and how far the student and the cross logits lie below, weighed by the teacher.
-    if SLOTS[T_MAX] >= 0:
-        t_max, t_sum, b_e = _softmax(b_t * teacher_scale + pad, AXIS)
-    if SLOTS[T_SELF] >= 0:
-        t_self = tl.sum(b_e * b_t, AXIS) * teacher_scale
-        t_hit = tl.sum(tl.where(b_positive, b_e, 0.0), AXIS)
-        t_arg = _first(b_t * teacher_scale + pad, t_max, offs, AXIS)
+@triton.jit
+def _own_part(b_x, b_positive, offs, pad, SLOTS: tl.constexpr, FIRST: tl.constexpr, AXIS: tl.constexpr):
+    """S_MAX … S_ARG or T_MAX … T_ARG along an axis with indices ``offs``, and the exponentials."""
+    zero = tl.zeros([b_x.shape[1 - AXIS]], tl.float32)
+    top, total, self, hit, arg, b_e = zero, zero, zero, zero, zero, b_x
+    if SLOTS[FIRST] >= 0:
+        top, total, b_e = _softmax(b_x + pad, AXIS)
+    if SLOTS[FIRST + 2] >= 0:
+        self = tl.sum(b_e * b_x, AXIS)
+        hit = tl.sum(tl.where(b_positive, b_e, 0.0), AXIS)
+        arg = _first(b_x + pad, top, offs, AXIS)
+    return (top, total, self, hit, arg), b_e
+
+
+@triton.jit
+def _teacher_part(b_t, b_s, b_x, b_positive, offs, pad, SLOTS: tl.constexpr, AXIS: tl.constexpr):
+    """T_MAX … T_MINUS_X along an axis with indices ``offs``."""
+    zero = tl.zeros([b_t.shape[1 - AXIS]], tl.float32)
+    minus_s, minus_x = zero, zero
+    own, b_e = _own_part(b_t, b_positive, offs, pad, SLOTS, T_MAX, AXIS)
     if SLOTS[T_MINUS_S] >= 0:
-        t_minus_s = tl.sum(b_e * (b_t * teacher_scale - b_s * scale), AXIS)
+        minus_s = tl.sum(b_e * (b_t - b_s), AXIS)
     if SLOTS[T_MINUS_X] >= 0:
-        t_minus_x = tl.sum(b_e * (b_t * teacher_scale - b_x * scale), AXIS)
-    teacher = (t_max, t_sum, t_self, t_hit, t_arg, t_minus_s, t_minus_x)
-    if AXIS == 0:
-        _store_state(park_ptr, stride, teacher, parked, SLOTS, T_MAX)
+        minus_x = tl.sum(b_e * (b_t - b_x), AXIS)
+    return own + (minus_s, minus_x)
 
-    # 4. Cross logits, and the number of positives.
-    if SLOTS[X_MAX] >= 0:
-        x_max, x_sum, b_e = _softmax(b_x * scale + pad, AXIS)
-    if SLOTS[X_POSITIVE] >= 0:
-        x_positive = tl.sum(tl.where(b_positive, b_x, 0.0), AXIS) * scale
+
+@triton.jit
+def _cross_part(b_x, b_positive, inside, pad, SLOTS: tl.constexpr, AXIS: tl.constexpr):
+    """X_MAX … COUNT along an axis."""
+    zero = tl.zeros([b_x.shape[1 - AXIS]], tl.float32)
+    top, total, hit, count = zero, zero, zero, zero
     if SLOTS[COUNT] >= 0:
         ones = tl.expand_dims(tl.where(inside, 1.0, 0.0), 1 - AXIS)
         count = tl.sum(tl.where(b_positive, ones, 0.0), AXIS)
-    crossed = (x_max, x_sum, x_positive, count)
-    if AXIS == 0:
-        _store_state(park_ptr, stride, crossed, parked, SLOTS, X_MAX)
-    return contrastive + student + teacher + crossed
+    if SLOTS[X_POSITIVE] >= 0:
+        hit = tl.sum(tl.where(b_positive, b_x, 0.0), AXIS)
+    if SLOTS[X_MAX] >= 0:
+        top, total, _ = _softmax(b_x + pad, AXIS)
+    return top, total, hit, count
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,33 +226,37 @@ def _summarise(
 
 @triton.jit
 def _dots(
-    image_ptr, text_ptr, teacher_image_ptr, teacher_text_ptr, offs_n, offs_m, N, M,
+    image_ptr, text_ptr, teacher_image_ptr, teacher_text_ptr, row, col, N, M, width,
     D: tl.constexpr, USE_S: tl.constexpr, USE_A: tl.constexpr, USE_B: tl.constexpr, USE_T: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The dot-product tiles u·v, u·v', u'·v, u'·v' [BLOCK_N, BLOCK_M] in float32; 0 outside the matrix."""
+    """The tiles u·v, u·v', u'·v, u'·v' [BLOCK_N, BLOCK_M] at (row, col) in float32; 0 outside the matrix.
+
+    ``width`` is D again, but not known to the compiler, which would else unroll the loop and spill.
+    """
     b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     b_a = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     b_b = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     b_t = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    # int64: N·D passes 2^31 from a few million rows on
-    rows = offs_n.to(tl.int64)[:, None] * D  # [BLOCK_N, 1]
-    cols = offs_m.to(tl.int64)[None, :] * D  # [1, BLOCK_M]
-    for start in range(0, D, BLOCK_D):
+    # Scalar int64 (N·D passes 2^31 from a few million rows on), then small offsets within the tile.
+    first_n, first_m = row * tl.full([], D, tl.int64), col * tl.full([], D, tl.int64)
+    offs_n, offs_m = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_M)[None, :]
+    for start in range(0, width, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
-        row_mask = (offs_n < N)[:, None]
-        col_mask = (offs_m < M)[None, :]
+        row_mask, col_mask = row + offs_n < N, col + offs_m < M
         if D % BLOCK_D != 0:
             row_mask &= (offs_d < D)[None, :]
             col_mask &= (offs_d < D)[:, None]
+        row_offs = offs_n * D + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
+        col_offs = offs_m * D + offs_d[:, None]  # [BLOCK_D, BLOCK_M]
         if USE_S or USE_A:
-            b_u = tl.load(image_ptr + rows + offs_d[None, :], mask=row_mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+            b_u = tl.load(image_ptr + first_n + row_offs, mask=row_mask, other=0.0)
         if USE_S or USE_B:
-            b_v = tl.load(text_ptr + cols + offs_d[:, None], mask=col_mask, other=0.0)  # [BLOCK_D, BLOCK_M]
+            b_v = tl.load(text_ptr + first_m + col_offs, mask=col_mask, other=0.0)
         if USE_B or USE_T:
-            b_tu = tl.load(teacher_image_ptr + rows + offs_d[None, :], mask=row_mask, other=0.0)
+            b_tu = tl.load(teacher_image_ptr + first_n + row_offs, mask=row_mask, other=0.0)
         if USE_A or USE_T:
-            b_tv = tl.load(teacher_text_ptr + cols + offs_d[:, None], mask=col_mask, other=0.0)
+            b_tv = tl.load(teacher_text_ptr + first_m + col_offs, mask=col_mask, other=0.0)
         if USE_S:
             b_s = tl.dot(b_u, b_v, b_s, input_precision=PRECISION)
         if USE_A:
@@ -277,13 +284,13 @@ def _positives(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS: tl.con
 # --------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["margin", "N", "M", "rows", "cols"])
+@triton.jit(do_not_specialize=["margin", "N", "M", "width", "rows", "cols"])
 def _forward_kernel(
     image_ptr, text_ptr, scale_ptr,  # [N, D], [M, D], []
     teacher_image_ptr, teacher_text_ptr, teacher_scale_ptr,  # [N, D], [M, D], [], or None
     labels_ptr, text_labels_ptr,  # [N], [M], or None
-    row_partial_ptr, col_partial_ptr, parked_ptr,  # [grid 1, K, N], [grid 0, K, M] twice
-    margin, N, M, rows, cols,  # rows, cols: size of a program's rectangle, in whole tiles
+    row_partial_ptr, col_partial_ptr, parked_ptr,  # [grid 1, blocks of rows, K, BLOCK_N], columns likewise, twice
+    margin, N, M, width, rows, cols,  # rows, cols: size of a program's rectangle, in whole tiles
     K: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, LABELS: tl.constexpr, MARGIN: tl.constexpr,
     USE_S: tl.constexpr, USE_X: tl.constexpr, USE_T: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, MERGE: tl.constexpr,
@@ -291,9 +298,9 @@ def _forward_kernel(
     # 1. The rectangle, and where its partial statistics go.
     first_row, first_col = tl.program_id(0) * rows, tl.program_id(1) * cols
     last_row, last_col = tl.minimum(first_row + rows, N), tl.minimum(first_col + cols, M)
-    row_partial_ptr += tl.program_id(1).to(tl.int64) * K * N
-    col_partial_ptr += tl.program_id(0).to(tl.int64) * K * M
-    parked_ptr += tl.program_id(0).to(tl.int64) * K * M
+    row_partial_ptr += tl.program_id(1).to(tl.int64) * tl.cdiv(N, BLOCK_N) * (K * BLOCK_N)
+    col_partial_ptr += tl.program_id(0).to(tl.int64) * tl.cdiv(M, BLOCK_M) * (K * BLOCK_M)
+    parked_ptr += tl.program_id(0).to(tl.int64) * tl.cdiv(M, BLOCK_M) * (K * BLOCK_M)
 
     # 2. Scales into base 2.
     scale = tl.load(scale_ptr) * LOG2E
@@ -304,46 +311,64 @@ def _forward_kernel(
 
     for row in range(first_row, last_row, BLOCK_N):
         offs_n = row + tl.arange(0, BLOCK_N)
-        row_state = _empty_state(BLOCK_N)
+        z, s = _empty(Z_MAX, Z_NEGATIVE, BLOCK_N), _empty(S_MAX, S_ARG, BLOCK_N)
+        t, x = _empty(T_MAX, T_MINUS_X, BLOCK_N), _empty(X_MAX, COUNT, BLOCK_N)
         # The first row of tiles founds the column statistics, later ones park theirs to be merged.
         if row == first_row:
             park_ptr = col_partial_ptr
         else:
             park_ptr = parked_ptr
 
-        for col in range(first_col, last_col, BLOCK_M):
+        for col in tl.range(first_col, last_col, BLOCK_M, disable_licm=True):
             offs_m = col + tl.arange(0, BLOCK_M)
 
             # 3. The dot products and the positives of a tile.
             b_s, b_a, b_b, b_t = _dots(
-                image_ptr, text_ptr, teacher_image_ptr, teacher_text_ptr, offs_n, offs_m, N, M,
+                image_ptr, text_ptr, teacher_image_ptr, teacher_text_ptr, row, col, N, M, width,
                 D, USE_S, USE_X, USE_X, USE_T, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
             )  # fmt: skip
             b_positive = _positives(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS)
 
-            # 4. Rows: merge into registers.
-            tile = _summarise(
-                b_s, b_t, b_a, b_positive, scale, teacher_scale, shift, offs_m, offs_m < M,
-                None, M, None, SLOTS, MARGIN, 1,
-            )  # fmt: skip
-            row_state = _merge(row_state, tile, SLOTS)
+            b_s, b_a, b_b, b_t = b_s * scale, b_a * scale, b_b * scale, b_t * teacher_scale
+            row_inside, col_inside = offs_n < N, offs_m < M
+            row_pad = tl.where(row_inside, 0.0, OUTSIDE)[:, None]
+            col_pad = tl.where(col_inside, 0.0, OUTSIDE)[None, :]
 
-            # 5. Columns: store, in this program's part of the scratch.
-            _summarise(
-                b_s, b_t, b_b, b_positive, scale, teacher_scale, shift, offs_n, offs_n < N,
-                park_ptr + offs_m, M, offs_m < M, SLOTS, MARGIN, 0,
-            )  # fmt: skip
-        _store_state(row_partial_ptr + offs_n, N, row_state, offs_n < N, SLOTS, Z_MAX)
+            # 4. Their statistics: those of rows merge into registers; those of columns, which are spread
+            #    over all warps, go to this program's part of the scratch at once.
+            places = _places(offs_m, K, BLOCK_M)
+            row_part, col_part = _contrastive_part(b_s, b_positive, shift, row_pad, col_pad, SLOTS, MARGIN)
+            _store(park_ptr, places, col_inside, BLOCK_M, col_part, SLOTS, Z_MAX)
+            z = _merge(z, row_part, SLOTS, Z_MAX)
+
+            col_part, _ = _own_part(b_s, b_positive, offs_n, row_pad, SLOTS, S_MAX, 0)
+            _store(park_ptr, places, col_inside, BLOCK_M, col_part, SLOTS, S_MAX)
+            row_part, _ = _own_part(b_s, b_positive, offs_m, col_pad, SLOTS, S_MAX, 1)
+            s = _merge(s, row_part, SLOTS, S_MAX)
+
+            col_part = _teacher_part(b_t, b_s, b_b, b_positive, offs_n, row_pad, SLOTS, 0)
+            _store(park_ptr, places, col_inside, BLOCK_M, col_part, SLOTS, T_MAX)
+            row_part = _teacher_part(b_t, b_s, b_a, b_positive, offs_m, col_pad, SLOTS, 1)
+            t = _merge(t, row_part, SLOTS, T_MAX)
+
+            col_part = _cross_part(b_b, b_positive, row_inside, row_pad, SLOTS, 0)
+            _store(park_ptr, places, col_inside, BLOCK_M, col_part, SLOTS, X_MAX)
+            row_part = _cross_part(b_a, b_positive, col_inside, col_pad, SLOTS, 1)
+            x = _merge(x, row_part, SLOTS, X_MAX)
+
+        # 5. Rows are complete.
+        _store(row_partial_ptr, _places(offs_n, K, BLOCK_N), offs_n < N, BLOCK_N, z + s + t + x, SLOTS, Z_MAX)
 
         # 6. Merge what this row of tiles has parked, between barriers: other threads wrote it.
         if row > first_row:
             tl.debug_barrier()
             for col in range(first_col, last_col, MERGE):
                 offs = col + tl.arange(0, MERGE)
-                inside = offs < last_col
-                seen = _load_state(col_partial_ptr + offs, M, inside, SLOTS, MERGE)
-                new = _load_state(parked_ptr + offs, M, inside, SLOTS, MERGE)
-                _store_state(col_partial_ptr + offs, M, _merge(seen, new, SLOTS), inside, SLOTS, Z_MAX)
+                places, inside = _places(offs, K, BLOCK_M), offs < last_col
+                seen = _load(col_partial_ptr, places, inside, BLOCK_M, SLOTS, Z_MAX, COUNT)
+                new = _load(parked_ptr, places, inside, BLOCK_M, SLOTS, Z_MAX, COUNT)
+                seen = _merge(seen, new, SLOTS, Z_MAX)
+                _store(col_partial_ptr, places, inside, BLOCK_M, seen, SLOTS, Z_MAX)
         tl.debug_barrier()
 
 
@@ -366,7 +391,7 @@ def _same_label(own_ptr, other_ptr, offs, found, inside, LABELS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["margin", "smoothing", "N", "M", "row_groups", "col_groups"])
 def _combine_kernel(
-    row_partial_ptr, col_partial_ptr,  # [row_groups, K, N], [col_groups, K, M]
+    row_partial_ptr, col_partial_ptr,  # [groups, blocks, K, BLOCK_N] and [groups, blocks, K, BLOCK_M]
     labels_ptr, text_labels_ptr,  # [N], [M], or None
     scale_ptr,  # []
     row_stats_ptr, col_stats_ptr,  # [STAT_ROWS, N], [STAT_ROWS, M]
@@ -374,16 +399,17 @@ def _combine_kernel(
     margin, smoothing, N, M, row_groups, col_groups,
     K: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, LABELS: tl.constexpr,
     CONTRASTIVE: tl.constexpr, RELATIONAL: tl.constexpr, INTERACTIVE: tl.constexpr, CROSS: tl.constexpr,
-    SMOOTHING: tl.constexpr, STATS: tl.constexpr, BLOCK: tl.constexpr,
+    SMOOTHING: tl.constexpr, STATS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # 1. Rows or columns: the same work on other operands.
     side = tl.program_id(1)
     if side == 0:
-        length, others, groups = N, M, row_groups
+        length, others, groups, block = N, M, row_groups, tl.full([], BLOCK_N, tl.int32)
         partial_ptr, stats_ptr = row_partial_ptr, row_stats_ptr
         own_ptr, other_ptr = labels_ptr, text_labels_ptr
     else:
-        length, others, groups = M, N, col_groups
+        length, others, groups, block = M, N, col_groups, tl.full([], BLOCK_M, tl.int32)
         partial_ptr, stats_ptr = col_partial_ptr, col_stats_ptr
         own_ptr, other_ptr = text_labels_ptr, labels_ptr
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -391,11 +417,11 @@ def _combine_kernel(
     sums_ptr += (side * tl.num_programs(0) + tl.program_id(0)) * WIDTH
 
     # 2. Merge the partial statistics of all programs, in order.
-    state = _empty_state(BLOCK)
-    ptr = partial_ptr + offs
+    state = _empty(Z_MAX, COUNT, BLOCK)
+    places = offs // block * (K * block) + offs % block
     for _ in range(groups):
-        state = _merge(state, _load_state(ptr, length, inside, SLOTS, BLOCK), SLOTS)
-        ptr += K * length.to(tl.int64)
+        state = _merge(state, _load(partial_ptr, places, inside, block, SLOTS, Z_MAX, COUNT), SLOTS, Z_MAX)
+        partial_ptr += tl.cdiv(length, block).to(tl.int64) * (K * block)
 
     # 3. Log-sum-exps and positive counts, saved for the backward pass.
     zero = tl.zeros([BLOCK], tl.float32)
@@ -438,7 +464,7 @@ def _combine_kernel(
     # 5. Its share of each diagnostic, in the order of eager.stat_names.
     if STATS:
         mean = tl.where(inside, 1.0 / length, 0.0)
-        s_sum = state[S_SUM] if SLOTS[S_MAX] >= 0 else state[Z_SUM]
+        s_sum = state[S_SUM]
         s_arg = tl.minimum(state[S_ARG].to(tl.int32), others - 1)  # all-NaN rows have no argmax
         ptr = sums_ptr + 4 + 4 * side
         tl.store(ptr + 0, _total(lse_s - state[S_SELF] / s_sum, mean * LN2))
@@ -479,14 +505,17 @@ def _target_weights(count, others, weight, smoothing, SMOOTHING: tl.constexpr):
 
 
 @triton.jit
-def _store_strip(ptr, stride, b_x, rows, cols, row_inside, col_inside):
-    """Store a gradient tile in the strip's dtype, if there is a strip for it."""
+def _store_strip(ptr, b_x, stride, row, offs_m, row_inside, col_inside):
+    """Store a gradient tile in the strip's dtype, if there is a strip for it; ``row`` counts from its first."""
     if ptr is not None:
-        offs = rows.to(tl.int64)[:, None] * stride + cols[None, :]
-        tl.store(ptr + offs, b_x.to(ptr.dtype.element_ty), mask=row_inside[:, None] & col_inside[None, :])
+        offs = tl.arange(0, b_x.shape[0])[:, None] * stride + offs_m[None, :]
+        inside = row_inside[:, None] & col_inside[None, :]
+        tl.store(ptr + row * stride.to(tl.int64) + offs, b_x.to(ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["margin", "smoothing", "N", "M", "first", "last", "rows", "cols"])
+@triton.jit(
+    do_not_specialize=["margin", "smoothing", "N", "M", "width", "first", "last", "rows", "cols"]
+)
 def _backward_kernel(
     grad_terms_ptr,  # [4]
     image_ptr, text_ptr, scale_ptr,  # [N, D], [M, D], []
@@ -495,7 +524,7 @@ def _backward_kernel(
     row_stats_ptr, col_stats_ptr,  # [STAT_ROWS, N], [STAT_ROWS, M]
     ds_ptr, da_ptr, db_ptr, stride,  # strips [last − first, M] with row stride, or None
     d_scale_ptr,  # [grid 0, grid 1], or None
-    margin, smoothing, N, M, first, last, rows, cols,  # the strip's rows; size of a rectangle
+    margin, smoothing, N, M, width, first, last, rows, cols,  # the strip's rows; size of a rectangle
     D: tl.constexpr, LABELS: tl.constexpr, MARGIN: tl.constexpr, SMOOTHING: tl.constexpr,
     CONTRASTIVE: tl.constexpr, RELATIONAL: tl.constexpr, INTERACTIVE: tl.constexpr, CROSS: tl.constexpr,
     USE_S: tl.constexpr, USE_A: tl.constexpr, USE_B: tl.constexpr, USE_T: tl.constexpr, D_SCALE: tl.constexpr,
@@ -530,101 +559,100 @@ def _backward_kernel(
     shift = margin * scale
     d_scale = tl.zeros([BLOCK_N], tl.float32)
 
-    for row in range(first_row, tl.minimum(first_row + rows, last), BLOCK_N):
+    last_row, last_col = tl.minimum(first_row + rows, last), tl.minimum(first_col + cols, M)
+    for row in range(first_row, last_row, BLOCK_N):
         offs_n = row + tl.arange(0, BLOCK_N)
-        for col in range(first_col, tl.minimum(first_col + cols, M), BLOCK_M):
+        for col in tl.range(first_col, last_col, BLOCK_M, disable_licm=True):
             offs_m = col + tl.arange(0, BLOCK_M)
 
             # 4. The dot products of a tile and what is known about its rows and columns.
             b_s, b_a, b_b, b_t = _dots(
-                image_ptr, text_ptr, teacher_image_ptr, teacher_text_ptr, offs_n, offs_m, N, M,
+                image_ptr, text_ptr, teacher_image_ptr, teacher_text_ptr, row, col, N, M, width,
                 D, USE_S, USE_A, USE_B, USE_T, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
             )  # fmt: skip
             b_positive = _positives(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS)
+            b_s, b_a, b_b, b_t = b_s * scale, b_a * scale, b_b * scale, b_t * teacher_scale
             row_inside, col_inside = offs_n < last, offs_m < M
-            row_ptr, col_ptr = row_stats_ptr + offs_n, col_stats_ptr + offs_m
-            row_count = tl.load(row_ptr + POSITIVES * N, mask=row_inside, other=1.0)  # [BLOCK_N]
-            col_count = tl.load(col_ptr + POSITIVES * M, mask=col_inside, other=1.0)  # [BLOCK_M]
+            row_count = tl.load(row_stats_ptr + POSITIVES * N + offs_n, mask=row_inside, other=1.0)  # [BLOCK_N]
+            col_count = tl.load(col_stats_ptr + POSITIVES * M + offs_m, mask=col_inside, other=1.0)  # [BLOCK_M]
             d_row = tl.zeros([BLOCK_N], tl.float32)
             b_ds = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
 
             # 5. Along rows: interactive and cross act on a, relational on s.
             if USE_T:
-                lse = tl.load(row_ptr + LSE_T * N, mask=row_inside, other=0.0)
-                b_p = row_weight * tl.exp2(b_t * teacher_scale - lse[:, None])
+                lse = tl.load(row_stats_ptr + LSE_T * N + offs_n, mask=row_inside, other=0.0)
+                b_p = row_weight * tl.exp2(b_t - lse[:, None])
                 if RELATIONAL:
                     b_ds -= g_relational * b_p
             if USE_A:
                 b_da = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                 if CROSS:
                     b_da -= g_cross * b_p
-                lse = tl.load(row_ptr + LSE_X * N, mask=row_inside, other=0.0)
-                b_da += g_crossed * row_weight * tl.exp2(b_a * scale - lse[:, None])
+                lse = tl.load(row_stats_ptr + LSE_X * N + offs_n, mask=row_inside, other=0.0)
+                b_da += g_crossed * row_weight * tl.exp2(b_a - lse[:, None])
                 if INTERACTIVE:
                     hit, miss = _target_weights(row_count, M, g_interactive * row_weight, 0.0, False)
                     b_da -= tl.where(b_positive, hit[:, None], miss[:, None])
                 if D_SCALE:
                     d_row += tl.sum(tl.where(col_inside[None, :], b_da * b_a, 0.0), 1)
-                _store_strip(da_ptr, stride, b_da, offs_n - first, offs_m, row_inside, col_inside)
+                _store_strip(da_ptr, b_da, stride, row - first, offs_m, row_inside, col_inside)
 
             # 6. Along columns: the same on b and s.
             if USE_T:
-                lse = tl.load(col_ptr + LSE_T * M, mask=col_inside, other=0.0)
-                b_p = col_weight * tl.exp2(b_t * teacher_scale - lse[None, :])
+                lse = tl.load(col_stats_ptr + LSE_T * M + offs_m, mask=col_inside, other=0.0)
+                b_p = col_weight * tl.exp2(b_t - lse[None, :])
                 if RELATIONAL:
                     b_ds -= g_relational * b_p
             if USE_B:
                 b_db = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                 if CROSS:
                     b_db -= g_cross * b_p
-                lse = tl.load(col_ptr + LSE_X * M, mask=col_inside, other=0.0)
-                b_db += g_crossed * col_weight * tl.exp2(b_b * scale - lse[None, :])
+                lse = tl.load(col_stats_ptr + LSE_X * M + offs_m, mask=col_inside, other=0.0)
+                b_db += g_crossed * col_weight * tl.exp2(b_b - lse[None, :])
                 if INTERACTIVE:
                     hit, miss = _target_weights(col_count, N, g_interactive * col_weight, 0.0, False)
                     b_db -= tl.where(b_positive, hit[None, :], miss[None, :])
                 if D_SCALE:
                     d_row += tl.sum(tl.where(col_inside[None, :], b_db * b_b, 0.0), 1)
-                _store_strip(db_ptr, stride, b_db, offs_n - first, offs_m, row_inside, col_inside)
+                _store_strip(db_ptr, b_db, stride, row - first, offs_m, row_inside, col_inside)
 
             # 7. The student's softmaxes of the relational and the contrastive term, the latter's targets.
             if RELATIONAL:
-                lse = tl.load(row_ptr + LSE_S * N, mask=row_inside, other=0.0)
-                b_ds += g_relational * row_weight * tl.exp2(b_s * scale - lse[:, None])
-                lse = tl.load(col_ptr + LSE_S * M, mask=col_inside, other=0.0)
-                b_ds += g_relational * col_weight * tl.exp2(b_s * scale - lse[None, :])
+                lse = tl.load(row_stats_ptr + LSE_S * N + offs_n, mask=row_inside, other=0.0)
+                b_ds += g_relational * row_weight * tl.exp2(b_s - lse[:, None])
+                lse = tl.load(col_stats_ptr + LSE_S * M + offs_m, mask=col_inside, other=0.0)
+                b_ds += g_relational * col_weight * tl.exp2(b_s - lse[None, :])
             if CONTRASTIVE:
-                b_z = b_s * scale
+                b_z = b_s
                 if MARGIN:
-                    b_z += tl.where(b_positive, 0.0, shift)
-                lse = tl.load(row_ptr + LSE_Z * N, mask=row_inside, other=0.0)
+                    b_z = b_s + tl.where(b_positive, 0.0, shift)
+                lse = tl.load(row_stats_ptr + LSE_Z * N + offs_n, mask=row_inside, other=0.0)
                 b_dz = g_contrastive * row_weight * tl.exp2(b_z - lse[:, None])
-                lse = tl.load(col_ptr + LSE_Z * M, mask=col_inside, other=0.0)
+                lse = tl.load(col_stats_ptr + LSE_Z * M + offs_m, mask=col_inside, other=0.0)
                 b_dz += g_contrastive * col_weight * tl.exp2(b_z - lse[None, :])
                 hit, miss = _target_weights(row_count, M, g_contrastive * row_weight, smoothing, SMOOTHING)
                 b_dz -= tl.where(b_positive, hit[:, None], miss[:, None])
                 hit, miss = _target_weights(col_count, N, g_contrastive * col_weight, smoothing, SMOOTHING)
                 b_dz -= tl.where(b_positive, hit[None, :], miss[None, :])
-                if D_SCALE and MARGIN:  # ∂z/∂σ = u·v + δ on negatives: here the δ
+                if D_SCALE and MARGIN:  # σ ∂z/∂σ = s + σδ on negatives: here the σδ
                     b_miss = tl.where(b_positive, 0.0, b_dz)
-                    d_row += margin * tl.sum(tl.where(col_inside[None, :], b_miss, 0.0), 1)
+                    d_row += shift * tl.sum(tl.where(col_inside[None, :], b_miss, 0.0), 1)
                 b_ds += b_dz
             if USE_S:
                 if D_SCALE:
                     d_row += tl.sum(tl.where(col_inside[None, :], b_ds * b_s, 0.0), 1)
-                _store_strip(ds_ptr, stride, b_ds, offs_n - first, offs_m, row_inside, col_inside)
+                _store_strip(ds_ptr, b_ds, stride, row - first, offs_m, row_inside, col_inside)
             d_scale += tl.where(row_inside, d_row, 0.0)
 
     if D_SCALE:
         program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(d_scale_ptr + program, tl.sum(d_scale, 0))
+        tl.store(d_scale_ptr + program, tl.sum(d_scale, 0) / scale)
 
 
 # --------------------------------------------------------------------------------------------------
 # Launchers
 # --------------------------------------------------------------------------------------------------
 
-# Rows of ``row_stats`` and ``col_stats``, whatever the flags.
-STAT_ROWS = 5
 # Bound on the gradient strips of the backward pass, in bytes. Larger strips make fewer, fuller matrix
 # products; below the size of a GPU's second-level cache they need not reach its memory.
 STRIP_BYTES = 64 << 20
@@ -653,11 +681,12 @@ class _Flags(NamedTuple):
 
     def slots(self) -> tuple[int, ...]:
         """Place of each statistic in the scratch, −1 for those that nothing needs."""
-        student = self.relational or self.stats
+        # without a margin s is z, and the relational term takes z's log-sum-exp
+        own = self.stats or (self.relational and (self.margin or not self.contrastive))
         needed = (
             (self.contrastive, (Z_MAX, Z_SUM, Z_POSITIVE)),
             (self.contrastive and self.smoothing, (Z_NEGATIVE,)),
-            (student and (self.margin or not self.contrastive), (S_MAX, S_SUM)),
+            (own, (S_MAX, S_SUM)),
             (self.stats, (S_SELF, S_HIT, S_ARG)),
             (self.relational or self.cross or self.measured, (T_MAX, T_SUM)),
             (self.measured, (T_SELF, T_HIT, T_ARG)),
@@ -748,12 +777,13 @@ def forward(
         tile = _config.choose("forward", use_s + use_t + 2 * flags.crossed, image, N, M)
     rows, cols = _config.rectangle(N, M, tile, image.device)
     grid = (triton.cdiv(N, rows), triton.cdiv(M, cols))
-    row_partial = image.new_empty((grid[1], K, N), dtype=torch.float32)
-    col_partial = image.new_empty((grid[0], K, M), dtype=torch.float32)
+    tiles_n, tiles_m = triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_m)
+    row_partial = image.new_empty((grid[1], tiles_n, K, tile.block_n), dtype=torch.float32)
+    col_partial = image.new_empty((grid[0], tiles_m, K, tile.block_m), dtype=torch.float32)
     parked = torch.empty_like(col_partial) if rows > tile.block_n else col_partial
     with device_guard(image):
         _launch(
-            _forward_kernel, grid, (*operands, row_partial, col_partial, parked, float(margin), N, M, rows, cols), tile,
+            _forward_kernel, grid, (*operands, row_partial, col_partial, parked, float(margin), N, M, D, rows, cols), tile,
             K=K, SLOTS=slots, D=D, LABELS=flags.labels, MARGIN=flags.margin, USE_S=use_s, USE_X=flags.crossed,
             USE_T=use_t, PRECISION=_precision(image.dtype),
             BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_D=tile.block_d,
@@ -761,19 +791,20 @@ def forward(
         )  # fmt: skip
 
         # 2. Partials to log-sum-exps and terms.
-        block = _config.COMBINE
+        combine = _config.COMBINE
         width = 4 + (0 if not stats else 20 if flags.teacher else 8)
         row_stats = image.new_empty((STAT_ROWS, N), dtype=torch.float32)
         col_stats = image.new_empty((STAT_ROWS, M), dtype=torch.float32)
-        grid_combine = (triton.cdiv(max(N, M), block.block_n), 2)
+        grid_combine = (triton.cdiv(max(N, M), combine.block_n), 2)
         sums = image.new_zeros((2 * grid_combine[0], width), dtype=torch.float32)
         _launch(
             _combine_kernel, grid_combine,
             (row_partial, col_partial, *operands[-2:], operands[2], row_stats, col_stats, sums,
              float(margin), float(smoothing), N, M, grid[1], grid[0]),
-            block, K=K, SLOTS=slots, WIDTH=width, LABELS=flags.labels,
+            combine, K=K, SLOTS=slots, WIDTH=width, LABELS=flags.labels,
             CONTRASTIVE=flags.contrastive, RELATIONAL=flags.relational, INTERACTIVE=flags.interactive,
-            CROSS=flags.cross, SMOOTHING=flags.smoothing, STATS=stats, BLOCK=block.block_n,
+            CROSS=flags.cross, SMOOTHING=flags.smoothing, STATS=stats,
+            BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK=combine.block_n,
         )  # fmt: skip
     outputs = sums.sum(0)
     return outputs[:4].clone(), row_stats, col_stats, outputs[4:].clone()
@@ -871,7 +902,7 @@ def backward(
                 _backward_kernel, grid,
                 (grad_terms, *operands, row_stats, col_stats, ds, da, db, stride,
                  None if d_scales is None else d_scales[i], float(margin), float(smoothing),
-                 N, M, first, last, rows, cols),
+                 N, M, D, first, last, rows, cols),
                 tile, D=D, LABELS=labels is not None, MARGIN=margin != 0, SMOOTHING=smoothing != 0,
                 CONTRASTIVE=contrastive, RELATIONAL=relational, INTERACTIVE=interactive, CROSS=cross,
                 USE_S=use_s, USE_A=use_a, USE_B=use_b, USE_T=use_t, D_SCALE=need_scale, PRECISION=_precision(image.dtype),
