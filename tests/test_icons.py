@@ -171,6 +171,7 @@ def test_download_that_fails_names_the_package_and_leaves_nothing(
     theme_package, tmp_path, monkeypatch, fault
 ):
     monkeypatch.setattr(icons, "packages", lambda: listed(theme_package, **fault))
+    monkeypatch.setattr(icons, "_fetch_any_version", lambda *_: None)
     with pytest.raises(
         UserError, match=r"package one-theme 1 cannot be downloaded \(.+\): check the network"
     ):
@@ -181,8 +182,33 @@ def test_download_that_fails_names_the_package_and_leaves_nothing(
 def test_download_without_apt_lists_what_to_fetch(theme_package, tmp_path, monkeypatch):
     monkeypatch.setattr(icons, "packages", lambda: listed(theme_package))
     monkeypatch.setattr(icons, "APT_HELPER", tmp_path / "no-such-helper")
-    with pytest.raises(UserError, match=rf"apt is missing.*http://mirror/{theme_package.name}"):
-        icons.download(["one-theme"], tmp_path, ["http://mirror"])
+    with pytest.raises(UserError, match=rf"apt is missing.*{theme_package.name}"):
+        icons.download(["one-theme"], tmp_path)
+
+
+def test_download_takes_another_version_where_the_archive_has_no_pinned_one(
+    theme_package, tmp_path, monkeypatch
+):
+    """Ubuntu's case, with an archive of one package on this disk."""
+    archive, folder = tmp_path / "archive", tmp_path / "packages"
+    archive.mkdir()
+    shutil.copy(theme_package, archive / "one-theme_1_all.deb")
+    entry = listed(theme_package)["one-theme"]
+    (archive / "Packages").write_text(
+        "Package: one-theme\nVersion: 1\nArchitecture: all\nMaintainer: tests\nDescription: drawn\n"
+        f"Filename: ./one-theme_1_all.deb\nSize: {entry['size']}\nSHA256: {entry['sha256']}\n"
+    )
+    (tmp_path / "sources.list").write_text(f"deb [trusted=yes] file:{archive} ./\n")
+    sources = ("-o", f"Dir::Etc::sourcelist={tmp_path}/sources.list", "-o", "Dir::Etc::sourceparts=/dev/null")
+    monkeypatch.setattr(icons, "APT", (*icons.APT, *sources))
+    newer = listed(theme_package, version="2", path="one-theme_2_all.deb", sha256="0" * 64)
+    monkeypatch.setattr(icons, "packages", lambda: newer)
+    (found,) = icons.download(["one-theme"], folder, []).values()
+    assert found.read_bytes() == theme_package.read_bytes()
+    assert icons._describe("one-theme", found)["version"] == "1"
+    assert icons._describe("one-theme", found)["pinned"] is False
+    monkeypatch.setattr(icons, "_fetch_any_version", lambda *_: None)
+    assert icons.download(["one-theme"], folder, []) == {"one-theme": found}  # kept
 
 
 # --- pictures

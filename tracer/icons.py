@@ -113,12 +113,8 @@ CONTEXTS = {
 # the size to take where a hand drew several of the same bucket, best first
 SIZES = (16, 18, 12, 8, 32, 24, 22, 48, 64, 42, 1000, 96, 84, 128, 256)
 
+APT = ("apt-get", "-qq")
 APT_HELPER = Path("/usr/lib/apt/apt-helper")  # part of apt; needs neither root nor package lists
-MIRRORS = (
-    "http://deb.debian.org/debian",
-    "http://archive.debian.org/debian",
-    "http://snapshot.debian.org/archive/debian/20250520T000000Z",
-)
 
 
 @dataclass
@@ -202,41 +198,87 @@ def packages() -> dict[str, dict]:
     return {entry["package"]: entry for entry in json.loads((ASSETS / "icon_packages.json").read_text())}
 
 
-def download(names: Sequence[str], folder: Path, mirrors: Sequence[str] = MIRRORS) -> dict[str, Path]:
-    """Fetch the named packages into ``folder`` (what is there is kept) with apt's own downloader.
+def mirrors() -> list[str]:
+    """The package archives that this machine's apt is set up for."""
+    command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    return list(dict.fromkeys(address.rstrip("/") for address in found))
 
-    Needs neither root nor package lists. The versions are pinned, so every machine gets the same pictures.
+
+def download(names: Sequence[str], folder: Path, archives: Sequence[str] | None = None) -> dict[str, Path]:
+    """Fetch the named packages into ``folder`` (what is there is kept) with apt, without root.
+
+    The versions are pinned, so that every machine whose archive has them gets the same pictures. Where it has
+    not (Ubuntu's has its own), the package of that name is taken in whatever version apt gives; the manifest
+    says which.
+
+    Args:
+        archives: where to look for the pinned versions; by default :func:`mirrors`.
 
     Raises:
-        UserError: no apt or dpkg on this machine, or a package that no mirror gives.
+        UserError: no apt or dpkg on this machine, or a package that apt cannot give.
     """
-    files = {name: folder / Path(packages()[name]["path"]).name for name in names}
-    missing = [name for name in names if not _is_package(files[name], packages()[name]["sha256"])]
     if not shutil.which("dpkg-deb"):
         raise UserError("dpkg-deb is missing: the icons come as Debian packages, so install 'dpkg'")
+    files = {name: path for name in names if (path := _kept(name, folder))}
+    missing = [name for name in names if name not in files]
     if not missing:
         return files
     if not APT_HELPER.exists():
         raise UserError(
-            f"apt is missing: use Debian or Ubuntu, or put these files into '{folder}' yourself: "
-            + " ".join(f"{mirrors[0]}/{packages()[name]['path']}" for name in missing)
+            f"apt is missing: use Debian or Ubuntu, or put these packages into '{folder}' yourself: "
+            + " ".join(Path(packages()[name]["path"]).name for name in missing)
         )
     folder.mkdir(parents=True, exist_ok=True)
+    archives = mirrors() if archives is None else archives
     total = sum(packages()[name]["size"] for name in missing)
-    with tqdm(total=total, desc="downloading icon themes", unit="B", unit_scale=True) as bar:
+    with (
+        tempfile.TemporaryDirectory() as lists,
+        tqdm(total=total, desc="downloading icon themes", unit="B", unit_scale=True) as bar,
+    ):
         for name in missing:
-            entry = packages()[name]
-            for mirror in mirrors:
-                said = _fetch(f"{mirror}/{entry['path']}", files[name], entry["sha256"])
+            entry, said = packages()[name], "no archive has it"
+            path = folder / Path(entry["path"]).name
+            for archive in archives:
+                said = _fetch(f"{archive}/{entry['path']}", path, entry["sha256"])
                 if not said:
                     break
             else:
-                raise UserError(
-                    f"package {name} {entry['version']} cannot be downloaded ({said}): check the network and "
-                    f"the free space, or put '{files[name].name}' into '{folder}' yourself"
-                )
+                other = _fetch_any_version(name, folder, Path(lists))
+                if other is None:
+                    raise UserError(
+                        f"package {name} {entry['version']} cannot be downloaded ({said}): check the network "
+                        f"and the free space, or put '{path.name}' into '{folder}' yourself"
+                    )
+                path = other
+            files[name] = path
             bar.update(entry["size"])
     return files
+
+
+def _kept(name: str, folder: Path) -> Path | None:
+    """The package in ``folder``, if it is there: the pinned version whole, or else another version."""
+    pinned = folder / Path(packages()[name]["path"]).name
+    if _is_package(pinned, packages()[name]["sha256"]):
+        return pinned
+    return next((path for path in sorted(folder.glob(f"{name}_*.deb")) if path != pinned), None)
+
+
+def _fetch_any_version(name: str, folder: Path, state: Path) -> Path | None:
+    """``apt-get download NAME``, with package lists of our own below ``state``: needs no root, no ``update``."""
+    for part in ("lists/partial", "cache/archives/partial", "new"):
+        (state / part).mkdir(parents=True, exist_ok=True)
+    apt = [*APT, "-o", f"Dir::State::Lists={state}/lists", "-o", f"Dir::Cache={state}/cache"]
+    apt += [
+        "-o",
+        "APT::Sandbox::User=root",
+    ]  # else apt, run by root, warns that its own user cannot write here
+    if not any((state / "lists").glob("*Packages*")):
+        subprocess.run([*apt, "update"], capture_output=True)
+    if subprocess.run([*apt, "download", name], capture_output=True, cwd=state / "new").returncode:
+        return None
+    (found,) = (state / "new").glob("*.deb")
+    return Path(shutil.move(found, folder / found.name))
 
 
 def _fetch(url: str, path: Path, sha256: str) -> str:
@@ -257,6 +299,19 @@ def _fetch(url: str, path: Path, sha256: str) -> str:
 
 def _is_package(path: Path, sha256: str) -> bool:
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+
+
+def _describe(name: str, path: Path) -> dict[str, object]:
+    """What the manifest says of a package: its real version, and whether that is the pinned one."""
+    version = path.name.split("_")[1].replace("%3a", ":")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    pinned = packages()[name]
+    return {
+        "version": version,
+        "sha256": sha256,
+        "pinned": sha256 == pinned["sha256"],
+        "licence": pinned["licence"],
+    }
 
 
 def read_theme(package: Path, hand: str) -> list[Drawing]:
@@ -556,7 +611,7 @@ def prepare(root: Path, workers: int = 2) -> Benchmark:
         files = download(sorted({package for package, _ in HANDS.values()}), root.parent / "packages")
         drawings = read_themes(files, HANDS, workers)
         with whole_folder(root) as folder:
-            _write(folder, drawings, workers)
+            _write(folder, files, drawings, workers)
     return Benchmark(
         train_data=root / "train.csv",
         eval_data={family: root / "eval" / f"{family}.csv" for family in KINDS},
@@ -570,7 +625,7 @@ def _is_prepared(root: Path) -> bool:
     return manifest.is_file() and json.loads(manifest.read_text()).get("recipe") == RECIPE
 
 
-def _write(folder: Path, drawings: list[Drawing], workers: int) -> None:
+def _write(folder: Path, files: dict[str, Path], drawings: list[Drawing], workers: int) -> None:
     classes, phrases = read_classes()
     known = {d.name for d in drawings}
     p = _benchmark_pictures(drawings, classes, workers)
@@ -601,10 +656,7 @@ def _write(folder: Path, drawings: list[Drawing], workers: int) -> None:
     (folder / "classes.json").write_text(json.dumps(prompts, indent=1))
     manifest = {
         "recipe": RECIPE,
-        "packages": {
-            n: {k: packages()[n][k] for k in ("version", "sha256", "licence")}
-            for n in sorted({package for package, _ in HANDS.values()})
-        },
+        "packages": {name: _describe(name, path) for name, path in sorted(files.items())},
         "sets": {
             name: {
                 "pictures": int(members.sum()),
