@@ -289,7 +289,7 @@ def test_frozen_parameters_cost_nothing():
     assert torch.equal(teacher.gather()["head.bias"], model.head.bias)
     assert teacher.update(1)
     model.head.bias.requires_grad_(True)
-    with pytest.raises(ValueError, match="'head.bias' was frozen when the teacher was built"):
+    with pytest.raises(ValueError, match=r"'head.bias' was frozen when the teacher was built"):
         teacher.update(2)
 
 

@@ -205,7 +205,9 @@ class MovingAverageTeacher:
         saved = parameter or name in self._keys.values()
         if not (saved and mine.is_floating_point() and (parameter or bool(source.isfinite().all()))):
             self._copied[name] = mine  # integers, masks (infinite), caches (not saved)
-        elif mine.dtype is torch.float32:
+            return
+        mine.copy_(source)  # from a master where there is one, not from its low-precision parameter
+        if mine.dtype is torch.float32:
             self._averages[name] = mine
         else:
             self._averages[name] = source.to(torch.float32, copy=True)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tracer.teacher import MovingAverageTeacher, Schedule, cast_rule, is_shared
 
 # What is read of each kind of optimizer that deepspeed.initialize may return. The first names the
-# float32 masters, the second the parameters that they belong to.
+# float32 masters, the second the parameters that they belong to, the third their flat buffers.
 _PRIVATE = {
     "DeepSpeedZeroOptimizer": (
         "single_partition_of_fp32_groups",
@@ -177,9 +177,9 @@ class ZeroTeacher(MovingAverageTeacher):
             buffer.data = buffer.data.to(self._rule(buffer))
         self._begin(engine.module, self._prepare(module), schedule, own_stream)
         for name in self._tensors:
-            if name not in names.values() or (name in self._places or kind == "torch"):
+            if name not in own:  # a buffer
                 self._hold(name)
-        self._hold_shards()
+        self._hold_parameters()
 
     def _parameters(self, groups: list[list[tuple[str, Any]]]) -> dict[str, Any]:
         """The teacher's parameter for each of the student's; fills the places of the masters."""
@@ -188,8 +188,9 @@ class ZeroTeacher(MovingAverageTeacher):
     def _prepare(self, module: nn.Module) -> nn.Module:
         return module
 
-    def _hold_shards(self) -> None:
-        """Put shards under the average that aren't tensors of the module."""
+    def _hold_parameters(self) -> None:
+        """Put under the average what this rank's optimizer steps."""
+        raise NotImplementedError
 
     def _clone(self, param: nn.Parameter) -> nn.Parameter:
         if is_shared(param, self._rule):
@@ -247,6 +248,11 @@ class _ReplicatedTeacher(ZeroTeacher):
                 index += 1
         return {name: self._clone(p) for name, p in self._engine.module.named_parameters()}
 
+    def _hold_parameters(self) -> None:
+        params = dict(self._engine.module.named_parameters())
+        for name in params if self._kind == "torch" else self._places:
+            self._hold(name)
+
 
 class _ShardedTeacher(ZeroTeacher):
     """Stages 1 and 2: each rank holds a slice of the masters of each parameter group, flat."""
@@ -262,7 +268,7 @@ class _ShardedTeacher(ZeroTeacher):
             else:
                 starts = [0, *accumulate(p.numel() for _, p in group)][:-1]
             master = _masters(self._engine, self._kind)[index]
-            source = optimizer.bit16_groups_flat[index]
+            source = getattr(optimizer, _PRIVATE[self._kind][2])[index]
             buffer = source.detach().to(self._rule(group[0][1]), copy=True)
             rank = dist.get_rank(self._group(index))
             shard = buffer.narrow(0, rank * master.numel(), master.numel())
@@ -278,7 +284,7 @@ class _ShardedTeacher(ZeroTeacher):
     def _group(self, index: int) -> Any:
         return self._engine.optimizer.real_dp_process_group[index]
 
-    def _hold_shards(self) -> None:
+    def _hold_parameters(self) -> None:
         for index, (_, shard) in enumerate(self._buffers):
             key = f"group {index}"
             if shard.dtype is torch.float32 and shard.device == self._student(key).device:
@@ -339,7 +345,7 @@ class _PartitionedTeacher(ZeroTeacher):
         self._runner.eval()
         return self._runner.module
 
-    def _hold_shards(self) -> None:
+    def _hold_parameters(self) -> None:
         self._params: dict[str, Any] = dict(self._module.named_parameters())
         for name in self._places:
             piece, master = self._params[name].ds_tensor.data, self._student(name)
