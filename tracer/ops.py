@@ -296,7 +296,7 @@ def _check_labels(
                 f"contrastive_loss: {name} is on {y.device} but image on {image.device}; "
                 f"use .to({str(image.device)!r})"
             )
-    return labels.long(), text_labels.long()
+    return labels.long().contiguous(), text_labels.long().contiguous()
 
 
 def _check_teacher(

@@ -1,0 +1,128 @@
+"""The loss modules: drop-ins for open_clip's, and the published objectives."""
+
+from __future__ import annotations
+
+import inspect
+
+import open_clip.loss
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import published
+from tracer.kernels import eager
+from tracer.losses import ClipLoss, MPMNCELoss, TracerLoss
+from tracer.ops import contrastive_loss
+
+
+def pairs(n=48, d=32, dtype=torch.float64, scale=30.0, seed=0):
+    """u, v, σ as leaves, then a teacher's three."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda: F.normalize(torch.randn(n, d, generator=generator, dtype=torch.float64), dim=1).to(dtype)  # noqa: E731
+    student = [
+        draw().requires_grad_(),
+        draw().requires_grad_(),
+        torch.tensor(scale, dtype=dtype, requires_grad=True),
+    ]
+    return student, (draw(), draw(), torch.tensor(1.2 * scale, dtype=dtype))
+
+
+def assert_same_gradients(loss, expected, leaves, **tolerance):
+    torch.testing.assert_close(loss, expected, **tolerance)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, leaves, retain_graph=True),
+        torch.autograd.grad(expected, leaves, retain_graph=True),
+        **tolerance,
+    )
+
+
+@pytest.mark.parametrize("impl", ["eager", "blocked"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_clip_loss_equals_open_clips(impl, dtype, tolerance):
+    student, _ = pairs(dtype=dtype, scale=10.0)
+    theirs = open_clip.loss.ClipLoss()(*student)
+    assert_same_gradients(ClipLoss(impl=impl)(*student), theirs, student, rtol=tolerance, atol=tolerance)
+
+
+def test_clip_loss_takes_open_clips_arguments():
+    theirs = inspect.signature(open_clip.loss.ClipLoss.__init__).parameters
+    ours = inspect.signature(ClipLoss.__init__).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert all(ours[name].default == parameter.default for name, parameter in theirs.items())
+    theirs = inspect.signature(open_clip.loss.ClipLoss.forward).parameters
+    ours = inspect.signature(ClipLoss.forward).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert list(ours)[len(theirs) :] == ["labels"]
+
+
+def test_dictionary_of_losses():
+    student, teacher = pairs()
+    assert ClipLoss()(*student, output_dict=True)["contrastive_loss"] == ClipLoss()(*student)
+    loss = TracerLoss(margin=0.05, smoothing=0.05, projection_orthogonal=0.1)
+    projections = (torch.randn(24, 32), torch.randn(16, 32))
+    terms = loss(*student, teacher=teacher, projections=projections, output_dict=True)
+    assert all(name.endswith("_loss") for name in terms)
+    total = loss(*student, teacher=teacher, projections=projections).loss
+    torch.testing.assert_close(sum(terms.values()), total, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("module", [ClipLoss, MPMNCELoss])
+def test_what_is_refused(module):
+    student, _ = pairs()
+    with pytest.raises(NotImplementedError, match="world_size = 2 is not supported yet"):
+        module(world_size=2)
+    with pytest.raises(NotImplementedError, match="logit_bias belongs to the SigLIP loss"):
+        module()(*student, logit_bias=torch.zeros(()))
+
+
+def test_labels_make_more_positives():
+    student, _ = pairs()
+    labels = torch.arange(48) % 7
+    terms, _ = eager.contrastive_terms(*student, labels, labels)
+    torch.testing.assert_close(ClipLoss()(*student, labels=labels), terms[0])
+    torch.testing.assert_close(ClipLoss()(*student, labels=torch.arange(48)), ClipLoss()(*student))
+
+
+def test_mpm_nce_equals_the_published_form():
+    student, _ = pairs()
+    labels = torch.arange(48) % 7
+    theirs = published.mpm_nce_loss(*student, labels, margin=0.05, smoothing=0.05)
+    assert_same_gradients(MPMNCELoss()(*student, labels=labels), theirs, student, rtol=1e-6, atol=1e-8)
+
+
+def test_tracer_equals_the_published_form():
+    """At its defaults, with two projections, against the terms computed one by one."""
+    student, teacher = pairs()
+    wv, wt = (torch.randn(rows, 32, dtype=torch.float32, requires_grad=True) for rows in (24, 16))
+    output = TracerLoss()(*student, teacher=teacher, projections=(wv, wt))
+    theirs = published.tracer_loss(
+        *student, *teacher, relational=0.9, interactive=0.9, cross=0.9, feature=1800.0
+    )
+    penalty = 0.05 * (wv @ wt.T).square().sum().sqrt()
+    leaves = [*student, wv, wt]
+    assert_same_gradients(output.loss, theirs + penalty, leaves, rtol=1e-6, atol=1e-8)
+    assert set(output.terms) == {*eager.TERMS, "feature", "projection_product"}
+
+
+def test_projection_penalties_by_hand():
+    student, _ = pairs()
+    wv, wt = 2 * torch.eye(4), torch.eye(4)
+    output = TracerLoss(projection_product=1.0, projection_orthogonal=1.0)(*student, projections=(wv, wt))
+    assert output.terms["projection_product"] == pytest.approx(4.0)  # ‖2I‖ for 4 × 4
+    assert output.terms["projection_orthogonal"] == pytest.approx(6.0)  # ‖4I − I‖
+    assert output.loss.item() == pytest.approx(ClipLoss()(*student).item() + 10.0)
+
+
+def test_tracer_without_teacher_is_the_contrastive_loss():
+    student, _ = pairs()
+    labels = torch.arange(48) % 7
+    output = TracerLoss(margin=0.1, smoothing=0.1)(*student, labels=labels)
+    assert output.loss == contrastive_loss(*student, labels=labels, margin=0.1, smoothing=0.1).loss
+    assert not any(output.terms[name] for name in ("relational", "interactive", "cross", "feature"))
+
+
+def test_tracer_stats_follow_the_request():
+    student, teacher = pairs()
+    assert TracerLoss()(*student, teacher=teacher).stats == {}
+    stats = TracerLoss()(*student, teacher=teacher, stats=True).stats
+    assert "pair/image_to_text/kl" in stats
