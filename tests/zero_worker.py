@@ -13,6 +13,8 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
+import torch._dynamo  # these two would be imported by each rank, at its first engine
+import torch._inductor.compile_fx
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
