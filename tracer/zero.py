@@ -151,8 +151,7 @@ class ZeroTeacher(MovingAverageTeacher):
     ``module``, ``encode`` and ``gather`` are collective at stages 1 to 3: call them on every rank.
     ``update`` communicates nothing, and moves only if the last ``engine.step()`` took a step: not in
     the midst of accumulating gradients, not after an overflow. Parameters that the optimizer doesn't
-    have (frozen ones) are the student's own, not copied; at stage 3 they are copied, in shards. Buffers
-    are each rank's own, as in the engine.
+    have (frozen ones) are the student's own, not copied. Buffers are each rank's own, as in the engine.
 
     Args:
         engine: what ``deepspeed.initialize`` returned, with its optimizer.
@@ -323,6 +322,9 @@ class _PartitionedTeacher(ZeroTeacher):
                 self._places[name] = _Place(index, start, torch.Size([p.partition_numel()]))
                 start += p.partition_numel()
         for name, p in self._engine.module.named_parameters():
+            if is_shared(p, self._rule):
+                own[name] = p
+                continue
             # Partitioned by the student's own context, one by one: never the whole model on a rank.
             whole = torch.zeros(p.ds_shape, dtype=self._rule(p), device=p.device)
             mine: Any = nn.Parameter(whole, requires_grad=False)
