@@ -1,22 +1,153 @@
-"""tiles"""
+"""Which tile each kernel uses on which architecture, and how the logit matrix is cut into programs.
+
+**Tiles.** The table is fixed, so that runs repeat and ranks agree; every entry is compiled ahead of time by
+``benchmarks/machine_code.py`` and must not spill a register. ``TRACER_AUTOTUNE=1`` times an architecture's
+tiles on the first call of a size instead, and prints the choice once per kernel and size. (Another tile
+sums in another order: results then agree to rounding, not bit for bit.)
+
+**Small batches.** Work is dealt out in tiles, so a GPU is busy only if there are as many tiles as
+multiprocessors. N = M = 512 has 64 tiles of 64×64, half of an H100's 132 multiprocessors, but 256 of
+32×32, and 256×256 has 64 of those. So each entry lists tiles from large (fewer operand reads) to small,
+and the first that gives every multiprocessor a tile is taken, else the smallest. Below that, splitting
+gains nothing: 256×256 at D 512 is 4·2·256²·512 = 0.27 GFLOP, a microsecond of one tenth of the chip,
+less than the launch.
+
+**Large batches.** A rectangle of r×c tiles makes one program; programs make a grid of about √P × √P, so
+partial statistics are √P × (N + M), not N²/tile. Of all grids of at most two programs per place
+(multiprocessor × programs resident on it), the one with the shortest last finisher is taken,
+⌈programs / places⌉ · r · c tiles; among equals the one with the fewest partials. N = 4096 with 64×64
+tiles on 132 places: 4096 tiles, rectangles of 4×8, 128 programs, 97 % busy.
+
+**Wide features.** D is the inner loop only: registers and scratch do not depend on it, and operand
+traffic per product does not either. A visit of an n×m tile reads 2(n+m)·D operands for 4·n·m·D
+multiply-adds (the full objective), in 16 bits 2·n·m/(n+m) FLOP per byte: 64 for 64×64, and n·m/(n+m) =
+43 for one product at 128×64, all from the second-level cache, where a row of rectangles shares its
+operands. So D 1024 and 1280 use the same tiles as D 512 and only take longer, and the share of the
+elementwise work, which is independent of D, falls.
+"""
+
 from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from ._triton import triton
+
 
 class Tile(NamedTuple):
+    """Rows, columns and features of a tile, warps of a program, stages of its load pipeline."""
+
     block_n: int
     block_m: int
     block_d: int
     num_warps: int
     num_stages: int
 
-COMBINE = Tile(64, 0, 0, 4, 1)
+
+# Rows (or columns) merged at a time by the combine kernel, one program each.
+COMBINE = Tile(64, 0, 0, 2, 1)
+# Columns whose parked statistics a program of the forward kernel merges at a time.
 MERGE = 128
 
-def choose(kind: str, products: int, like: Tensor, N: int, M: int) -> Tile:
-    return Tile(32, 32, 32, 4, 2)
+# (kernel, more than one product?, bits of the operands) → tiles, large to small.
+Table = dict[tuple[str, bool, int], tuple[Tile, ...]]
+
+_INTERPRETER = (Tile(64, 64, 64, 4, 1), Tile(32, 32, 32, 4, 1))
+
+TABLES: dict[str, Table] = {}
+
+
+def _same(tiles: tuple[Tile, ...]) -> Table:
+    kinds = ("forward", "forward with stats", "backward")
+    return {(kind, many, bits): tiles for kind in kinds for many in (False, True) for bits in (16, 32)}
+
+
+@lru_cache
+def architecture(device: torch.device) -> str:
+    """Name of the device's column of the table; what it does not know takes ``fallback``."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return name if name in TABLES else "fallback"
+    major = torch.cuda.get_device_capability(device)[0]
+    # sm_86, sm_89 and sm_120 have sm_80's instructions and two thirds of its shared memory, which suffices
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_80"}.get(major, "fallback")
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the interpreter: a few programs, so that tests meet every kind of seam
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def choose(kernel: str, products: int, image: Tensor, M: int, run: Callable[[Tile], object]) -> Tile:
+    """Tile for ``kernel`` on an image batch [N, D] against M texts; ``run`` is what a search would time."""
+    N, device = image.shape[0], image.device
+    name = architecture(device)
+    tiles = TABLES[name][kernel, products > 1, 8 * image.element_size()]
+    if os.environ.get("TRACER_AUTOTUNE") == "1" and name != "interpreter":
+        return _search(kernel, products, image, M, tiles, run)
+    places = _multiprocessors(device)
+    filling = (t for t in tiles if triton.cdiv(N, t.block_n) * triton.cdiv(M, t.block_m) >= places)
+    return next(filling, tiles[-1])
+
+
+_found: dict[tuple[object, ...], Tile] = {}
+
+
+def _search(
+    kernel: str, products: int, image: Tensor, M: int, tiles: tuple[Tile, ...], run: Callable[[Tile], object]
+) -> Tile:
+    """Fastest of ``tiles``, timed once per kernel and size (rounded up to powers of two)."""
+    N, D = image.shape
+    sizes = triton.next_power_of_2(N), triton.next_power_of_2(M), D
+    key = kernel, products, image.dtype, image.device, sizes
+    if key not in _found:
+        times = {tile: _time(run, tile) for tile in tiles}
+        _found[key] = min(times, key=lambda tile: times[tile])
+        shown = ", ".join(f"{tuple(tile)} {ms:.3f} ms" for tile, ms in times.items())
+        print(
+            f"tracer: {kernel}, {products} products, {sizes}: {tuple(_found[key])} of {shown}",
+            file=sys.stderr,
+        )
+    return _found[key]
+
+
+def _time(run: Callable[[Tile], object], tile: Tile) -> float:
+    return float(triton.testing.do_bench(lambda: run(tile)))
+
 
 def rectangle(N: int, M: int, tile: Tile, device: torch.device) -> tuple[int, int]:
-    return 2*tile.block_n, 2*tile.block_m
+    """Rows and columns of one program's rectangle, in whole tiles."""
+    rows, cols = _rectangle(
+        triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_m), _multiprocessors(device)
+    )
+    return rows * tile.block_n, cols * tile.block_m
+
+
+@lru_cache
+def _rectangle(tiles_n: int, tiles_m: int, places: int) -> tuple[int, int]:
+    """Rectangle in tiles: the soonest last finisher, then the fewest partial statistics."""
+    best = (float("inf"), float("inf"))
+    size = (tiles_n, tiles_m)
+    for grid_n in range(1, min(tiles_n, 2 * places) + 1):
+        rows = triton.cdiv(tiles_n, grid_n)
+        for waves in (1, 2):
+            cols = triton.cdiv(tiles_m, max(1, min(tiles_m, waves * places // grid_n)))
+            programs_n, programs_m = triton.cdiv(tiles_n, rows), triton.cdiv(tiles_m, cols)
+            finish = triton.cdiv(programs_n * programs_m, places) * rows * cols
+            cost = (finish, programs_n * tiles_m + programs_m * tiles_n)
+            if cost < best:
+                best, size = cost, (rows, cols)
+    return size
+
+
+TABLES["interpreter"] = _same(_INTERPRETER)

@@ -61,7 +61,7 @@ from ._triton import device_guard, require_device, tl, triton
 ) = STATISTICS = tuple(tl.constexpr(i) for i in range(20))
 # fmt: on
 # How each merges: M maximum, S sum relative to the last maximum before it, I index of that maximum, P plain sum.
-KINDS = tl.constexpr("MSPP" "MSSSI" "MSSSISS" "MSP" "P")
+KINDS = tl.constexpr("MSPPMSSSIMSSSISSMSPP")
 
 # Rows of the saved statistics: log-sum-exps (base 2) of z, s, t, x, and the number of positives.
 STAT_ROWS = 5
@@ -284,7 +284,24 @@ def _positives(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS: tl.con
 # --------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["margin", "N", "M", "width", "rows", "cols"])
+# Neither sizes nor the alignment of small operands select a compiled variant.
+_SCALARS = [
+    "margin",
+    "smoothing",
+    "N",
+    "M",
+    "width",
+    "first",
+    "last",
+    "rows",
+    "cols",
+    "row_groups",
+    "col_groups",
+]
+_SMALL = ["grad_terms_ptr", "scale_ptr", "teacher_scale_ptr", "labels_ptr", "text_labels_ptr", "d_scale_ptr"]
+
+
+@triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=_SMALL)
 def _forward_kernel(
     image_ptr, text_ptr, scale_ptr,  # [N, D], [M, D], []
     teacher_image_ptr, teacher_text_ptr, teacher_scale_ptr,  # [N, D], [M, D], [], or None
@@ -389,7 +406,7 @@ def _same_label(own_ptr, other_ptr, offs, found, inside, LABELS: tl.constexpr):
     return hit.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["margin", "smoothing", "N", "M", "row_groups", "col_groups"])
+@triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=_SMALL)
 def _combine_kernel(
     row_partial_ptr, col_partial_ptr,  # [groups, blocks, K, BLOCK_N] and [groups, blocks, K, BLOCK_M]
     labels_ptr, text_labels_ptr,  # [N], [M], or None
@@ -513,9 +530,7 @@ def _store_strip(ptr, b_x, stride, row, offs_m, row_inside, col_inside):
         tl.store(ptr + row * stride.to(tl.int64) + offs, b_x.to(ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(
-    do_not_specialize=["margin", "smoothing", "N", "M", "width", "first", "last", "rows", "cols"]
-)
+@triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=_SMALL)
 def _backward_kernel(
     grad_terms_ptr,  # [4]
     image_ptr, text_ptr, scale_ptr,  # [N, D], [M, D], []
@@ -573,8 +588,12 @@ def _backward_kernel(
             b_positive = _positives(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS)
             b_s, b_a, b_b, b_t = b_s * scale, b_a * scale, b_b * scale, b_t * teacher_scale
             row_inside, col_inside = offs_n < last, offs_m < M
-            row_count = tl.load(row_stats_ptr + POSITIVES * N + offs_n, mask=row_inside, other=1.0)  # [BLOCK_N]
-            col_count = tl.load(col_stats_ptr + POSITIVES * M + offs_m, mask=col_inside, other=1.0)  # [BLOCK_M]
+            row_count = tl.load(
+                row_stats_ptr + POSITIVES * N + offs_n, mask=row_inside, other=1.0
+            )  # [BLOCK_N]
+            col_count = tl.load(
+                col_stats_ptr + POSITIVES * M + offs_m, mask=col_inside, other=1.0
+            )  # [BLOCK_M]
             d_row = tl.zeros([BLOCK_N], tl.float32)
             b_ds = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
 
@@ -719,8 +738,9 @@ def _operands(
     require_device(image)
     width = image.shape[1]
     if width % 8:
-        raise ValueError(f"impl='triton' needs a feature width that is a multiple of 8, got {width}: use impl='eager'")
-    to = {"device": image.device}
+        raise ValueError(
+            f"impl='triton' needs a feature width in multiples of 8, got {width}: use impl='eager'"
+        )
     return [
         image.contiguous(),
         text.contiguous(),
@@ -760,6 +780,10 @@ def forward(
     Returns:
         ``(terms [4], row_stats [STAT_ROWS, N], col_stats [STAT_ROWS, M], diagnostics)``, all float32.
     """
+    arguments = (
+        image, text, logit_scale, labels, text_labels, teacher_image, teacher_text, teacher_scale,
+        margin, smoothing, enabled, stats,
+    )  # fmt: skip
     N, M, D = image.shape[0], text.shape[0], image.shape[1]
     flags = _Flags(
         *enabled, margin != 0, smoothing != 0, labels is not None, stats, teacher_image is not None
@@ -774,7 +798,9 @@ def forward(
 
     # 1. One walk over the logits.
     if tile is None:
-        tile = _config.choose("forward", use_s + use_t + 2 * flags.crossed, image, N, M)
+        products = use_s + use_t + 2 * flags.crossed
+        kind = "forward with stats" if stats else "forward"
+        tile = _config.choose(kind, products, image, M, lambda t: forward(*arguments, tile=t))
     rows, cols = _config.rectangle(N, M, tile, image.device)
     grid = (triton.cdiv(N, rows), triton.cdiv(M, cols))
     tiles_n, tiles_m = triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_m)
@@ -783,7 +809,8 @@ def forward(
     parked = torch.empty_like(col_partial) if rows > tile.block_n else col_partial
     with device_guard(image):
         _launch(
-            _forward_kernel, grid, (*operands, row_partial, col_partial, parked, float(margin), N, M, D, rows, cols), tile,
+            _forward_kernel, grid,
+            (*operands, row_partial, col_partial, parked, float(margin), N, M, D, rows, cols), tile,
             K=K, SLOTS=slots, D=D, LABELS=flags.labels, MARGIN=flags.margin, USE_S=use_s, USE_X=flags.crossed,
             USE_T=use_t, PRECISION=_precision(image.dtype),
             BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_D=tile.block_d,
@@ -872,7 +899,14 @@ def backward(
 
     # 1. Strips: as many rows at a time as the bound allows, in whole tiles.
     if tile is None:
-        tile = _config.choose("backward", use_s + use_a + use_b + use_t, image, N, M)
+        products = use_s + use_a + use_b + use_t
+        arguments = (
+            grad_terms, image, text, logit_scale, labels, text_labels, teacher_image, teacher_text,
+            teacher_scale, row_stats, col_stats, margin, smoothing, enabled, needs,
+        )  # fmt: skip
+        tile = _config.choose(
+            "backward", products, image, M, lambda t: backward(*arguments, tile=t, strip_bytes=strip_bytes)
+        )
     store_s = use_s and (need_image or need_text)
     store_a, store_b = use_a and need_image, use_b and need_text
     stride = triton.cdiv(M, 16) * 16  # rows of a strip start on a boundary that wide stores can use
@@ -905,7 +939,8 @@ def backward(
                  N, M, D, first, last, rows, cols),
                 tile, D=D, LABELS=labels is not None, MARGIN=margin != 0, SMOOTHING=smoothing != 0,
                 CONTRASTIVE=contrastive, RELATIONAL=relational, INTERACTIVE=interactive, CROSS=cross,
-                USE_S=use_s, USE_A=use_a, USE_B=use_b, USE_T=use_t, D_SCALE=need_scale, PRECISION=_precision(image.dtype),
+                USE_S=use_s, USE_A=use_a, USE_B=use_b, USE_T=use_t, D_SCALE=need_scale,
+                PRECISION=_precision(image.dtype),
                 BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_D=tile.block_d,
             )  # fmt: skip
 
