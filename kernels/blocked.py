@@ -121,9 +121,6 @@ def backward(
     logits = _Logits(image, text, logit_scale, teacher_image, teacher_text, teacher_scale, margin)
     positives = _Positives(labels, text_labels, logits)
     options = _Options.of(enabled, False, logits)
-    need_image, need_text, need_scale = needs
-    need_b = "b" in options.matrices and (need_text or need_scale)
-
     half = 0.5 * grad_terms.to(logits.dtype)
     shared = logits.shared_references()
     rows = _Slopes(_ROW, row_stats, half / logits.n, logits, smoothing, options, shared)
@@ -132,47 +129,58 @@ def backward(
         rows = _Slopes(_ROW, row_stats, half / logits.n, logits, smoothing, options, None)
         cols = _Slopes(_COL, col_stats, half / logits.m, logits, smoothing, options, None)
 
+    # σ's gradient is Σ ds u·v + Σ da u·v' + Σ db u'·v. The text's gradient before its factor σ, times v,
+    # has the first and the last; the part of the image's that comes through a, times u, has the other.
+    need_image, need_text, need_scale = needs
+    has_cross = "b" in options.matrices
+    need_cols = need_text or (need_scale and has_cross)
+    need_rows = need_image or (need_scale and not need_cols)
     operands, accumulator = logits.operands, logits.scale.new_zeros
-    u, v = operands["u"], operands["v"]
+    u, v, tu, tv = (operands.get(name) for name in ("u", "v", "tu", "tv"))
     d_image = torch.empty(image.shape, dtype=image.dtype, device=image.device) if need_image else None
-    # What comes through b is kept apart: the gradient of σ must not count s twice.
-    d_text = accumulator(v.shape) if need_text else None
-    d_text_b = accumulator(v.shape) if need_b else None
+    d_text = accumulator(v.shape) if need_cols else None
     d_scale = torch.zeros((), dtype=torch.float64, device=image.device)
 
     for at_rows in _blocks(logits.n, ROWS):
-        block = accumulator(at_rows.stop - at_rows.start, u.shape[1])
+        height = at_rows.stop - at_rows.start
+        through_s = accumulator(height, u.shape[1]) if need_rows else None
+        through_a = accumulator(height, u.shape[1]) if has_cross and (need_image or need_scale) else None
+        left = torch.cat([u[at_rows], tu[at_rows]]) if has_cross else u[at_rows]
         for at_cols in _blocks(logits.m, COLS):
             tile = _Tile(logits, positives, at_rows, at_cols, rows.references, cols.references)
-            ds, at_hits = _student_gradient(tile, rows, cols, options)
-            if at_hits is not None:
+            # ds above db, so that one product takes both to the text's gradient.
+            stack = u.new_empty(len(left), at_cols.stop - at_cols.start)
+            ds, db = stack[:height], stack[height:]
+            at_hits = _student_gradient(tile, rows, cols, options, ds)
+            if logits.has_margin and at_hits is not None:
                 d_scale -= margin * at_hits
-            ds = ds.to(u.dtype)
-            if need_image or need_scale:
-                block += _product(ds, v[at_cols].T)
-                if "a" in options.matrices:
-                    da = _cross_gradient("a", tile, rows, options).to(u.dtype)
-                    block += _product(da, operands["tv"][at_cols].T)
+            if through_s is not None:
+                through_s += _product(ds, v[at_cols].T)
+            if through_a is not None:
+                da = torch.empty_like(ds)
+                _cross_gradient("a", tile, rows, options, da)
+                through_a += _product(da, tv[at_cols].T)
             if d_text is not None:
-                d_text[at_cols] += _product(ds.T, u[at_rows].T)
-            if d_text_b is not None:
-                db = _cross_gradient("b", tile, cols, options).to(u.dtype)
-                d_text_b[at_cols] += _product(db.T, operands["tu"][at_rows].T)
-        if smoothing:
-            block -= rows.miss[at_rows, None] * v.sum(0, dtype=block.dtype) + cols.miss @ v.to(block.dtype)
-        if need_scale:
-            d_scale += _dot(block, u[at_rows])
+                if has_cross:
+                    _cross_gradient("b", tile, cols, options, db)
+                d_text[at_cols] += _product(stack.T, left.T)
+        if through_s is not None and smoothing:
+            through_s -= rows.miss[at_rows, None] * v.sum(0, dtype=logits.dtype) + cols.miss @ v.to(
+                logits.dtype
+            )
+        if need_scale and through_a is not None:
+            d_scale += _dot(through_a, u[at_rows])
+        if need_scale and not need_cols:
+            d_scale += _dot(through_s, u[at_rows])
         if d_image is not None:
-            d_image[at_rows] = block * logits.scale
-    if need_scale and d_text_b is not None:
-        d_scale += _dot(d_text_b, v)
+            d_image[at_rows] = logits.scale * (through_s if through_a is None else through_s.add_(through_a))
     if d_text is not None:
-        if d_text_b is not None:
-            d_text += d_text_b
         if smoothing:
-            d_text -= cols.miss[:, None] * u.sum(0, dtype=d_text.dtype) + rows.miss @ u.to(d_text.dtype)
-        d_text = (d_text * logits.scale).to(text.dtype)
-    return d_image, d_text, d_scale.to(logits.dtype) if need_scale else None
+            d_text -= cols.miss[:, None] * u.sum(0, dtype=logits.dtype) + rows.miss @ u.to(logits.dtype)
+        if need_scale:
+            d_scale += _dot(d_text, v)
+        d_text = d_text.mul_(logits.scale).to(text.dtype)
+    return d_image, d_text if need_text else None, d_scale.to(logits.dtype) if need_scale else None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -198,26 +206,29 @@ class _Logits:
         self.has_teacher, self.has_margin = teacher_image is not None, margin > 0
         self.shift = self.scale * (margin * _LOG2E)  # what the margin adds to a negative, σδ
         operand = _operand_dtype(image)
-        # Wide operands carry the scale into the product; low precision would round it.
-        self._fold = operand == self.dtype
         features = {"u": image, "v": text, "tu": teacher_image, "tv": teacher_text}
         self.operands = {k: x.detach().to(operand).contiguous() for k, x in features.items() if x is not None}
-        self._factors = {"s": ("u", "v", self.scale * _LOG2E)}
+        kappa = self.scale * _LOG2E
+        self._factors = {"s": ("u", "v", kappa)}
         if teacher_scale is not None:
+            teacher_kappa = teacher_scale.to(self.dtype) * _LOG2E
             self._factors |= {
-                "a": ("u", "tv", self.scale * _LOG2E),
-                "b": ("tu", "v", self.scale * _LOG2E),
-                "t": ("tu", "tv", teacher_scale.to(self.dtype) * _LOG2E),
+                "a": ("u", "tv", kappa),
+                "b": ("tu", "v", kappa),
+                "t": ("tu", "tv", teacher_kappa),
             }
+        # The left operands carry the scale. Rounding them once more, in low precision, is lost in the
+        # rounding of the product.
         self._left = {
-            name: self.operands[u] * kappa if self._fold else self.operands[u]
-            for name, (u, _, kappa) in self._factors.items()
+            name: (self.operands[left].to(self.dtype) * factor).to(operand)
+            for name, (left, _, factor) in self._factors.items()
+            if name != "a"
         }
+        self._left["a"] = self._left["s"]
 
     def tile(self, name: str, at_rows: slice, at_cols: slice) -> Tensor:
-        _, right, kappa = self._factors[name]
-        x = _product(self._left[name][at_rows], self.operands[right][at_cols])
-        return x if self._fold else x.to(self.dtype).mul_(kappa)
+        right = self.operands[self._factors[name][1]]
+        return _product(self._left[name][at_rows], right[at_cols]).to(self.dtype)
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         for at_rows in _blocks(self.n, ROWS):
@@ -300,6 +311,8 @@ def _count(labels: Tensor, ordered: Tensor) -> tuple[Tensor, Tensor]:
 
 def _target_weights(count: Tensor, others: int, smoothing: float) -> tuple[Tensor, Tensor]:
     """Target probability of a positive and of a negative, for ``count`` positives among ``others``."""
+    if smoothing == 0.0:
+        return 1 / count, torch.zeros_like(count)
     miss = torch.where(count < others, smoothing / (others - count), 0.0)
     return (1 - miss * (others - count)) / count, miss
 
@@ -382,6 +395,13 @@ class _Tile:
                 self._kept[key] = (self.x(name) - self.spread(reference, direction)).exp2_()
             else:
                 self._kept[key] = (self.x(name) - reference).exp2_() if reference else self.x(name).exp2()
+        return self._kept[key]
+
+    def x_at_hits(self, name: str) -> Tensor:
+        """Logits at the positives."""
+        key = ("x_at_hits", name)
+        if key not in self._kept:
+            self._kept[key] = self.at_hits(self.x(name))
         return self._kept[key]
 
     def gap(self, name: str, direction: int) -> Tensor:
@@ -588,7 +608,7 @@ class _Slopes:
             grad if on else torch.zeros_like(grad) for grad, on in zip(grads.unbind(), enabled, strict=True)
         )
         hit, miss = _target_weights(count, others, smoothing)
-        self.direction = direction
+        self.direction, self.smoothed = direction, smoothing > 0
         self.target, self.miss, self.cross_target = contrastive * hit, contrastive * miss, interactive / count
         self.exact = True
         self.references: References = lse if references is None else references
@@ -609,14 +629,19 @@ class _Slopes:
 
 
 def _student_gradient(
-    tile: _Tile, rows: _Slopes, cols: _Slopes, options: _Options
-) -> tuple[Tensor, Tensor | None]:
-    """d/ds without the constants of the smoothing, and the sum of d/dz over the positives."""
+    tile: _Tile, rows: _Slopes, cols: _Slopes, options: _Options, out: Tensor
+) -> Tensor | None:
+    """Write d/ds, without the constants of the smoothing, to ``out``.
+
+    Returns the sum of d/dz over the positives of the tile, None if there are none.
+    """
     hits, at_hits = tile.hits, None
     if tile.shared:
         e = tile.e("s", _ROW)
         before = tile.at_hits(e) if hits else None
-        ds = (tile.spread(rows.negative, _ROW) + tile.spread(cols.negative, _COL)).mul_(e)
+        ds = torch.add(
+            tile.spread(rows.negative, _ROW), tile.spread(cols.negative, _COL), out=_if_same(out, e)
+        ).mul_(e)
         if hits and before is not None:
             at_hits = before * (rows.z[hits.row] + cols.z[hits.col])
             ds.view(-1)[hits.place] = before * (rows.hit[hits.row] + cols.hit[hits.col])
@@ -629,7 +654,8 @@ def _student_gradient(
                 ds.addcmul_(tile.e("s", side.direction), tile.spread(side.s, side.direction))
     if hits and at_hits is not None:
         target = rows.target[hits.row] + cols.target[hits.col]
-        ds.view(-1).index_add_(0, hits.place, rows.miss[hits.row] + cols.miss[hits.col] - target)
+        correction = target - rows.miss[hits.row] - cols.miss[hits.col] if rows.smoothed else target
+        ds.view(-1).index_add_(0, hits.place, correction, alpha=-1)
         at_hits = (at_hits - target).sum(dtype=torch.float64)
     if "s" in options.kl:
         if tile.shared:
@@ -638,18 +664,27 @@ def _student_gradient(
         else:
             for side in (rows, cols):
                 ds.addcmul_(tile.e("t", side.direction), tile.spread(side.t, side.direction), value=-1)
-    return ds, at_hits
+    if ds.data_ptr() != out.data_ptr():
+        out.copy_(ds)
+    return at_hits
 
 
-def _cross_gradient(name: str, tile: _Tile, side: _Slopes, options: _Options) -> Tensor:
-    """d/da over rows or d/db over columns."""
+def _cross_gradient(name: str, tile: _Tile, side: _Slopes, options: _Options, out: Tensor) -> None:
+    """Write d/da, over rows, or d/db, over columns, to ``out``."""
     mine = side.direction
-    d = tile.e(name, mine) * tile.spread(side.cross, mine)
+    e = tile.e(name, mine)
+    d = torch.mul(e, tile.spread(side.cross, mine), out=_if_same(out, e))
     if name in options.kl:
         d.addcmul_(tile.e("t", mine), tile.spread(side.t_cross, mine), value=-1)
     if name in options.hits and tile.hits:
-        d.view(-1).index_add_(0, tile.hits.place, -side.cross_target[tile.hits.along(mine)])
-    return d
+        d.view(-1).index_add_(0, tile.hits.place, side.cross_target[tile.hits.along(mine)], alpha=-1)
+    if d.data_ptr() != out.data_ptr():
+        out.copy_(d)
+
+
+def _if_same(out: Tensor, e: Tensor) -> Tensor:
+    """``out`` if it has the dtype of the tile's arithmetic, else room for it."""
+    return out if out.dtype == e.dtype else torch.empty_like(e)
 
 
 # ---------------------------------------------------------------------------------------------------
