@@ -9,7 +9,6 @@ import json
 import open_clip
 import pytest
 import torch
-from safetensors.torch import load_file
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -17,7 +16,16 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from timm.models.vitamin import GeGluMlp
 from torch import nn
 
-from tracer.adapters import Adapter, accumulation, adapter_state, add_adapters, fold, load_adapters
+from tracer.adapters import (
+    Adapter,
+    accumulation,
+    adapter_state,
+    add_adapters,
+    fold,
+    load_adapters,
+    read_adapters,
+    save_adapters,
+)
 from tracer.config import Config
 from tracer.errors import UserError
 from tracer.losses import MPMNCELoss
@@ -280,6 +288,24 @@ def test_activation_checkpointing_recomputes_the_same_draw(kind):
         torch.testing.assert_close(a, b)
 
 
+def test_an_adapted_tower_compiles_into_one_graph():
+    model = build()
+    add_adapters(model, drop=0.5)
+    randomise(model)
+    image, _ = inputs(model)
+    model.train()
+    compiled = torch.compile(model.visual, backend="aot_eager", fullgraph=True)
+    grads = []
+    for tower in (model.visual, compiled):
+        torch.manual_seed(3)
+        model.zero_grad()
+        tower(image).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.visual.parameters() if p.requires_grad])
+    assert any((g == 0).all() for g in grads[0])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Accumulation, and the teacher
 # ----------------------------------------------------------------------------------------------------------
@@ -438,19 +464,29 @@ def test_adapters_travel_in_a_small_file_of_their_own(kind, towers, rank, tmp_pa
     share = add_adapters(model, rank=rank, towers=towers)
     randomise(model)
     file = tmp_path / "adapters.safetensors"
-    save_weights(adapter_state(model.state_dict()), file)
+    save_adapters(model.state_dict(), file, kind)
     assert file.stat().st_size < 4 * share.adapters + 8000  # the names of the tensors
 
     resumed = copy.deepcopy(pretrained)
-    load_adapters(resumed, load_file(file))  # adds them
+    load_adapters(resumed, read_adapters(file, kind))  # adds them
     again = copy.deepcopy(pretrained)
     add_adapters(again, rank=rank, towers=towers)
-    load_adapters(again, load_file(file))  # finds them there
+    load_adapters(again, read_adapters(file, kind))  # finds them there
     assert {n for n, p in resumed.named_parameters() if p.requires_grad} == adapter_parameters(model).keys()
     for other in (resumed, again):
         assert all(torch.equal(a, b) for a, b in zip(features(other), features(model), strict=True))
-    folded = fold(pretrained.state_dict() | load_file(file), 0.5)  # without any adapted model
+    folded = fold(pretrained.state_dict() | read_adapters(file, kind), 0.5)  # without any adapted model
     assert all(torch.equal(folded[name], value) for name, value in fold(model.state_dict(), 0.5).items())
+
+
+def test_a_file_of_adapters_names_its_architecture(tmp_path):
+    """ViT-B-32's would fit into ViT-B-16: their layers have the same shapes."""
+    file = tmp_path / "adapters.safetensors"
+    save_adapters(adapted().state_dict(), file, "ViT-B-32")
+    with pytest.raises(UserError, match="belong to ViT-B-32, not to ViT-B-16"):
+        read_adapters(file, "ViT-B-16")
+    with pytest.raises(UserError, match=r"none\.safetensors' do not exist"):
+        read_adapters(tmp_path / "none.safetensors", "ViT-B-16")
 
 
 def adapted(kind: str = "openai", **options) -> nn.Module:

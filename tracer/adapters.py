@@ -22,13 +22,17 @@ Source: R-Adapter (arXiv 2408.05749). Its publication counts W of all ViT-B/16 l
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tracer.errors import UserError
+from tracer.files import whole_file
 from tracer.teacher import EMA
 
 # Where a layer keeps the last linear map of its attention and of its MLP.
@@ -69,7 +73,8 @@ class Adapter(nn.Module):
         """X [..., width] to h(X) of the same shape and dtype."""
         delta = x @ self.weight if hasattr(self, "weight") else x @ self.down @ self.up
         if self.training:
-            delta = delta * F.dropout(x.new_ones(()), self.drop)  # times 0 or 1/(1−p)
+            one = torch.ones((), device=x.device)  # float32, so that 1/(1−p) isn't rounded; no new dtype
+            delta = delta * F.dropout(one, self.drop)
         return x + delta
 
     def extra_repr(self) -> str:
@@ -200,15 +205,15 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, Tensor], drop: float 
     adapters = adapter_state(adapters)
     if not adapters:
         raise UserError("there are no adapters to load: the state dict has no entry with '.adapter.'")
-    downs = [value for key, value in adapters.items() if key.endswith(".down")]
+    rank = next((value.shape[1] for key, value in adapters.items() if key.endswith(".down")), None)
     visual = [key.startswith("visual.") for key in adapters]
     towers = [t for t, there in (("visual", any(visual)), ("text", not all(visual))) if there]
-    expected = {k: v.shape for k, v in adapter_state(model.state_dict()).items()}
-    if added := not expected:
+    expected = {key: value.shape for key, value in adapter_state(model.state_dict()).items()}
+    adapted = bool(expected)
+    if not adapted:
         for name, linear in _linears(model, towers).items():
-            width, rank = linear.out_features, downs[0].shape[1] if downs else None
-            shapes = {"down": (width, rank), "up": (rank, width)} if rank else {"weight": (width, width)}
-            expected |= {f"{name}{_MARK}{k}": torch.Size(s) for k, s in shapes.items()}  # type: ignore[arg-type]
+            adapter = Adapter(linear.out_features, rank, drop, torch.empty(0, device="meta"))
+            expected |= {f"{name}{_MARK}{kind}": p.shape for kind, p in adapter.named_parameters()}
     given = {key: value.shape for key, value in adapters.items()}
     for key in sorted(given.keys() | expected.keys()):
         if given.get(key) != expected.get(key):
@@ -217,9 +222,32 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, Tensor], drop: float 
                 f"these adapters belong to another model: '{key}' is {theirs} in them and {mine} here; "
                 "load them into the architecture that they were trained in"
             )
-    if added:
-        add_adapters(model, rank=downs[0].shape[1] if downs else None, drop=drop, towers=towers)
+    if not adapted:
+        add_adapters(model, rank=rank, drop=drop, towers=towers)
     model.load_state_dict(adapters, strict=False)
+
+
+def save_adapters(state: Mapping[str, Tensor], path: Path, model: str) -> None:
+    """Write the adapters in a state dict as a safetensors file that knows its open_clip ``model`` name."""
+    adapters = {key: value.detach().cpu().contiguous() for key, value in adapter_state(state).items()}
+    with whole_file(path) as part:
+        save_file(adapters, part, metadata={"model": model})
+
+
+def read_adapters(path: Path, model: str) -> dict[str, Tensor]:
+    """The adapters in a file of :func:`save_adapters`: for ``load_adapters``, or ``fold(weights | adapters, α)``.
+
+    Raises:
+        UserError: no such file, or its adapters were trained in another architecture than ``model``;
+            ViT-B-32 and ViT-B-16 differ in nothing else that adapters could be told by.
+    """
+    if not path.is_file():
+        raise UserError(f"adapters '{path}' do not exist: check the path")
+    with safe_open(path, "pt") as file:
+        theirs = (file.metadata() or {}).get("model", "an unknown model")
+        if theirs != model:
+            raise UserError(f"the adapters in '{path}' belong to {theirs}, not to {model}: load them there")
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
 
 
 def fold(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
@@ -254,9 +282,9 @@ def fold(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
                 f"these adapters belong to another model: it has no '{name}' of width {width}; "
                 "fold them into the architecture that they were trained in"
             )
-        delta = (
-            factor.float() if kind == "weight" else adapters[f"{name}{_MARK}down"].float() @ factor.float()
-        )
+        delta = factor.float()
+        if kind == "up":
+            delta = adapters[f"{name}{_MARK}down"].float() @ delta
         # The formula has row vectors, X W_org; a linear layer keeps W_orgᵀ, [width, in].
         for tensor in (f"{name}.weight", f"{name}.bias"):
             if tensor in plain:
