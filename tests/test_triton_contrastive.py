@@ -5,6 +5,7 @@ On a GPU these are the compiled kernels; without one the same kernels under Trit
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -198,9 +199,10 @@ def test_label_patterns(labels):
 
 
 def test_duplicated_rows():
-    """Ties: the first of equal logits is the argmax, as in the definition."""
-    args = problem(48, 48, 16, labels=None)
+    """Ties: the first of equal logits is the argmax, as in the definition. Products are exact here."""
+    args, generator = problem(48, 48, 16, labels=None), torch.Generator().manual_seed(0)
     for x in (args[0], args[1], args[5], args[6]):
+        x[:24] = torch.randint(-3, 4, (24, 16), generator=generator) / 8
         x[24:] = x[:24]
     check(args, 0.0, 0.0, FULL)
 
@@ -313,14 +315,19 @@ def test_any_shape_and_option(N, M, eighths, margin, smoothing, seed):
 
 
 def test_memory_grows_with_rows_not_with_their_square(monkeypatch):
-    """All bytes that both passes allocate at the default bound on strips, at N and 2N; kernels not run."""
+    """All scratch of both passes, at the default bound on strips, at N and 2N; kernels are not run."""
     monkeypatch.setattr(contrastive, "_launch", lambda *args, **kwargs: None)
     monkeypatch.setattr(contrastive, "require_device", lambda tensor: None)
     allocated = []
     new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda *a, **k: allocated.append(new_empty(*a, **k)) or allocated[-1]
-    )
+
+    def recorded(*args, **kwargs):
+        out = new_empty(*args, **kwargs)
+        if sys._getframe(1).f_code.co_filename.endswith("contrastive.py"):  # not what torch makes on its way
+            allocated.append(out)
+        return out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", recorded)
 
     def scratch(n: int) -> tuple[int, int]:
         def empty(*shape, dtype=torch.float32):
@@ -338,7 +345,7 @@ def test_memory_grows_with_rows_not_with_their_square(monkeypatch):
     assert saved == 5 * 2 * 8192  # saved for the backward pass, beside the inputs
     assert saved_large == 2 * saved
     assert large <= 2.1 * small
-    assert small < 8192 * 8192 * 4 / 2  # half of one N×N matrix
+    assert small < 8192 * 8192 * 4 / 3  # one third of one N×N matrix
 
 
 def test_refusals(monkeypatch):
