@@ -60,6 +60,7 @@ def test_the_demo_reaches_every_setting_of_a_run():
             ["finetune", "--train_data", "x.csv", "--precision", "bf16", "--zero_stage", "0"],
             "--zero_stage 1 or more",
         ),
+        (["finetune", "--train_data", "x.csv", "--zero_stage", "3"], "--projection_product 0"),
         (["finetune", "--train_data", "x.csv", "--model", "ViT-Z-32"], "unknown model 'ViT-Z-32'"),
         (
             ["finetune", "--train_data", "x.csv", "--model", "ViT-B-32", "--pretrained", "opnai"],

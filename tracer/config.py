@@ -117,6 +117,12 @@ class Config:
             raise UserError(f"--crop_scale is {self.crop_scale}: it must be above 0 and at most 1")
         if self.precision == "bf16" and self.zero_stage == 0:
             raise UserError("--precision bf16 needs --zero_stage 1 or more: stage 0 keeps no fp32 weights")
+        penalised = self.method == "tracer" and (self.projection_product or self.projection_orthogonal)
+        if self.zero_stage == 3 and penalised:
+            raise UserError(
+                "--zero_stage 3 keeps the projections in shards, where their penalties cannot be taken: "
+                "use --zero_stage 2, or --projection_product 0 --projection_orthogonal 0"
+            )
 
     def to_yaml(self) -> str:
         """The settings as YAML that ``--config`` reads back."""
