@@ -31,13 +31,32 @@ def test_options_override_the_file_and_the_file_the_defaults(tmp_path):
 def test_settings_written_by_a_run_are_read_back(tmp_path):
     config = Config(train_data=Path("x.csv"), eval_data={"a": Path("a.csv")}, lr=2e-6, pretrained=None)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    assert parse(["finetune", "--config", str(tmp_path / "config.yaml")])[1] == config
+    read = parse(["finetune", "--config", str(tmp_path / "config.yaml")])[1]
+    assert read == dataclasses.replace(config, **config.recipe._asdict())  # the defaults are filled in
+    assert read.recipe == config.recipe == (0.0, 0.0, 2e-6, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "recipe"),  # margin, smoothing, learning rate, weight decay
+    [
+        ("", (0.0, 0.0, 1e-5, 0.1)),
+        ("--method flyp", (0.0, 0.0, 1e-5, 0.1)),
+        ("--method r-adapter", (0.05, 0.05, 5e-4, 0.0)),
+        ("--method tracer --adapters true", (0.0, 0.0, 5e-4, 0.0)),
+        ("--method r-adapter --margin 0 --lr 1e-3 --weight_decay 0.2", (0.0, 0.05, 1e-3, 0.2)),
+    ],
+)
+def test_each_method_has_its_published_recipe(options, recipe):
+    assert parse(["finetune", "--train_data", "x.csv", *options.split()])[1].recipe == recipe
 
 
 def test_the_demo_reaches_every_setting_of_a_run():
     assert {f.name for f in dataclasses.fields(Config)} < {f.name for f in dataclasses.fields(DemoConfig)}
     config = parse(["demo", "--seeds", "1", "--wma_beta", "0.3", "--margin", "0.05"])[1]
     assert (config.seeds, config.wma_beta, config.margin) == (1, 0.3, 0.05)
+
+
+R_ADAPTER = ["finetune", "--train_data", "x.csv", "--method", "r-adapter", "--pretrained", "null"]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +66,7 @@ def test_the_demo_reaches_every_setting_of_a_run():
         (["fintune"], "invalid choice: 'fintune'"),
         (["finetune"], "train_data"),
         (["finetune", "--train_data", "x.csv", "--learning_rate", "1"], "--learning_rate"),
-        (["finetune", "--train_data", "x.csv", "--lr", "fast"], "Got value: fast"),
+        (["finetune", "--train_data", "x.csv", "--lr", "fast"], "Given value: fast"),
         (["finetune", "--train_data", "x.csv", "--teacher", "sma"], "Got value: sma"),
         (["finetune", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["finetune", "--train_data", "x.csv", "--steps", "0"], "--steps is 0: it must be at least 1"),
@@ -61,6 +80,31 @@ def test_the_demo_reaches_every_setting_of_a_run():
             "--zero_stage 1 or more",
         ),
         (["finetune", "--train_data", "x.csv", "--zero_stage", "3"], "--projection_product 0"),
+        (
+            ["finetune", "--train_data", "x.csv", "--adapter_alpha", "1.5"],
+            "--adapter_alpha is 1.5: it must be",
+        ),
+        (
+            ["finetune", "--train_data", "x.csv", "--adapter_momentum", "1"],
+            "--adapter_momentum is 1.0: it must",
+        ),
+        (
+            ["finetune", "--train_data", "x.csv", "--adapter_drop", "-0.1"],
+            "--adapter_drop is -0.1: it must be",
+        ),
+        (
+            ["finetune", "--train_data", "x.csv", "--adapter_rank", "0"],
+            "--adapter_rank is 0: it must be at least",
+        ),
+        (["finetune", "--train_data", "x.csv", "--adapter_towers", "audio"], "Got value: audio"),
+        (
+            [*R_ADAPTER, "--model", "RN50"],
+            "the visual tower is a ModifiedResNet, which has no transformer layers that R-Adapter knows",
+        ),
+        (
+            [*R_ADAPTER, "--model", "ViT-S-32", "--adapter_rank", "385"],
+            "adapter rank is 385: it must be from 1 to 384",
+        ),
         (["finetune", "--train_data", "x.csv", "--model", "ViT-Z-32"], "unknown model 'ViT-Z-32'"),
         (
             ["finetune", "--train_data", "x.csv", "--model", "ViT-B-32", "--pretrained", "opnai"],

@@ -12,11 +12,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tracer.adapters import add_adapters, fold, read_adapters
 from tracer.config import Config
 from tracer.errors import UserError
 from tracer.log import read_log
-from tracer.model import load_clip, save_weights
-from tracer.train import finetune, lr_schedule
+from tracer.model import encode, load_clip, save_weights
+from tracer.teacher import WMA, build_teacher
+from tracer.train import finetune, lr_schedule, objective, start_engine
 
 
 @pytest.fixture
@@ -103,7 +105,9 @@ def test_the_loop_equals_a_plain_torch_loop(config):
     decayed = [p for p in clip.model.parameters() if p.ndim >= 2]
     rest = [p for p in clip.model.parameters() if p.ndim < 2]
     groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=config.weight_decay)
+    adam = torch.optim.AdamW(
+        groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=config.recipe.weight_decay
+    )
     rate = lr_schedule(config, adam)
     for batch in TrainingBatches(read_index(config.train_data), clip, **options):
         u, v, scale = clip.model(batch.image, batch.text)
@@ -165,3 +169,114 @@ def test_an_existing_run_is_not_overwritten(config):
     config.output.mkdir()
     with pytest.raises(UserError, match="exists: choose another --output"):
         finetune(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "r-adapter"},
+        {"method": "r-adapter", "adapter_rank": 4, "precision": "bf16", "accumulation": 2},
+        {"method": "r-adapter", "adapter_momentum": 0.0},  # no average: the last step is folded
+        {"method": "tracer", "adapters": True},
+        {"method": "tracer", "adapters": True, "zero_stage": 3},
+    ],
+)
+def test_adapters_train_alone_and_are_folded(config, changes):
+    """What is left are the start's own tensors, but for the layers that adapters were folded into."""
+    config = dataclasses.replace(config, warmup=0, **({"adapter_momentum": 0.5} | changes))
+    folder = finetune(config)
+    start, student = load_file(config.pretrained), load_file(folder / "student.safetensors")
+    moved = {name for name, value in student.items() if not torch.equal(value, start[name])}
+    folded = ("out_proj.weight", "c_proj.weight", "c_proj.bias")  # the attention's bias starts at zero
+    assert moved == {name for name in start if name.endswith(folded)}
+    averaged, last = (
+        read_adapters(folder / f"{n}.safetensors", "tiny-clip") for n in ("adapters", "adapters_last")
+    )
+    assert all(value.abs().max() > 0 for value in (*averaged.values(), *last.values()))
+    same = all(torch.equal(averaged[name], value) for name, value in last.items())
+    assert same == (config.adapter_momentum == 0)
+    for name, value in fold(start | averaged, config.adapter_alpha).items():
+        assert torch.equal(value, student[name])
+    assert (folder / "teacher.safetensors").exists() == (config.method == "tracer")
+    rows = read_log(folder)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert (rows[-1]["relational"] > 1e-5) == (config.method == "tracer")  # a teacher that isn't the student
+
+
+def test_the_teacher_of_the_adapters_is_the_schedules_average_on_the_shared_trunk(config):
+    """Uniform teacher of one step from W = 0: half of the student's adapters, on the very same trunk."""
+    changes = {"adapters": True, "adapter_momentum": 0.0, "adapter_alpha": 1.0, "zero_stage": 1}
+    folder = finetune(dataclasses.replace(config, teacher="uniform", steps=1, warmup=0, **changes))
+    start, teacher = load_file(config.pretrained), load_file(folder / "teacher.safetensors")
+    half = {n: v / 2 for n, v in read_adapters(folder / "adapters.safetensors", "tiny-clip").items()}
+    for name, value in fold(start | half, 1.0).items():
+        torch.testing.assert_close(teacher[name], value, rtol=1e-6, atol=1e-8)
+
+
+def test_in_the_engine_a_teacher_of_the_adapters_holds_no_trunk(config):
+    clip = load_clip(config.model, config.pretrained)
+    add_adapters(clip.model)
+    teacher = build_teacher(start_engine(dataclasses.replace(config, adapters=True), clip.model), WMA(6))
+    student = dict(clip.model.named_parameters())
+    for name, value in teacher.module.named_parameters():
+        shared = value.data_ptr() == student[name].data_ptr()
+        assert shared == (".adapter." not in name), name
+    averages = teacher.state_dict()["averages"].values()  # this rank's shards
+    assert sum(value.numel() for value in averages) == 4 * 32 * 32
+
+
+def test_only_what_trains_is_kept(config, tmp_path):
+    """Sizes of a run's files and of the optimizer's state against those of full fine-tuning."""
+    about = {}
+    for method in ("flyp", "r-adapter"):
+        run = dataclasses.replace(config, method=method, steps=1, warmup=0, output=tmp_path / method)
+        about[method] = json.loads((finetune(run) / "run.json").read_text())["sizes"]
+    whole = sum(value.numel() for value in load_file(config.pretrained).values())
+    adapters = 4 * 32 * 32  # a layer in each tower, two adapters of width 32 each
+    for method, trained in (("flyp", whole), ("r-adapter", adapters)):
+        assert about[method]["trained_parameters"] == trained
+        assert about[method]["optimizer_bytes"] == pytest.approx(
+            8 * trained, rel=0.01
+        )  # two moments, and steps
+    sizes = about["r-adapter"]
+    assert sizes["adapters_bytes"] == pytest.approx(4 * adapters, rel=0.1)  # and a header
+    assert sizes["student_bytes"] == pytest.approx(4 * whole, rel=0.01)
+
+
+def test_a_deepspeed_checkpoint_of_adapters_resumes_bit_for_bit(config, tmp_path):
+    """Without the frozen parameters it is a small part of the full one, and nothing is missing from it."""
+    config = dataclasses.replace(config, method="r-adapter", warmup=0)
+    batch = torch.rand(4, 3, 32, 32), torch.randint(1, 99, (4, 16))
+
+    def engine(adapted: bool = True):
+        clip = load_clip(config.model, config.pretrained)
+        if adapted:
+            add_adapters(clip.model, drop=0.0)
+        return start_engine(config, clip.model)
+
+    def step(run) -> None:
+        run.backward(objective(config)(*encode(run, *batch)).loss)
+        run.step()
+
+    def size(folder) -> int:
+        return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+    run, full = engine(), engine(adapted=False)
+    step(run)
+    step(full)
+    run.save_checkpoint(str(tmp_path / "adapters"), exclude_frozen_parameters=True)
+    full.save_checkpoint(str(tmp_path / "full"))
+    assert size(tmp_path / "adapters") < size(tmp_path / "full") / 50
+    resumed = engine()
+    resumed.load_checkpoint(str(tmp_path / "adapters"), load_module_strict=False)
+    for part in (run, resumed):
+        step(part)
+    assert all(torch.equal(a, b) for a, b in zip(run.parameters(), resumed.parameters(), strict=True))
+
+
+def test_too_high_a_momentum_for_the_run_is_said(config, capsys):
+    finetune(dataclasses.replace(config, method="r-adapter", eval_data={}))
+    out = capsys.readouterr()
+    assert "parameters train (" in out.out
+    assert "the adapters' average will hold 1% of them" in out.out
+    assert "adapters.safetensors 0.0" in out.out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import yaml
 
@@ -14,9 +14,18 @@ from tracer.errors import UserError
 ICONS = Path("runs/data/icons")  # where the demo keeps its data
 
 
+class Recipe(NamedTuple):
+    """The settings whose published values differ between TRACER and R-Adapter."""
+
+    margin: float
+    smoothing: float
+    lr: float
+    weight_decay: float
+
+
 @dataclass
 class Config:
-    """Fine-tune an open_clip model; defaults are TRACER's published settings for ViT-B/16.
+    """Fine-tune an open_clip model; defaults are the published settings for ViT-B/16.
 
     Args:
         train_data: CSV with the columns image, label and/or captions (several divided by '|'), or a folder
@@ -26,16 +35,24 @@ class Config:
         model: open_clip model name, a model config (.json), or tracer-demo.
         pretrained: open_clip tag or local checkpoint file.
         output: folder of the run; must not exist, and appears only when the run is complete.
-        method: tracer (contrastive + distillation from a moving teacher) or flyp (contrastive only).
+        method: tracer (contrastive + distillation from a moving teacher), flyp (contrastive only) or r-adapter
+            (contrastive, linear adapters alone).
         teacher: moving average that teaches the student; only for method tracer.
         teacher_every: optimizer steps between two moves of the average; default: 500 for ema, else 1.
         wma_beta: β of the Beta(β, β) weights of the WMA teacher.
         ema_start: momentum m of the EMA teacher at its first move.
         ema_end: momentum m after its warm-up.
         ema_warmup: share of all steps over which m rises linearly.
+        adapters: train linear adapters alone, and fold them at the end; always so for method r-adapter.
+        adapter_rank: rank of the adapters; default: full.
+        adapter_drop: probability with which a training step drops an adapter, in [0, 1).
+        adapter_momentum: m of the adapters' moving average, which is what is folded, in [0, 1); 0: no average.
+        adapter_alpha: α by which the adapters are scaled when they are folded, in [0, 1]; published: 0.5 for
+            classification, 0.8 for retrieval; 1: no scaling.
+        adapter_towers: which towers get adapters.
         positives: images and texts of the same label are positives of each other; otherwise only the pair is.
-        margin: δ on negative similarities (MPM-NCE: 0.05).
-        smoothing: ε, label smoothing over the negatives (MPM-NCE: 0.05).
+        margin: δ on negative similarities; default: 0.05 for method r-adapter (MPM-NCE), else 0.
+        smoothing: ε, label smoothing over the negatives; default: 0.05 for method r-adapter, else 0.
         distill_weight: λ, weight of the four distillation terms together.
         relational: α of the relational term CRD.
         feature: α of the feature term FD.
@@ -46,8 +63,9 @@ class Config:
         steps: optimizer steps.
         batch_size: pairs per optimizer step that the loss sees together on one rank.
         accumulation: micro-batches of batch_size accumulated into one optimizer step.
-        lr: peak learning rate of AdamW.
-        weight_decay: weight decay of AdamW; not applied to gains, biases and the logit scale.
+        lr: peak learning rate of AdamW; default: 5e-4 where adapters train, else 1e-5.
+        weight_decay: weight decay of AdamW, not applied to gains, biases and the logit scale; default: 0 where
+            adapters train, else 0.1.
         warmup: steps of linear warm-up, then cosine to 0.
         clip_grad: largest gradient norm; 0 switches clipping off.
         crop_scale: smallest share of the picture's area that the random crop keeps.
@@ -67,7 +85,7 @@ class Config:
     pretrained: str | None = "openai"
     output: Path = Path("runs/finetune")
 
-    method: Literal["tracer", "flyp"] = "tracer"
+    method: Literal["tracer", "flyp", "r-adapter"] = "tracer"
     teacher: Literal["wma", "ema", "uniform", "frozen"] = "wma"
     teacher_every: int | None = None
     wma_beta: float = 0.5
@@ -75,9 +93,16 @@ class Config:
     ema_end: float = 0.9
     ema_warmup: float = 0.2
 
+    adapters: bool = False
+    adapter_rank: int | None = None
+    adapter_drop: float = 0.2
+    adapter_momentum: float = 0.999
+    adapter_alpha: float = 0.5
+    adapter_towers: Literal["both", "visual", "text"] = "both"
+
     positives: bool = True
-    margin: float = 0.0
-    smoothing: float = 0.0
+    margin: float | None = None
+    smoothing: float | None = None
     distill_weight: float = 0.9
     relational: float = 1.0
     feature: float = 2000.0
@@ -89,8 +114,8 @@ class Config:
     steps: int = 2000
     batch_size: int = 512
     accumulation: int = 1
-    lr: float = 1e-5
-    weight_decay: float = 0.1
+    lr: float | None = None
+    weight_decay: float | None = None
     warmup: int = 500
     clip_grad: float = 1.0
     crop_scale: float = 0.9
@@ -101,9 +126,23 @@ class Config:
     cache: Path = Path("runs/cache")
     seed: int = 0
 
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters train instead of the model."""
+        return self.adapters or self.method == "r-adapter"
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the user set, and the published value for the rest."""
+        nce = 0.05 if self.method == "r-adapter" else 0.0
+        lr, weight_decay = (5e-4, 0.0) if self.adapted else (1e-5, 0.1)
+        published = Recipe(margin=nce, smoothing=nce, lr=lr, weight_decay=weight_decay)
+        chosen = {name: getattr(self, name) for name in Recipe._fields}
+        return published._replace(**{name: value for name, value in chosen.items() if value is not None})
+
     def validate(self) -> None:
         """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
-        for name in ("steps", "batch_size", "accumulation", "teacher_every", "workers"):
+        for name in ("steps", "batch_size", "accumulation", "teacher_every", "workers", "adapter_rank"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name} is {value}: it must be at least 1")
@@ -117,16 +156,24 @@ class Config:
             raise UserError(f"--crop_scale is {self.crop_scale}: it must be above 0 and at most 1")
         if self.precision == "bf16" and self.zero_stage == 0:
             raise UserError("--precision bf16 needs --zero_stage 1 or more: stage 0 keeps no fp32 weights")
+        if not 0 <= self.adapter_alpha <= 1:
+            raise UserError(
+                f"--adapter_alpha is {self.adapter_alpha}: it must be from 0 (pretrained) to 1 (adapted)"
+            )
+        for name in ("adapter_momentum", "adapter_drop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}: it must be at least 0 and below 1")
         penalised = self.method == "tracer" and (self.projection_product or self.projection_orthogonal)
-        if self.zero_stage == 3 and penalised:
+        if self.zero_stage == 3 and penalised and not self.adapted:  # adapted: the projections don't move
             raise UserError(
                 "--zero_stage 3 keeps the projections in shards, where their penalties cannot be taken: "
                 "use --zero_stage 2, or --projection_product 0 --projection_orthogonal 0"
             )
 
     def to_yaml(self) -> str:
-        """The settings as YAML that ``--config`` reads back."""
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+        """The settings as YAML that ``--config`` reads back, with the recipe's values filled in."""
+        values = dataclasses.asdict(self) | self.recipe._asdict()
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
         plain["eval_data"] = {name: str(path) for name, path in self.eval_data.items()}
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
@@ -137,8 +184,10 @@ class DemoConfig(Config):
 
     Args:
         seeds: runs of each method.
-        wise_alphas: interpolation weights at which WiSE-FT is measured.
-        wise_alpha: the one that stands in the table.
+        alphas: interpolation weights at which WiSE-FT and R-Adapter are measured, besides 0 and 1.
+        wise_alpha: the one at which WiSE-FT stands in the table; R-Adapter's is adapter_alpha.
+        ablate: also train R-Adapter with InfoNCE and without dropping, and fold it without each self-ensemble.
+        adapter_lr: peak learning rate where adapters train; lr is that of the whole models.
         kinds: evaluation set → in-distribution, near or shifted; default: the first is in-distribution, the
             others are shifted.
     """
@@ -148,15 +197,18 @@ class DemoConfig(Config):
     pretrained: str | None = None
     output: Path = Path("runs/demo")
     seeds: int = 3
-    wise_alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
+    alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
     wise_alpha: float = 0.5
+    ablate: bool = True
+    adapter_lr: float = 2e-3
     kinds: dict[str, str] = field(default_factory=dict)
 
     teacher_every: int | None = 1
     steps: int = 160
     batch_size: int = 128
-    lr: float = 5e-4
+    lr: float | None = 5e-4
     warmup: int = 16
+    adapter_momentum: float = 0.98  # a run is short
 
 
 @dataclass

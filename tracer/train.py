@@ -4,13 +4,16 @@
 
 A run is a folder that appears only when it is whole: ``config.yaml``, ``log.jsonl`` (a line per step),
 ``tensorboard/``, ``student.safetensors`` and ``teacher.safetensors`` (plain open_clip checkpoints),
-``metrics.json`` (zero-shot accuracy and calibration per evaluation set) and ``run.json`` (versions, time).
+``metrics.json`` (zero-shot accuracy and calibration per evaluation set) and ``run.json`` (versions, time, sizes).
+Where adapters trained, also ``adapters.safetensors``, which the student is folded from, and
+``adapters_last.safetensors``, the same without the moving average: with them any α costs no training.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -31,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from tqdm import tqdm
 
+from tracer.adapters import TOWERS, accumulation, adapter_state, add_adapters, fold, save_adapters
 from tracer.config import Config
 from tracer.data import Index, TrainingBatches, check_pictures, read_index
 from tracer.errors import UserError
@@ -56,6 +60,17 @@ def finetune(config: Config) -> Path:
         raise UserError(f"'{config.output}' exists: choose another --output or remove it")
     started = time.perf_counter()
     clip = load_clip(config.model, config.pretrained)
+    start = clip.model.state_dict()  # stays float32, whatever the engine does to the model
+    if config.adapted:
+        towers = TOWERS if config.adapter_towers == "both" else (config.adapter_towers,)
+        share = add_adapters(clip.model, rank=config.adapter_rank, drop=config.adapter_drop, towers=towers)
+        tqdm.write(str(share))
+        reached = 1 - config.adapter_momentum**config.steps
+        if reached < 0.8:
+            tqdm.write(
+                f"the adapters' average will hold {reached:.0%} of them: with so few steps, "
+                f"choose an --adapter_momentum below {config.adapter_momentum:g}"
+            )
     index = read_index(config.train_data)
     tests = [read_index(path, name) for name, path in config.eval_data.items()]
     if config.check_images:
@@ -63,12 +78,16 @@ def finetune(config: Config) -> Path:
             check_pictures(data, config.cache, config.workers)
     with whole_folder(config.output) as folder:
         (folder / "config.yaml").write_text(config.to_yaml())
-        student, teacher = _train(config, clip, index, StepLog(folder))
+        trained, sizes = _train(config, clip, index, StepLog(folder))
 
         clip = load_clip(config.model, config.pretrained)  # the trained one may be bf16, or in shards
-        weights = {"student": student} | ({"teacher": teacher} if teacher else {})
+        if config.adapted:
+            for name, file in (("student", "adapters"), ("last", "adapters_last")):
+                save_adapters(trained[name], folder / f"{file}.safetensors", clip.name)
+            del trained["last"]
+            trained = {n: fold(start | adapter_state(s), config.adapter_alpha) for n, s in trained.items()}
         metrics = {}
-        for name, state in weights.items():
+        for name, state in trained.items():
             save_weights(state, folder / f"{name}.safetensors")
             if tests:
                 clip.model.load_state_dict(state)
@@ -79,9 +98,13 @@ def finetune(config: Config) -> Path:
         about = {
             "seconds": seconds,
             "precision": resolve_precision(config.precision),
+            "sizes": sizes | {f"{p.stem}_bytes": p.stat().st_size for p in folder.glob("*.safetensors")},
             "versions": versions(),
             "fingerprint": fingerprint(config),
         }
+        if config.adapted:
+            megabytes = {p.name: p.stat().st_size / 1e6 for p in sorted(folder.glob("*.safetensors"))}
+            tqdm.write(", ".join(f"{name} {size:.3g} MB" for name, size in megabytes.items()))
         (folder / "run.json").write_text(json.dumps(about, indent=1))
     return config.output
 
@@ -112,13 +135,19 @@ def is_run_of(config: Config, folder: Path) -> bool:
 
 def _train(
     config: Config, clip: Clip, index: Index, log: StepLog
-) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """Train ``clip.model`` and return the weights of the student and of the teacher, in float32."""
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
+    """Train ``clip.model``; returns float32 weights by role, and how much was trained and kept for it.
+
+    Roles: student; teacher, if there was one; with adapters also last, the student without their average.
+    """
     torch.manual_seed(config.seed)
     engine = start_engine(config, clip.model)
     device, precision = engine.device, resolve_precision(config.precision)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     teacher = build_teacher(engine, schedule(config)) if config.method == "tracer" else None
+    average = None
+    if config.adapted and config.adapter_momentum:
+        average = build_teacher(engine, accumulation(config.steps, config.adapter_momentum))
     loss_fn = objective(config)
     batches = TrainingBatches(
         index,
@@ -141,15 +170,16 @@ def _train(
             *student,
             labels=batch.label if config.positives else None,
             teacher=guide,
-            projections=projections(engine.module) if teacher else None,
+            projections=projections(engine.module) if teacher and not config.adapted else None,  # frozen
         )
         engine.backward(output.loss)
         engine.step()
         if micro_step % config.accumulation:
             continue
         step = micro_step // config.accumulation
-        if teacher:
-            teacher.update(step)
+        for moving in (teacher, average):
+            if moving:
+                moving.update(step)
         log.write(
             step,
             loss=output.loss,
@@ -159,7 +189,13 @@ def _train(
             step_seconds=time.perf_counter() - started,
         )
     log.close()
-    return full_weights(engine), teacher.gather() if teacher else None
+    last = full_weights(engine)
+    weights = {"student": average.gather() if average else last}
+    if config.adapted:
+        weights["last"] = last
+    if teacher:
+        weights["teacher"] = teacher.gather()
+    return weights, optimizer_sizes(engine)
 
 
 def start_engine(config: Config, model: nn.Module) -> deepspeed.DeepSpeedEngine:
@@ -175,11 +211,11 @@ def start_engine(config: Config, model: nn.Module) -> deepspeed.DeepSpeedEngine:
         os.environ.setdefault("LOCAL_RANK", "0")
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.recipe.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     precision = resolve_precision(config.precision)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6)
+    optimizer = torch.optim.AdamW(groups, lr=config.recipe.lr, betas=(0.9, 0.98), eps=1e-6)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -201,6 +237,16 @@ def start_engine(config: Config, model: nn.Module) -> deepspeed.DeepSpeedEngine:
         },
     )
     return engine
+
+
+def optimizer_sizes(engine: deepspeed.DeepSpeedEngine) -> dict[str, int]:
+    """How many parameters this rank's optimizer trains, and the bytes of its state (Adam's moments)."""
+    trained = sum(
+        math.prod(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters() if p.requires_grad
+    )
+    state = engine.basic_optimizer.state.values()
+    kept = [value for values in state for value in values.values() if isinstance(value, Tensor)]
+    return {"trained_parameters": trained, "optimizer_bytes": sum(value.nbytes for value in kept)}
 
 
 def resolve_precision(precision: str) -> str:
@@ -258,8 +304,8 @@ def objective(config: Config) -> TracerLoss:
         cross=config.cross,
         projection_product=config.projection_product,
         projection_orthogonal=config.projection_orthogonal,
-        margin=config.margin,
-        smoothing=config.smoothing,
+        margin=config.recipe.margin,
+        smoothing=config.recipe.smoothing,
     )
 
 
