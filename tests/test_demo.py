@@ -7,11 +7,18 @@ import json
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 
+from tracer.adapters import fold, read_adapters
 from tracer.config import DemoConfig
+from tracer.data import read_index
 from tracer.demo import demo
 from tracer.errors import UserError
+from tracer.evaluate import class_prompts, evaluate_zero_shot
 from tracer.model import interpolate, load_clip, save_weights
+
+VARIANTS = tuple(f"r-adapter-{name}" for name in ("infonce", "no-drop", "no-average", "no-scaling"))
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +49,19 @@ def test_demo_compares_every_method_and_reuses_finished_runs(config, capsys):
     page = report.read_text()
     results = json.loads((config.output / "results.json").read_text())
     methods = {method["key"]: method for method in results["methods"]}
-    assert list(methods) == ["zero-shot", "flyp", "ema", "wma", "wise-ft"]
+    assert list(methods) == ["zero-shot", "flyp", "ema", "wma", "wise-ft", "r-adapter", *VARIANTS]
     for key, method in methods.items():
         assert [run["seed"] for run in method["runs"]] == ([None] if key == "zero-shot" else [0, 1])
         for run in method["runs"]:
             assert set(run["eval"]) == {"same", "other"}
         assert method["name"] in page
     assert [domain["kind"] for domain in results["domains"]] == ["in-distribution", "shifted"]
-    assert [(p["seed"], p["alpha"]) for p in results["wise_ft"]] == [
-        (seed, alpha) for seed in (0, 1) for alpha in (0.0, 0.25, 0.5, 0.75, 1.0)
-    ]
+    for curve in results["curves"]:
+        assert [(p["seed"], p["alpha"]) for p in curve["points"]] == [
+            (seed, alpha) for seed in (0, 1) for alpha in (0.0, 0.25, 0.5, 0.75, 1.0)
+        ]
+        assert all(set(p["eval"]) == {"same", "other"} for p in curve["points"])
+    assert [curve["key"] for curve in results["curves"]] == ["wise-ft", "r-adapter"]
     # distillation ran where it should: plain runs have no teacher, the others a gap that opened
     assert methods["flyp"]["runs"][0]["teacher_eval"] is None
     assert methods["flyp"]["runs"][0]["log"][-1]["relational"] == 0
@@ -59,16 +69,59 @@ def test_demo_compares_every_method_and_reuses_finished_runs(config, capsys):
         assert methods[key]["runs"][0]["log"][-1]["relational"] > 1e-5
         assert set(methods[key]["runs"][0]["teacher_eval"]) == {"same", "other"}
     assert len(results["examples"]) == 8
-    assert set(results["examples"][0]["predictions"]) == {"zero-shot", "flyp", "ema", "wma"}
+    assert set(results["examples"][0]["predictions"]) == {"zero-shot", "flyp", "ema", "wma", "r-adapter"}
     assert "FLYP" in capsys.readouterr().out
 
     stamps = {p: p.stat().st_mtime_ns for p in config.output.glob("*/student.safetensors")}
-    assert len(stamps) == 6
+    assert len(stamps) == 12
     demo(dataclasses.replace(config, seeds=1))
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
     demo(dataclasses.replace(config, seeds=1, lr=2e-2))
     changed = {p.parent.name for p, stamp in stamps.items() if p.stat().st_mtime_ns != stamp}
-    assert changed == {"flyp-0", "ema-0", "wma-0"}
+    assert changed == {"flyp-0", "ema-0", "wma-0"}  # the adapters have a learning rate of their own
+
+
+def test_each_variant_of_r_adapter_is_what_it_says(config):
+    """Against the files of its runs, after the demo above."""
+    start = load_file(config.pretrained)
+    runs = {p.name: yaml.safe_load((p / "config.yaml").read_text()) for p in config.output.glob("r-adapter*")}
+    keys = ("margin", "smoothing", "positives", "adapter_drop", "adapter_momentum", "lr", "weight_decay")
+    settings = {name: tuple(run[key] for key in keys) for name, run in runs.items()}
+    assert settings["r-adapter-1"] == (0.05, 0.05, True, 0.2, 0.98, config.adapter_lr, 0.0)
+    assert settings["r-adapter-infonce-1"] == (0.0, 0.0, False, 0.2, 0.98, config.adapter_lr, 0.0)
+    assert settings["r-adapter-no-drop-1"] == (0.05, 0.05, True, 0.0, 0.98, config.adapter_lr, 0.0)
+
+    demo(dataclasses.replace(config, seeds=1))
+    results = json.loads((config.output / "results.json").read_text())
+    methods = {method["key"]: method for method in results["methods"]}
+    assert {key for key, method in methods.items() if method["variant_of"] == "r-adapter"} == set(VARIANTS)
+    clip = load_clip(config.model, config.pretrained)
+    sets = [read_index(path, name) for name, path in config.eval_data.items()]
+    prompts = class_prompts(None, sets[1].classes)
+    for key, file, alpha in (
+        ("r-adapter", "adapters", 0.5),
+        ("r-adapter-no-average", "adapters_last", 0.5),
+        ("r-adapter-no-scaling", "adapters", 1.0),
+    ):
+        adapters = read_adapters(config.output / "r-adapter-0" / f"{file}.safetensors", "tiny-clip")
+        clip.model.load_state_dict(fold(start | adapters, alpha))
+        scores = evaluate_zero_shot(clip, sets, prompts)
+        for name, score in methods[key]["runs"][0]["eval"].items():
+            assert score == pytest.approx(scores[name]), key
+
+
+def test_without_the_ablation_r_adapter_is_one_row(config, tmp_path):
+    demo(dataclasses.replace(config, ablate=False, seeds=1, output=tmp_path / "run"))
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    keys = [method["key"] for method in results["methods"]]
+    assert keys == ["zero-shot", "flyp", "ema", "wma", "wise-ft", "r-adapter"]
+    assert len(list((tmp_path / "run").glob("*/student.safetensors"))) == 4
+
+
+def test_a_model_without_transformers_is_refused_before_any_training(config, tmp_path):
+    with pytest.raises(UserError, match=r"ModifiedResNet.*adapt the 'text' tower alone.*--adapter_towers"):
+        demo(dataclasses.replace(config, model="RN50", pretrained=None, output=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_demo_needs_something_to_evaluate_on(config):

@@ -31,7 +31,14 @@ METHODS: tuple[tuple[str, str, str, float, float, Any], ...] = (
     ("ema", "EMA teacher", "all terms, EMA", 0.157, -0.045, lambda t: 0.02 * math.exp(-7 * t)),
     ("wma", "TRACER (WMA)", "all terms, WMA", 0.15, 0.004, lambda t: 0.035 * (1 - math.exp(-20 * t))),
     ("wise-ft", "WiSE-FT", "FLYP and start, α 0.5", 0.11, 0.002, None),
+    ("r-adapter", "R-Adapter", "adapters alone", 0.12, 0.006, None),
+    ("r-adapter-infonce", "R-Adapter, InfoNCE", "", 0.11, 0.001, None),
+    ("r-adapter-no-drop", "R-Adapter, no dropping", "", 0.13, 0.0, None),
+    ("r-adapter-no-average", "R-Adapter, no accumulation", "", 0.13, -0.01, None),
+    ("r-adapter-no-scaling", "R-Adapter, no re-scaling", "", 0.15, -0.02, None),
 )
+SIZES = {"trained_parameters": 4_800_000, "optimizer_bytes": 38_400_000, "student_bytes": 19_200_000}
+ADAPTED = {"trained_parameters": 480_000, "optimizer_bytes": 3_840_000, "adapters_bytes": 1_920_000}
 
 
 def draw_icon(path: Path, seed: int) -> Path:
@@ -91,7 +98,9 @@ def sample_results(folder: Path, seeds: int = 3, steps: int = 240) -> dict[str, 
                     else [],
                 }
             )
-        methods.append({"key": key, "name": name, "note": note, "runs": runs})
+            runs[-1]["sizes"] = ADAPTED if key.startswith("r-adapter") else SIZES
+        of = "r-adapter" if key.startswith("r-adapter-") else None
+        methods.append({"key": key, "name": name, "note": note, "runs": runs, "variant_of": of})
     for seed in range(seeds):
         for alpha in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
             bump = 0.05 * alpha * (1 - alpha) * 4
@@ -118,7 +127,10 @@ def sample_results(folder: Path, seeds: int = 3, steps: int = 240) -> dict[str, 
             for name, kind, _ in DOMAINS
         ],
         "methods": methods,
-        "wise_ft": curve,
+        "curves": [
+            {"key": "wise-ft", "name": "WiSE-FT", "points": curve},
+            {"key": "r-adapter", "name": "R-Adapter", "points": curve},
+        ],
         "examples": examples,
         "settings": {"steps": steps, "batch_size": 128, "lr": 1e-4, "teacher": "wma", "classes": None},
         "versions": {"torch": "2.14.1", "open_clip": "3.3.0"},
@@ -200,7 +212,7 @@ def small(tmp_path: Path) -> dict[str, Any]:
     for method in results["methods"]:
         for run in method["runs"]:
             run.update(log=[], curve=[])
-    results.update(wise_ft=[], examples=[])
+    results.update(curves=[], examples=[])
     return results
 
 
@@ -244,11 +256,43 @@ def test_page_tells_where_it_comes_from(written: tuple[dict[str, Any], str, Page
         "0.42 s", "batch_size", "make demo", "Means over 3 seeds", "512 pictures, 150 classes", "standard error",
     ):  # fmt: skip
         assert expected in page.text.replace(report.NBSP, " "), expected
-    assert page.text.count("✓") + page.text.count("✗") == 6 * 5 + 2, (
+    assert page.text.count("✓") + page.text.count("✗") == 6 * len(METHODS) + 2, (
         "each prediction is marked, and the legend"
     )
     assert page.tags.count("img") == 6
     assert page.tags.count("svg") >= 1 + 1 + 5 + 2 + 6 + 3  # trade-off, gap, bars, progress, terms, the rest
+
+
+def test_variants_stand_in_the_tables_and_not_in_the_figures(
+    written: tuple[dict[str, Any], str, Page],
+) -> None:
+    results, text, page = written
+    drawings = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    for method in results["methods"]:
+        assert f"accuracy/{method['key']}/shifted" in page.values
+        assert (f">{method['name']}<" in drawings) == (method["variant_of"] is None), method["name"]
+    assert drawings.count("α from 0 to 1") == 2, "a line for each curve"
+    summary = report.summarise(results)
+    assert {m.index for m in summary.methods if m.variant_of} == {5}, "in the colour of the full method"
+    assert "no dropping" not in report.headline(summary)
+
+
+def test_what_a_variant_changes_is_told() -> None:
+    full, variant = ([0.50, 0.50], [0.30, 0.31]), ([0.52, 0.52], [0.301, 0.299])
+    results = results_with(zero_shot=ZERO, flyp=PLAIN, r_adapter=full, other=variant)
+    results["methods"][3]["variant_of"] = "r-adapter"
+    found = told(results)[1]
+    assert found["Parts of R-ADAPTER"] == (
+        "Against the full method, OTHER: in distribution +2.0 points, under shift −0.5 points (within the spread)."
+    )
+    assert "OTHER" not in found["In distribution"] + found["Under shift"] + found["Calibration"]
+
+
+def test_what_is_kept_is_told_in_numbers(written: tuple[dict[str, Any], str, Page]) -> None:
+    assert dict(report.findings(report.summarise(written[0])))["Size"] == (
+        "R-Adapter trains 480,000 parameters, 10.0 % of FLYP's: optimizer state 3.84 MB against 38.4, "
+        "what a run has to keep 1.92 MB against 19.2."
+    )
 
 
 def test_page_is_self_contained(written: tuple[dict[str, Any], str, Page]) -> None:
@@ -320,7 +364,7 @@ def test_one_seed_has_no_spread_and_marks_nothing(tmp_path: Path) -> None:
 
 
 def test_parts_that_are_absent_are_left_out(small: dict[str, Any], tmp_path: Path) -> None:
-    for key in ("wise_ft", "examples", "settings", "versions", "machine", "times", "start"):
+    for key in ("curves", "examples", "settings", "versions", "machine", "times", "start"):
         small.pop(key)
     page = read(small, tmp_path)
     assert "Example pictures" not in page.text

@@ -1,8 +1,9 @@
 """The main job: fine-tune one start in several ways, with several seeds, and compare what it cost in robustness.
 
-Zero-shot, plain contrastive fine-tuning (FLYP), TRACER with an EMA and with the WMA teacher, and WiSE-FT
-interpolation of the plain runs: same start, same data, same budget. Writes ``report.html``, ``results.json``
-and one folder per run below ``output``; runs that are already there with the same settings are reused.
+Zero-shot, plain contrastive fine-tuning (FLYP), TRACER with an EMA and with the WMA teacher, R-Adapter with
+and without MPM-NCE and each of its self-ensembles, and WiSE-FT interpolation of the plain runs: same start, same
+data, same number of steps. Writes ``report.html``, ``results.json`` and one folder per run below ``output``; runs
+that are already there with the same settings are reused.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import json
 import random
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from tracer import icons
+from tracer.adapters import fold, read_adapters
 from tracer.config import ICONS, Config, DemoConfig
 from tracer.data import Index, read_index
 from tracer.errors import UserError
@@ -28,13 +32,27 @@ from tracer.files import whole_file
 from tracer.log import machine, read_log, versions
 from tracer.model import Clip, interpolate, load_clip
 from tracer.report import print_table, write_report
-from tracer.train import finetune, is_run_of
+from tracer.train import adapt, finetune, is_run_of
 
 # key → name, note, and what the method changes in the common settings.
 METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "flyp": ("FLYP", "contrastive loss only", {"method": "flyp"}),
     "ema": ("TRACER, EMA", "distillation from an exponential average", {"teacher": "ema"}),
     "wma": ("TRACER, WMA", "distillation from the weighted average", {"teacher": "wma"}),
+}
+# The same for R-Adapter: the full method, then the part of its ablation that needs training.
+ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "r-adapter": ("R-Adapter", "adapters alone, MPM-NCE, three self-ensembles", {"method": "r-adapter"}),
+    "r-adapter-infonce": (
+        "R-Adapter, InfoNCE",
+        "one positive, no margin, no smoothing",
+        {"method": "r-adapter", "positives": False, "margin": 0.0, "smoothing": 0.0},
+    ),
+    "r-adapter-no-drop": (
+        "R-Adapter, no dropping",
+        "every adapter in every step",
+        {"method": "r-adapter", "adapter_drop": 0.0},
+    ),
 }
 
 
@@ -54,31 +72,64 @@ def demo(config: DemoConfig) -> Path:
             "there is nothing to evaluate on: give --eval_data.NAME=<csv or folder> at least once"
         )
     prompts = class_prompts(config.classes, read_index(config.train_data).classes)
+    adapt(
+        config, load_clip(config.model, config.pretrained).model
+    )  # refused now, if it must be, not in an hour
     clock.lap("data")
 
+    adapters = ADAPTERS if config.ablate else {"r-adapter": ADAPTERS["r-adapter"]}
     folders = {
         key: [_finetune_once(config, key, changes, seed) for seed in range(config.seeds)]
-        for key, (_, _, changes) in METHODS.items()
+        for key, (_, _, changes) in (METHODS | adapters).items()
     }
     clock.lap("training")
 
     clip = load_clip(config.model, config.pretrained)
     start = {name: value.clone() for name, value in clip.model.state_dict().items()}
     zero_shot = evaluate_zero_shot(clip, sets, prompts, workers=config.workers)
-    methods: list[dict[str, Any]] = [
-        {"key": "zero-shot", "name": "Zero-shot", "note": "no training", "runs": [_row(zero_shot)]}
-    ]
-    for key, (name, note, _) in METHODS.items():
-        rows = [_finished(folder, seed) for seed, folder in enumerate(folders[key])]
-        methods.append({"key": key, "name": name, "note": note, "runs": rows})
-    plain = [load_file(folder / "student.safetensors") for folder in folders["flyp"]]
-    curve = _wise_ft(config, clip, start, plain, sets, prompts)
-    middle = [_row(p["eval"], p["seed"]) for p in curve if p["alpha"] == config.wise_alpha]
+    done = {
+        key: [_finished(folder, seed) for seed, folder in enumerate(paths)] for key, paths in folders.items()
+    }
+
+    def score(what: str, weights: Callable[[Path, float], dict], key: str, alpha: float) -> list[dict]:
+        """A row for each run of a method, whose weights are made from its files and α."""
+        rows = []
+        for seed, folder in enumerate(tqdm(folders[key], desc=f"{what}, α = {alpha:g}", leave=False)):
+            clip.model.load_state_dict(weights(folder, alpha))
+            rows.append(_row(evaluate_zero_shot(clip, sets, prompts, workers=config.workers), seed))
+        return rows
+
+    def interpolated(folder: Path, alpha: float) -> dict:
+        return interpolate(start, load_file(folder / "student.safetensors"), alpha)
+
+    def folded(folder: Path, alpha: float, file: str = "adapters") -> dict:
+        return fold(start | read_adapters(folder / f"{file}.safetensors", clip.name), alpha)
+
+    ends = {0.0: [_row(zero_shot, seed) for seed in range(config.seeds)]}
+    wise = ends | {1.0: done["flyp"]}
+    wise |= {
+        a: score("WiSE-FT", interpolated, "flyp", a) for a in {*config.alphas, config.wise_alpha} - {0, 1}
+    }
+    scaled = ends | {config.adapter_alpha: done["r-adapter"]}
+    scaled |= {a: score("R-Adapter", folded, "r-adapter", a) for a in {*config.alphas, 1.0} - scaled.keys()}
+    curves = [_curve("wise-ft", "WiSE-FT", wise), _curve("r-adapter", "R-Adapter", scaled)]
+
+    methods = [_method("zero-shot", "Zero-shot", "no training", [_row(zero_shot)])]
+    methods += [_method(key, name, note, done[key]) for key, (name, note, _) in METHODS.items()]
     note = f"plain run and start averaged, α = {config.wise_alpha:g}"
-    methods.append({"key": "wise-ft", "name": "WiSE-FT", "note": note, "runs": middle})
-    ends = [{"alpha": 0.0, "seed": s, "eval": zero_shot} for s in range(config.seeds)]
-    ends += [{"alpha": 1.0, "seed": s, "eval": r["eval"]} for s, r in enumerate(methods[1]["runs"])]
-    examples = _examples(clip, start, {key: paths[0] for key, paths in folders.items()}, sets, prompts)
+    methods.append(_method("wise-ft", "WiSE-FT", note, wise[config.wise_alpha]))
+    for key, (name, note, _) in adapters.items():
+        methods.append(_method(key, name, note, done[key], of="r-adapter" if key != "r-adapter" else None))
+    if config.ablate:
+        last = score(
+            "R-Adapter, last", partial(folded, file="adapters_last"), "r-adapter", config.adapter_alpha
+        )
+        methods += [
+            _method("r-adapter-no-average", "R-Adapter, no accumulation", "the last step", last, "r-adapter"),
+            _method("r-adapter-no-scaling", "R-Adapter, no re-scaling", "α = 1", scaled[1.0], "r-adapter"),
+        ]
+    shown = {key: folders[key][0] for key in (*METHODS, "r-adapter")}
+    examples = _examples(clip, start, shown, sets, prompts)
     clock.lap("evaluation")
 
     results = {
@@ -99,7 +150,7 @@ def demo(config: DemoConfig) -> Path:
             for n, index in enumerate(sets)
         ],
         "methods": methods,
-        "wise_ft": sorted(curve + ends, key=lambda point: (point["seed"], point["alpha"])),
+        "curves": curves,
         "examples": examples,
         "settings": yaml.safe_load(config.to_yaml()),
         "versions": versions(),
@@ -128,6 +179,8 @@ def _finetune_once(config: DemoConfig, key: str, changes: dict[str, Any], seed: 
     """One run, or the folder of an earlier one with the same settings, data, start and version."""
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)} | changes
     run = Config(**settings | {"seed": seed, "output": config.output / f"{key}-{seed}"})
+    if run.adapted:
+        run.lr = config.adapter_lr
     if run.output.exists():
         if is_run_of(run, run.output):
             return run.output
@@ -138,9 +191,9 @@ def _finetune_once(config: DemoConfig, key: str, changes: dict[str, Any], seed: 
 def _finished(folder: Path, seed: int) -> dict[str, Any]:
     """A run's row of the results, read from its folder."""
     metrics = json.loads((folder / "metrics.json").read_text())
-    seconds = json.loads((folder / "run.json").read_text())["seconds"]
-    row = _row(metrics["student"], seed, read_log(folder), seconds)
-    return row | {"teacher_eval": metrics.get("teacher")}
+    about = json.loads((folder / "run.json").read_text())
+    row = _row(metrics["student"], seed, read_log(folder), about["seconds"])
+    return row | {"teacher_eval": metrics.get("teacher"), "sizes": about["sizes"]}
 
 
 def _row(scores: dict, seed: int | None = None, log: list | None = None, seconds: float = 0.0) -> dict:
@@ -154,18 +207,17 @@ def _row(scores: dict, seed: int | None = None, log: list | None = None, seconds
     }
 
 
-def _wise_ft(
-    config: DemoConfig, clip: Clip, start: dict, plain: list[dict], sets: list[Index], prompts: dict
-) -> list[dict[str, Any]]:
-    """Scores of the interpolations between the start and every plain run."""
-    grid = sorted({*config.wise_alphas, config.wise_alpha})
-    points = []
-    for seed, end in enumerate(plain):
-        for alpha in tqdm(grid, desc=f"WiSE-FT, seed {seed}", leave=False):
-            clip.model.load_state_dict(interpolate(start, end, alpha))
-            scores = evaluate_zero_shot(clip, sets, prompts, workers=config.workers)
-            points.append({"alpha": alpha, "seed": seed, "eval": scores})
-    return points
+def _method(key: str, name: str, note: str, runs: list[dict], of: str | None = None) -> dict[str, Any]:
+    """A row of the report; ``of`` is the method that this one is a variant of."""
+    return {"key": key, "name": name, "note": note, "runs": runs, "variant_of": of}
+
+
+def _curve(key: str, name: str, rows: dict[float, list[dict]]) -> dict[str, Any]:
+    """Points between the start (α = 0) and what was trained, for the report: {α: a row for each seed}."""
+    points = [
+        {"alpha": alpha, "seed": row["seed"], "eval": row["eval"]} for alpha in rows for row in rows[alpha]
+    ]
+    return {"key": key, "name": name, "points": sorted(points, key=lambda p: (p["seed"], p["alpha"]))}
 
 
 def _examples(

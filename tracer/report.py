@@ -147,6 +147,9 @@ class Method:
     name: str
     note: str
     runs: list[dict[str, Any]]
+    variant_of: str | None = (
+        None  # of an ablation: in the tables, not in the figures, in that method's colour
+    )
 
     @property
     def trained(self) -> bool:
@@ -169,6 +172,11 @@ class Summary:
     home: Column  # in distribution
     away: Column | None  # mean over the shifted domains
 
+    @property
+    def main(self) -> list[Method]:
+        """The methods that are compared with each other: without the variants of an ablation."""
+        return [m for m in self.methods if m.variant_of is None]
+
 
 def number(value: Any) -> float:
     """``value`` as a float; NaN for None and for anything that is not a number."""
@@ -187,12 +195,12 @@ def summarise(results: dict[str, Any]) -> Summary:
     domains, listed = results.get("domains") or [], results.get("methods") or []
     if not domains or not listed:
         raise ValueError("results hold no domains or no methods; there is nothing to report")
-    methods = [
-        Method(
-            i, str(m["key"]), str(m.get("name") or m["key"]), str(m.get("note") or ""), m.get("runs") or []
-        )
-        for i, m in enumerate(listed)
-    ]
+    place = {str(m["key"]): i for i, m in enumerate(listed)}
+    methods = []
+    for i, m in enumerate(listed):
+        key, of = str(m["key"]), m.get("variant_of")
+        name, note = str(m.get("name") or key), str(m.get("note") or "")
+        methods.append(Method(place.get(of, i), key, name, note, m.get("runs") or [], of))
     kinds: dict[str, list[dict[str, Any]]] = {}
     for domain in domains:
         kinds.setdefault(str(domain.get("kind", "shifted")), []).append(domain)
@@ -309,7 +317,7 @@ def headline(summary: Summary) -> str:
     column, where = (summary.away, "under shift") if summary.away else (summary.home, "in distribution")
     assert column is not None
     ranked = sorted(
-        (m for m in summary.methods if m.trained and math.isfinite(m.stat(column).mean)),
+        (m for m in summary.main if m.trained and math.isfinite(m.stat(column).mean)),
         key=lambda m: -m.stat(column).mean,
     )
     if not ranked:
@@ -338,7 +346,7 @@ def headline(summary: Summary) -> str:
 def findings(summary: Summary) -> list[tuple[str, str]]:
     """Further sentences: (topic, what this run shows)."""
     found: list[tuple[str, str]] = []
-    trained = [m for m in summary.methods if m.trained]
+    trained = [m for m in summary.main if m.trained]
     base = summary.baseline
     if base is not None and trained:
         start = base.stat(summary.home)
@@ -359,7 +367,8 @@ def findings(summary: Summary) -> list[tuple[str, str]]:
     if gap:
         found.append(("Teacher–student gap", gap))
     column = summary.away or summary.home
-    calibrated = [m for m in summary.methods if math.isfinite(m.stat(column, "ece").mean)]
+    found += ablations(summary) + sizes(summary)
+    calibrated = [m for m in summary.main if math.isfinite(m.stat(column, "ece").mean)]
     if len(calibrated) > 1:
         ranked = sorted(calibrated, key=lambda m: m.stat(column, "ece").mean)
         values = [f"{m.name} {with_spread(m.stat(column, 'ece'))}" for m in ranked]
@@ -379,7 +388,7 @@ def _shift_sentence(summary: Summary, base: Method, plain: Method, away: Column)
         return ""
     lost = start.mean - fallen.mean
     text = f"{base.name} starts at {percent(start.mean)} %; {plain.name} {change(fallen, start)}. "
-    others = [m for m in summary.methods if m.trained and m is not plain and math.isfinite(m.stat(away).mean)]
+    others = [m for m in summary.main if m.trained and m is not plain and math.isfinite(m.stat(away).mean)]
     if not others:
         return text.strip()
     no_loss = lost <= 0 or (fallen.spread is not None and not clearly_differ(start, fallen))
@@ -405,6 +414,41 @@ def _shift_sentence(summary: Summary, base: Method, plain: Method, away: Column)
     return text + f"Of the {percent(lost)} points that {plain.name} loses, {listing(parts)}."
 
 
+def ablations(summary: Summary) -> list[tuple[str, str]]:
+    """What each variant of a method changes against it."""
+    found = []
+    columns = [c for c in (summary.home, summary.away) if c is not None]
+    for full in summary.main:
+        parts = []
+        for m in summary.methods:
+            if m.variant_of == full.key:
+                changes = [f"{c.label.lower()} {change(m.stat(c), full.stat(c))}" for c in columns]
+                parts.append(f"{m.name}: {', '.join(changes)}")
+        if parts:
+            found.append((f"Parts of {full.name}", f"Against the full method, {'; '.join(parts)}."))
+    return found
+
+
+def sizes(summary: Summary) -> list[tuple[str, str]]:
+    """What a method that trains a part of the model keeps, against the plain one."""
+    measured: dict[str, dict[str, Any]] = {
+        m.key: next((r["sizes"] for r in m.runs if r.get("sizes")), {}) for m in summary.main
+    }
+    whole = measured.get(summary.plain.key, {}) if summary.plain else {}
+    parts = []
+    for m in summary.main:
+        own = measured[m.key]
+        if summary.plain and "adapters_bytes" in own and "optimizer_bytes" in whole:
+            share = own["trained_parameters"] / whole["trained_parameters"]
+            parts.append(
+                f"{m.name} trains {own['trained_parameters']:,} parameters, {percent(share)} % of "
+                f"{summary.plain.name}'s: optimizer state {amount(own['optimizer_bytes'] / 1e6)} MB against "
+                f"{amount(whole['optimizer_bytes'] / 1e6)}, what a run has to keep "
+                f"{amount(own['adapters_bytes'] / 1e6)} MB against {amount(whole['student_bytes'] / 1e6)}."
+            )
+    return [("Size", " ".join(parts))] if parts else []
+
+
 # --- curves -------------------------------------------------------------------------------------
 
 
@@ -427,7 +471,7 @@ class Curve:
 def curves_of(summary: Summary, read: Callable[[dict[str, Any]], float], records: str = "log") -> list[Curve]:
     """The curve of each method that logged the quantity with any value but 0."""
     curves = []
-    for method in summary.methods:
+    for method in summary.main:
         seeds = []
         for run in method.runs:
             points = [(number(r.get("step")), read(r)) for r in run.get(records) or []]
@@ -542,7 +586,7 @@ class Drawing:
         return Markup('<svg viewBox="{}" role="img" aria-label="{}">\n').format(box[1], label) + Markup(body)
 
     def trade_off(self, results: dict[str, Any], summary: Summary) -> Markup:
-        """In-distribution accuracy against accuracy under shift: every seed, the means, WiSE-FT's line."""
+        """In-distribution accuracy against accuracy under shift: every seed, the means, lines over α."""
         home, away = summary.home, summary.away
         assert away is not None
         ax = self.axes(4.8, 4.3)
@@ -550,22 +594,22 @@ class Drawing:
         if base is not None:
             ax.axvline(100 * base.stat(home).mean, color=MUTED, linewidth=0.9, linestyle=":")
             ax.axhline(100 * base.stat(away).mean, color=MUTED, linewidth=0.9, linestyle=":")
-        line: dict[float, list[tuple[float, float]]] = {}
-        for point in results.get("wise_ft") or []:
-            xy = home.read(point.get("eval"), "accuracy"), away.read(point.get("eval"), "accuracy")
-            if all(map(math.isfinite, xy)):
-                line.setdefault(number(point.get("alpha")), []).append(xy)
-        if line:
-            alphas = sorted(line)
-            xs = [100 * statistics.fmean(x for x, _ in line[a]) for a in alphas]
-            ys = [100 * statistics.fmean(y for _, y in line[a]) for a in alphas]
-            wise = next((m for m in summary.methods if m.key == "wise-ft"), None)
-            tint = colour(wise) if wise else MUTED
-            ax.plot(
-                xs, ys, color=tint, linewidth=1.6, marker="|", markersize=6, zorder=2,
-                label="interpolation with the start, α 0 to 1",
-            )  # fmt: skip
-        for m in summary.methods:
+        tints = {m.key: colour(m) for m in summary.methods}
+        for curve in results.get("curves") or []:
+            line: dict[float, list[tuple[float, float]]] = {}
+            for point in curve["points"]:
+                xy = home.read(point.get("eval"), "accuracy"), away.read(point.get("eval"), "accuracy")
+                if all(map(math.isfinite, xy)):
+                    line.setdefault(number(point.get("alpha")), []).append(xy)
+            means = [
+                [100 * statistics.fmean(axis) for axis in zip(*line[a], strict=True)] for a in sorted(line)
+            ]
+            if means:
+                ax.plot(
+                    *zip(*means, strict=True), color=tints.get(str(curve["key"]), MUTED), linewidth=1.6,
+                    marker="|", markersize=6, zorder=2, label=f"{curve['name']}, α from 0 to 1",
+                )  # fmt: skip
+        for m in summary.main:
             pairs = [
                 (100 * home.read(run.get("eval"), "accuracy"), 100 * away.read(run.get("eval"), "accuracy"))
                 for run in m.runs
@@ -622,7 +666,7 @@ class Drawing:
 
     def bars(self, summary: Summary, column: Column, top: float, chance: float) -> Markup:
         """Accuracy of every method in one domain, the seeds as points, zero-shot and chance as lines."""
-        methods = [m for m in summary.methods if math.isfinite(m.stat(column).mean)]
+        methods = [m for m in summary.main if math.isfinite(m.stat(column).mean)]
         ax = self.axes(4.4, 0.85 + 0.32 * len(methods))
         for y, m in enumerate(methods):
             stat = m.stat(column)
@@ -661,8 +705,9 @@ def write_report(results: dict[str, Any], path: Path) -> Path:
     """Write the HTML page that shows ``results``; it holds all it needs and asks for nothing else.
 
     Args:
-        results: title, start, domains, methods (with their runs), wise_ft, examples, settings, versions,
-            machine and times; and optionally command, the line that repeats the run.
+        results: title, start, domains, methods (with their runs), curves (over an interpolation weight α),
+            examples, settings, versions, machine and times; and optionally command, the line that repeats
+            the run.
         path: where to write. The file appears only when it is complete. Relative paths of example
             pictures are looked up from the working directory, then from the page's folder.
 
@@ -753,7 +798,7 @@ def draw(results: dict[str, Any], summary: Summary) -> dict[str, Any]:
         name = str(d["name"])
         single.setdefault(name, Column(name, str(d.get("kind", "shifted")), name, "", (name,)))
     values = [
-        v for m in summary.methods for c in single.values() for v in m.stat(c).values
+        v for m in summary.main for c in single.values() for v in m.stat(c).values
     ] + [v for v in chance.values() if math.isfinite(v)]  # fmt: skip
     top = 1.18 * max(values, default=1.0) or 1.0
     bars = [
@@ -762,7 +807,7 @@ def draw(results: dict[str, Any], summary: Summary) -> dict[str, Any]:
         if any(math.isfinite(m.stat(single[str(d["name"])]).mean) for m in summary.methods)
     ]
     gap = curves_of(summary, gap_of)
-    keys = {k for m in summary.methods for run in m.runs for r in run.get("log") or [] for k in r} - {"step"}
+    keys = {k for m in summary.main for run in m.runs for r in run.get("log") or [] for k in r} - {"step"}
 
     def logged(names: Iterable[str]) -> list[Markup]:
         drawn = []

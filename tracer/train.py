@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from tqdm import tqdm
 
-from tracer.adapters import TOWERS, accumulation, adapter_state, add_adapters, fold, save_adapters
+from tracer.adapters import TOWERS, Share, accumulation, adapter_state, add_adapters, fold, save_adapters
 from tracer.config import Config
 from tracer.data import Index, TrainingBatches, check_pictures, read_index
 from tracer.errors import UserError
@@ -62,9 +62,7 @@ def finetune(config: Config) -> Path:
     clip = load_clip(config.model, config.pretrained)
     start = clip.model.state_dict()  # stays float32, whatever the engine does to the model
     if config.adapted:
-        towers = TOWERS if config.adapter_towers == "both" else (config.adapter_towers,)
-        share = add_adapters(clip.model, rank=config.adapter_rank, drop=config.adapter_drop, towers=towers)
-        tqdm.write(str(share))
+        tqdm.write(str(adapt(config, clip.model)))
         reached = 1 - config.adapter_momentum**config.steps
         if reached < 0.8:
             tqdm.write(
@@ -107,6 +105,15 @@ def finetune(config: Config) -> Path:
             tqdm.write(", ".join(f"{name} {size:.3g} MB" for name, size in megabytes.items()))
         (folder / "run.json").write_text(json.dumps(about, indent=1))
     return config.output
+
+
+def adapt(config: Config, model: nn.Module) -> Share:
+    """Add the adapters that ``config`` describes; UserError where the model or the settings do not allow it."""
+    towers = TOWERS if config.adapter_towers == "both" else (config.adapter_towers,)
+    try:
+        return add_adapters(model, rank=config.adapter_rank, drop=config.adapter_drop, towers=towers)
+    except UserError as error:
+        raise UserError(f"{error} (--adapter_towers, --adapter_rank, --method)") from error
 
 
 def fingerprint(config: Config) -> str:
