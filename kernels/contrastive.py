@@ -31,6 +31,9 @@ Per pair of statistics the formulas are, along a row i (columns: a → b, and li
 and their derivatives are softmax minus target.
 """
 
+# mypy: disable-error-code="assignment"
+# (kernels rebind names to tuples of other lengths, as Triton's language lets them)
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -733,7 +736,7 @@ def _launch(kernel: Any, grid: tuple[int, int], args: Sequence[Any], tile: Tile,
 def _operands(
     image: Tensor, text: Tensor, logit_scale: Tensor, labels: Tensor | None, text_labels: Tensor | None,
     teacher_image: Tensor | None, teacher_text: Tensor | None, teacher_scale: Tensor | None,
-) -> list[Tensor | None]:  # fmt: skip
+) -> list[Any]:  # fmt: skip
     """The kernels' input operands in their order: contiguous, teacher in the student's dtype."""
     require_device(image)
     width = image.shape[1]
@@ -785,8 +788,10 @@ def forward(
         margin, smoothing, enabled, stats,
     )  # fmt: skip
     N, M, D = image.shape[0], text.shape[0], image.shape[1]
+    contrastive, relational, interactive, cross = enabled
     flags = _Flags(
-        *enabled, margin != 0, smoothing != 0, labels is not None, stats, teacher_image is not None
+        contrastive, relational, interactive, cross, margin != 0, smoothing != 0, labels is not None,
+        stats, teacher_image is not None,
     )  # fmt: skip
     slots = flags.slots()
     K = max(slots) + 1
@@ -952,12 +957,15 @@ def backward(
                     total = _add_product(total, ds[taken], v)
                 if da is not None:
                     total = _add_product(total, da[taken], teacher_v)
-                torch.mul(total, gain * scale, out=d_image[first:last])
+                if total is None:  # no term is enabled
+                    d_image.zero_()
+                else:
+                    torch.mul(total, gain * scale, out=d_image[first:last])
             if need_text:
                 if ds is not None:
                     d_text = _add_product(d_text, ds[taken].T, u[first:last])
                 if db is not None:
                     d_text = _add_product(d_text, db[taken].T, teacher_u[first:last])
-    if d_text is not None:
-        d_text = (d_text * (gain * scale)).to(text.dtype)
+    if need_text:
+        d_text = torch.zeros_like(v) if d_text is None else (d_text * (gain * scale)).to(text.dtype)
     return d_image, d_text, None if d_scales is None else d_scales.sum() * gain
