@@ -243,6 +243,18 @@ def test_shared_parameters_and_neighbours_are_no_aliases(impl):
     torch.testing.assert_close(flat, torch.cat([param, param]) / 2)
 
 
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
+def test_foreach_in_pieces(param_dtype):
+    """Tensors beyond a piece, between small and a piece, and small ones beside them."""
+    averages, params, copies = lists(param_dtype, torch.bfloat16, [(foreach._PIECE + 3,), (200, 300), (5, 5)])
+    averages[1], params[1], copies[1] = (
+        t[1].T for t in (averages, params, copies)
+    )  # one order, not contiguous
+    want = expected(averages, params, 0.3)
+    foreach.average_(averages, params, 0.3, copies)
+    assert_moved(averages, want, copies)
+
+
 class _Count(TorchDispatchMode):
     def __init__(self):
         super().__init__()
