@@ -129,7 +129,8 @@ def contrastive_loss(
         teacher = (teacher[0].to(dtype), teacher[1].to(dtype))
     else:
         teacher = None
-    args = (image, text, scale, labels, text_labels, *(teacher or (None, None)), teacher_scale)
+    guide_image, guide_text = teacher if teacher is not None else (None, None)
+    args = (image, text, scale, labels, text_labels, guide_image, guide_text, teacher_scale)
     if impl == "eager":
         vector, measured = _eager(*args, margin, smoothing, enabled, stats)
     else:
