@@ -347,6 +347,34 @@ def test_table_is_kept_until_storage_moves(counted):
     assert counted["launches"] == 5
 
 
+if torch.cuda.is_available():
+
+    def test_captured_in_a_cuda_graph():
+        """The weight lives on the device: a replay moves by what it holds then."""
+        averages, params, copies = lists(torch.bfloat16, torch.bfloat16)
+        weight = torch.zeros((), device=DEVICE)
+        average.average_(averages, params, weight, copies)  # builds the table, compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            average.average_(averages, params, weight, copies)
+        for value in (0.5, 0.125):
+            weight.fill_(value)
+            want = expected(averages, params, value)
+            graph.replay()
+            assert_moved(averages, want, copies)
+
+    def test_one_kernel_without_recompilation():
+        averages, params, copies = lists(torch.bfloat16, torch.bfloat16)
+        average.average_(averages, params, 0.5, copies)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for weight in (0.25, 1.0, 3e-5):
+                average.average_(averages, params, weight, copies)
+            torch.cuda.synchronize()
+        kernels = [e for e in profile.key_averages() if "_average_kernel" in e.key]
+        assert sum(e.count for e in kernels) == 3
+        assert len(profile.key_averages()) == len(kernels) == 1
+
+
 _COMPILE = """
 import json, re, subprocess, tempfile
 from pathlib import Path
