@@ -64,7 +64,7 @@ from ._triton import device_guard, require_device, tl, triton
 ) = STATISTICS = tuple(tl.constexpr(i) for i in range(20))
 # fmt: on
 # How each merges: M maximum, S sum relative to the last maximum before it, I index of that maximum, P plain sum.
-KINDS = tl.constexpr("MSPPMSSSIMSSSISSMSPP")
+KINDS = tl.constexpr("MSPP MSSSI MSSSISS MSPP".replace(" ", ""))
 
 # Rows of the saved statistics: log-sum-exps (base 2) of z, s, t, x, and the number of positives.
 STAT_ROWS = 5
@@ -184,14 +184,14 @@ def _contrastive_part(b_s, b_positive, shift, row_pad, col_pad, SLOTS: tl.conste
 def _own_part(b_x, b_positive, offs, pad, SLOTS: tl.constexpr, FIRST: tl.constexpr, AXIS: tl.constexpr):
     """S_MAX … S_ARG or T_MAX … T_ARG along an axis with indices ``offs``, and the exponentials."""
     zero = tl.zeros([b_x.shape[1 - AXIS]], tl.float32)
-    top, total, self, hit, arg, b_e = zero, zero, zero, zero, zero, b_x
+    top, total, weighed, hit, arg, b_e = zero, zero, zero, zero, zero, b_x
     if SLOTS[FIRST] >= 0:
         top, total, b_e = _softmax(b_x + pad, AXIS)
     if SLOTS[FIRST + 2] >= 0:
-        self = tl.sum(b_e * b_x, AXIS)
+        weighed = tl.sum(b_e * b_x, AXIS)
         hit = tl.sum(tl.where(b_positive, b_e, 0.0), AXIS)
         arg = _first(b_x + pad, top, offs, AXIS)
-    return (top, total, self, hit, arg), b_e
+    return (top, total, weighed, hit, arg), b_e
 
 
 @triton.jit
@@ -288,20 +288,10 @@ def _positives(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS: tl.con
 
 
 # Neither sizes nor the alignment of small operands select a compiled variant.
-_SCALARS = [
-    "margin",
-    "smoothing",
-    "N",
-    "M",
-    "width",
-    "first",
-    "last",
-    "rows",
-    "cols",
-    "row_groups",
-    "col_groups",
-]
+# fmt: off
+_SCALARS = ["margin", "smoothing", "N", "M", "width", "first", "last", "rows", "cols", "row_groups", "col_groups"]
 _SMALL = ["grad_terms_ptr", "scale_ptr", "teacher_scale_ptr", "labels_ptr", "text_labels_ptr", "d_scale_ptr"]
+# fmt: on
 
 
 @triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=_SMALL)
@@ -756,6 +746,7 @@ def _operands(
     ]
 
 
+@torch.no_grad()
 def forward(
     image: Tensor,
     text: Tensor,
@@ -857,6 +848,7 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return product if total is None else total.add_(product)
 
 
+@torch.no_grad()
 def backward(
     grad_terms: Tensor,
     image: Tensor,
