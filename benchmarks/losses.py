@@ -58,17 +58,25 @@ class Problem:
         image, text, scale = self.teacher
         return {"teacher_image": image, "teacher_text": text, "teacher_logit_scale": scale, **WEIGHTS}
 
+    def published_tracer(self) -> Tensor:
+        image, text, scale = self.student
+        return published.tracer_loss(image, text, scale, *self.teacher, **WEIGHTS)  # type: ignore[arg-type]
+
+    def published_mpm_nce(self) -> Tensor:
+        image, text, scale = self.student
+        return published.mpm_nce_loss(image, text, scale, self.labels, MARGIN, SMOOTHING)
+
     def competitors(self, case: str) -> dict[str, Callable[[], Tensor]]:
         """Losses that must agree; the first is ours, the last the one to compare with."""
         if case == "full":
             return {
                 "ours": self.ours(**self.with_teacher()),
-                "published": partial(published.tracer_loss, *self.student, *self.teacher, **WEIGHTS),
+                "published": self.published_tracer,
             }
         if case == "mpm-nce":
             return {
                 "ours": self.ours(labels=self.labels, margin=MARGIN, smoothing=SMOOTHING),
-                "published": partial(published.mpm_nce_loss, *self.student, self.labels, MARGIN, SMOOTHING),
+                "published": self.published_mpm_nce,
             }
         return {"ours": self.ours(), "open_clip": partial(open_clip.loss.ClipLoss(), *self.student)}
 
