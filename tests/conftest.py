@@ -11,7 +11,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
 
-import torch  # noqa: E402
+import torch
 
 if not torch.cuda.is_available():  # before anything imports triton: its own library decides at import too
     os.environ.setdefault("TRITON_INTERPRET", "1")
