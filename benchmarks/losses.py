@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +58,27 @@ class Problem:
         image, text, scale = self.teacher
         return {"teacher_image": image, "teacher_text": text, "teacher_logit_scale": scale, **WEIGHTS}
 
+    def published_tracer(self) -> Tensor:
+        image, text, scale = self.student
+        return published.tracer_loss(image, text, scale, *self.teacher, **WEIGHTS)  # type: ignore[arg-type]
+
+    def published_mpm_nce(self) -> Tensor:
+        image, text, scale = self.student
+        return published.mpm_nce_loss(image, text, scale, self.labels, MARGIN, SMOOTHING)
+
     def competitors(self, case: str) -> dict[str, Callable[[], Tensor]]:
         """Losses that must agree; the first is ours, the last the one to compare with."""
         if case == "full":
             return {
                 "ours": self.ours(**self.with_teacher()),
-                "published": lambda: published.tracer_loss(*self.student, *self.teacher, **WEIGHTS),
+                "published": self.published_tracer,
             }
         if case == "mpm-nce":
-            options = {"margin": MARGIN, "smoothing": SMOOTHING}
             return {
-                "ours": self.ours(labels=self.labels, **options),
-                "published": lambda: published.mpm_nce_loss(*self.student, self.labels, **options),
+                "ours": self.ours(labels=self.labels, margin=MARGIN, smoothing=SMOOTHING),
+                "published": self.published_mpm_nce,
             }
-        loss = open_clip.loss.ClipLoss()
-        return {"ours": self.ours(), "open_clip": lambda: loss(*self.student)}
+        return {"ours": self.ours(), "open_clip": partial(open_clip.loss.ClipLoss(), *self.student)}
 
     def step(self, loss: Callable[[], Tensor], precision: str) -> list[Tensor]:
         """Loss and gradients of the features."""
@@ -105,16 +112,18 @@ def check(problem: Problem, case: str, precision: str) -> None:
         )
 
 
-def compare(pairs: int, width: int, repeats: int, budget: float) -> list[dict[str, Any]]:
-    """Times and memory of every case in both precisions at one size."""
+def compare(
+    cases: Iterable[str], pairs: int, width: int, repeats: int, budget: float
+) -> list[dict[str, Any]]:
+    """Times and memory of the cases in both precisions at one size."""
     results = []
     problem = Problem(pairs, width)
-    for case in CASES:
+    for case in cases:
         for precision in PRECISIONS:
             check(problem, case, precision)
             losses = problem.competitors(case)
             times = _measure.interleaved(
-                {who: lambda loss=loss, p=precision: problem.step(loss, p) for who, loss in losses.items()},
+                {who: partial(problem.step, loss, precision) for who, loss in losses.items()},
                 repeats=repeats,
                 budget=budget,
             )
@@ -190,6 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pairs", type=int, nargs="+", default=[4096], help="batch sizes N")
+    parser.add_argument("--cases", choices=CASES, nargs="+", default=list(CASES))
     parser.add_argument("--width", type=int, default=512, help="feature width D")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--budget", type=float, default=60.0, help="seconds for the repeats of one case")
@@ -199,7 +209,9 @@ def main(argv: list[str] | None = None) -> None:
 
     environment = _measure.environment()
     print(", ".join(f"{name} {value}" for name, value in environment.items()), flush=True)
-    results = [r for pairs in args.pairs for r in compare(pairs, args.width, args.repeats, args.budget)]
+    results = [
+        r for pairs in args.pairs for r in compare(args.cases, pairs, args.width, args.repeats, args.budget)
+    ]
     grown = [] if args.no_growth else growth(args.width, max(args.pairs))
     print(report(results, grown))
     if args.json:

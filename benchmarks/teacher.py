@@ -37,6 +37,7 @@ from tracer.teacher import MovingAverageTeacher, Schedule
 MODELS = ("ViT-B-32", "RN50", "ViT-L-14")
 WEIGHT = 0.01
 OURS = "tracer"
+FLOOR = "floor: one flat lerp_"
 
 
 class Constant(Schedule):
@@ -81,9 +82,7 @@ def _bytes(value: Any) -> int:
 
 def build(name: str, device: str, dtype: torch.dtype) -> nn.Module:
     """An open_clip model with its real shapes and random values."""
-    with torch.device("meta"):
-        model = open_clip.create_model(name, pretrained=None)
-    model = model.to_empty(device=device)
+    model = open_clip.create_model(name, pretrained=None, device="meta").to_empty(device=device)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype).normal_()
@@ -114,17 +113,17 @@ def foreach(averages: list[Tensor], params: list[nn.Parameter], copies: list[Ten
         torch._foreach_copy_(copies, averages)
 
 
-def competitors(model: nn.Module, low: bool) -> dict[str, tuple[Callable[[], object], Callable[[], Tensor]]]:
-    """Name -> its update, and the largest of the averages that it moves."""
+def competitors(model: nn.Module, low: bool) -> dict[str, tuple[Callable[[], object], list[Tensor]]]:
+    """Name -> its update, and the averages that it moves."""
     teacher = MovingAverageTeacher(model, Constant(), dtype=torch.bfloat16 if low else None)
     names = [name for name, _ in model.named_parameters()]
     params = list(model.parameters())
     averages = [teacher._averages[name] for name in names]
     copies = [teacher._low[name] for name in names if name in teacher._low]
-    largest = max(range(len(params)), key=lambda i: params[i].numel())
     steps = iter(range(1, 10**9))
     # All but the loop, which makes its averages anew, move the same tensors: memory for one more model.
     calls: dict[str, Callable[[], object]] = {}
+    lists: dict[str, list[Tensor]] = {}
     if not low:  # these make no low-precision copies
         anew = [average.clone() for average in averages]
         averaged = AveragedModel(nn.Identity(), multi_avg_fn=get_ema_multi_avg_fn(1 - WEIGHT))
@@ -140,28 +139,25 @@ def competitors(model: nn.Module, low: bool) -> dict[str, tuple[Callable[[], obj
     if not low:
         size = sum(p.numel() for p in params)
         flat = torch.zeros(size, device=params[0].device), torch.zeros(size, device=params[0].device)
-        calls["floor: one flat lerp_"] = lambda: flat[0].lerp_(flat[1], WEIGHT)
-        lists = {"published loop": anew, "floor: one flat lerp_": [params[largest].detach()] * len(params)}
-    else:
-        lists = {}
-    return {
-        name: (call, lambda name=name: lists.get(name, averages)[largest]) for name, call in calls.items()
-    }
+        calls[FLOOR] = lambda: flat[0].lerp_(flat[1], WEIGHT)
+        lists = {"published loop": anew, FLOOR: []}
+    return {name: (call, lists.get(name, averages)) for name, call in calls.items()}
 
 
 def measure(name: str, mode: str, device: str, repeats: int, budget: float) -> list[dict[str, Any]]:
     """One table: every competitor on one parameter set."""
     model = build(name, device, torch.bfloat16 if mode == "bf16 + bf16 copy" else torch.float32)
-    param = max(model.parameters(), key=lambda p: p.numel()).detach()
-    numel = sum(p.numel() for p in model.parameters())
+    params = [p.detach() for p in model.parameters()]
+    largest = max(range(len(params)), key=lambda i: params[i].numel())
+    numel = sum(p.numel() for p in params)
     entrants = competitors(model, low=mode != "fp32")
     counts = {}
-    for label, (call, average) in entrants.items():
-        want = torch.lerp(average(), param.float(), WEIGHT)
-        with Counter() as counter:
+    for label, (call, averages) in entrants.items():
+        want = torch.lerp(averages[largest], params[largest].float(), WEIGHT) if averages else None
+        with Counter() as counts[label]:
             call()
-        require_close(f"{name}, {mode}: {label}", average(), want, 1e-6)
-        counts[label] = counter
+        if want is not None:
+            require_close(f"{name}, {mode}: {label}", averages[largest], want, 1e-6)
     times = interleaved(
         {label: call for label, (call, _) in entrants.items()}, repeats=repeats, budget=budget
     )
@@ -170,7 +166,7 @@ def measure(name: str, mode: str, device: str, repeats: int, budget: float) -> l
             "model": name,
             "mode": mode,
             "update": label,
-            "tensors": len(list(model.parameters())),
+            "tensors": len(params),
             "parameters": numel,
             "launches": counts[label].launches,
             "bytes_per_parameter": counts[label].bytes / numel,

@@ -27,6 +27,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,6 +36,7 @@ from triton.runtime import interpreter
 from tracer.kernels import _config, contrastive
 from tracer.kernels._triton import INTERPRETED
 
+loss: Any = contrastive  # called with unpacked arguments, which the type checker can't count
 FULL, CLIP = (True,) * 4, (True, False, False, False)
 # (terms, has labels, margin and smoothing) of what is counted, and its floor in units: forward, backward
 OBJECTIVES = {
@@ -101,7 +103,8 @@ class Count:
 
 def count(objective: str, N: int, D: int, arch: str = "sm_90", places: int = 132) -> Count:
     """Run an objective of N images and N texts of width D in float16 with ``arch``'s tiles on ``places``
-    multiprocessors, and count. The inner blocks are widened to D: fewer, larger steps of the same work."""
+    multiprocessors, and count. The inner blocks are widened to D: fewer, larger steps of the same work.
+    """
     enabled, labelled, *floor_units = OBJECTIVES[objective]
     many = enabled == FULL
     generator = torch.Generator().manual_seed(0)
@@ -110,20 +113,19 @@ def count(objective: str, N: int, D: int, arch: str = "sm_90", places: int = 132
     option = 0.05 if labelled else 0.0
     scale = torch.tensor(20.0)
     teacher = (feature, feature, scale) if many else (None, None, None)
-    arguments = (feature, feature.flip(0), scale, y, y, *teacher)
+    arguments: Any = (feature, feature.flip(0), scale, y, y, *teacher)
     tiles = {
         kernel: _config.TABLES[arch][kernel, many, 16][0]._replace(block_d=D)
         for kernel in ("forward", "backward")
     }
-    kept, _config._multiprocessors = _config._multiprocessors, lambda device: places
+    kept = _config._multiprocessors
+    _config._multiprocessors = lambda device: places  # type: ignore[assignment]
     try:
         with counting() as ahead:
-            _, rows, cols, _ = contrastive.forward(
-                *arguments, option, option, enabled, False, tile=tiles["forward"]
-            )
+            _, rows, cols, _ = loss.forward(*arguments, option, option, enabled, False, tile=tiles["forward"])
         counter = FlopCounterMode(display=False)
         with counting() as back, counter:
-            contrastive.backward(
+            loss.backward(
                 torch.ones(4), *arguments, rows, cols, option, option, enabled, (True, True, True),
                 tile=tiles["backward"],
             )  # fmt: skip

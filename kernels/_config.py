@@ -82,14 +82,14 @@ _TINY = Tile(32, 32, 64, 4, 3)
 TABLES: dict[str, Table] = {
     "sm_80": _table(
         {
-            "forward": (Tile(64, 32, 32, 4, 3), _TINY),
-            "forward with stats": (Tile(32, 32, 32, 8, 3),),
-            "backward": (Tile(64, 32, 32, 4, 3), _TINY),
-            "forward, one product": (Tile(64, 64, 64, 4, 3), _TINY),
-            "forward with stats, one product": (Tile(64, 32, 32, 4, 3), _TINY),
+            "forward": (Tile(64, 32, 64, 8, 3), _TINY),
+            "forward with stats": (Tile(32, 16, 32, 8, 2),),
+            "backward": (Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 4, 2)),
+            "forward, one product": (Tile(64, 64, 64, 8, 3), _TINY),
+            "forward with stats, one product": (Tile(64, 32, 32, 8, 3), _TINY),
             "backward, one product": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
         },
-        _FLOAT32,
+        _FLOAT32 | dict.fromkeys(("forward", "forward with stats", "backward"), (Tile(32, 32, 16, 8, 2),)),
     ),
     "sm_90": _table(
         {
@@ -104,14 +104,14 @@ TABLES: dict[str, Table] = {
     ),
     "sm_100": _table(
         {
-            "forward": (Tile(64, 64, 32, 8, 3), _TINY),
+            "forward": (Tile(64, 32, 64, 8, 3), Tile(32, 16, 64, 4, 3)),
             "forward with stats": (Tile(64, 32, 32, 8, 2),),
-            "backward": (Tile(64, 64, 64, 8, 3), _TINY),
+            "backward": (Tile(64, 32, 64, 8, 3), _TINY),
             "forward, one product": (Tile(64, 64, 64, 8, 3), _TINY),
             "forward with stats, one product": (Tile(64, 32, 64, 8, 3), _TINY),
             "backward, one product": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
         },
-        _FLOAT32,
+        _FLOAT32 | {"forward with stats": (Tile(32, 32, 32, 8, 2),)},
     ),
     "gfx942": _table(
         {

@@ -28,7 +28,7 @@ Layout of the statistics, base-2 logarithms, float32 (float64 for float64 featur
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ STAT_ROWS = 5
 
 # Largest tile. Small enough that the tiles of the four logit matrices stay in the last-level cache,
 # large enough that products and per-operation costs are efficient (see benchmarks/losses.py).
-ROWS, COLS = 256, 1024
+ROWS, COLS = 512, 1024
 
 # Base-2 bounds around the shared reference c. x − c <= _HIGHEST leaves room in float32 for 2**26 summands
 # and their product with a logit. A sum of 2**(x − c) is exact while it is at least 2**_LOWEST: whatever
@@ -54,7 +54,7 @@ _LOG2E, _LN2 = math.log2(math.e), math.log(2.0)
 _ROW, _COL = 1, 0
 _DIRECTIONS = {"z": (_ROW, _COL), "s": (_ROW, _COL), "t": (_ROW, _COL), "a": (_ROW,), "b": (_COL,)}
 
-References = dict[str, "Tensor | float"]
+References = Mapping[str, "Tensor | float"]
 
 
 def forward(
@@ -136,7 +136,7 @@ def backward(
     need_cols = need_text or (need_scale and has_cross)
     need_rows = need_image or (need_scale and not need_cols)
     operands, accumulator = logits.operands, logits.scale.new_zeros
-    u, v, tu, tv = (operands.get(name) for name in ("u", "v", "tu", "tv"))
+    u, v = operands["u"], operands["v"]
     d_image = torch.empty(image.shape, dtype=image.dtype, device=image.device) if need_image else None
     d_text = accumulator(v.shape) if need_cols else None
     d_scale = torch.zeros((), dtype=torch.float64, device=image.device)
@@ -145,7 +145,7 @@ def backward(
         height = at_rows.stop - at_rows.start
         through_s = accumulator(height, u.shape[1]) if need_rows else None
         through_a = accumulator(height, u.shape[1]) if has_cross and (need_image or need_scale) else None
-        left = torch.cat([u[at_rows], tu[at_rows]]) if has_cross else u[at_rows]
+        left = torch.cat([u[at_rows], operands["tu"][at_rows]]) if has_cross else u[at_rows]
         for at_cols in _blocks(logits.m, COLS):
             tile = _Tile(logits, positives, at_rows, at_cols, rows.references, cols.references)
             # ds above db, so that one product takes both to the text's gradient.
@@ -159,7 +159,7 @@ def backward(
             if through_a is not None:
                 da = torch.empty_like(ds)
                 _cross_gradient("a", tile, rows, options, da)
-                through_a += _product(da, tv[at_cols].T)
+                through_a += _product(da, operands["tv"][at_cols].T)
             if d_text is not None:
                 if has_cross:
                     _cross_gradient("b", tile, cols, options, db)
@@ -170,9 +170,9 @@ def backward(
             )
         if need_scale and through_a is not None:
             d_scale += _dot(through_a, u[at_rows])
-        if need_scale and not need_cols:
+        if need_scale and not need_cols and through_s is not None:
             d_scale += _dot(through_s, u[at_rows])
-        if d_image is not None:
+        if d_image is not None and through_s is not None:
             d_image[at_rows] = logits.scale * (through_s if through_a is None else through_s.add_(through_a))
     if d_text is not None:
         if smoothing:
@@ -217,18 +217,19 @@ class _Logits:
                 "b": ("tu", "v", kappa),
                 "t": ("tu", "tv", teacher_kappa),
             }
-        # The left operands carry the scale. Rounding them once more, in low precision, is lost in the
-        # rounding of the product.
-        self._left = {
-            name: (self.operands[left].to(self.dtype) * factor).to(operand)
-            for name, (left, _, factor) in self._factors.items()
-            if name != "a"
-        }
-        self._left["a"] = self._left["s"]
+        self._block: tuple[slice, dict[tuple[str, Tensor], Tensor]] = (slice(0, 0), {})
 
     def tile(self, name: str, at_rows: slice, at_cols: slice) -> Tensor:
-        right = self.operands[self._factors[name][1]]
-        return _product(self._left[name][at_rows], right[at_cols]).to(self.dtype)
+        left, right, kappa = self._factors[name]
+        if self._block[0] != at_rows:
+            self._block = (at_rows, {})
+        # The left operand carries the scale, one block of rows at a time. Rounding it once more, in low
+        # precision, is lost in the rounding of the product.
+        key = (left, kappa)
+        if key not in self._block[1]:
+            block = self.operands[left][at_rows]
+            self._block[1][key] = (block.to(self.dtype) * kappa).to(block.dtype)
+        return _product(self._block[1][key], self.operands[right][at_cols]).to(self.dtype)
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         for at_rows in _blocks(self.n, ROWS):
@@ -351,7 +352,8 @@ class _Options(NamedTuple):
 class _Tile:
     """One tile of every logit matrix and of the exponentials exp2(x − reference), each made once.
 
-    With shared references (one constant for each matrix) rows and columns share their exponentials.
+    With shared references (one constant for each matrix) rows and columns share their exponentials, which
+    then take the place of the logits except of those in ``keep``.
     """
 
     def __init__(
@@ -362,7 +364,9 @@ class _Tile:
         at_cols: slice,
         row_references: References,
         col_references: References,
+        keep: tuple[str, ...] = (),
     ) -> None:
+        self._keep = keep
         self._logits, self._at = logits, (at_cols, at_rows)
         self._references = (col_references, row_references)
         self.shared = row_references is col_references
@@ -390,11 +394,15 @@ class _Tile:
         """exp2(x − reference)."""
         key = ("e", name) if self.shared else ("e", name, str(direction))
         if key not in self._kept:
-            reference = self._references[direction][name]
+            x, reference = self.x(name), self._references[direction][name]
             if isinstance(reference, Tensor):
-                self._kept[key] = (self.x(name) - self.spread(reference, direction)).exp2_()
+                x = x - self.spread(reference, direction)
+            elif name in self._keep:
+                x = x - reference
             else:
-                self._kept[key] = (self.x(name) - reference).exp2_() if reference else self.x(name).exp2()
+                del self._kept["x", name]
+                x = x.sub_(reference) if reference else x
+            self._kept[key] = x.exp2_()
         return self._kept[key]
 
     def x_at_hits(self, name: str) -> Tensor:
@@ -450,8 +458,8 @@ class _Side:
                 continue
             if name in options.kl:
                 self._reduce(f"kl/{name}", tile, tile.gap(name, mine))
-            if name in options.hits:
-                self._reduce_hits(f"positive/{name}", tile, tile.x(name))
+            if name in options.hits and tile.hits:
+                self._scatter(f"positive/{name}", tile.hits, tile.x_at_hits(name))
             e = tile.e(name, mine)
             if options.stats and name in ("s", "t"):
                 self._track_best(name, tile)
@@ -460,8 +468,8 @@ class _Side:
                 self._reduce(name, tile, e)
             if name == "s" and margin and not tile.shared:
                 self._reduce("z", tile, tile.e("z", mine))
-            if (name == "s" and (margin or options.stats)) or (name == "t" and options.stats):
-                self._reduce_hits(f"hit/{name}", tile, e)
+            if tile.hits and ((name == "s" and (margin or options.stats)) or (name == "t" and options.stats)):
+                self._scatter(f"hit/{name}", tile.hits, tile.at_hits(e))
 
     def visit_negatives(self, tile: _Tile) -> None:
         """Sum the negatives alone. Their exponentials are what is left of s afterwards."""
@@ -473,9 +481,8 @@ class _Side:
     def _reduce(self, name: str, tile: _Tile, values: Tensor) -> None:
         self[name][tile.at(self._direction)] += values.sum(self._direction)
 
-    def _reduce_hits(self, name: str, tile: _Tile, values: Tensor) -> None:
-        if tile.hits:
-            self[name].index_add_(0, tile.hits.along(self._direction), tile.at_hits(values))
+    def _scatter(self, name: str, hits: _Hits, values: Tensor) -> None:
+        self[name].index_add_(0, hits.along(self._direction), values)
 
     def _track_best(self, name: str, tile: _Tile) -> None:
         if name not in self._best:
@@ -541,8 +548,9 @@ def _sums(
     """One visit to every tile."""
     rows = _Side(_ROW, positives, logits.m, row_references)
     cols = _Side(_COL, positives, logits.n, col_references)
+    keep = ("t", "s") if options.stats else ("t",)
     for at_rows, at_cols in logits.tiles():
-        tile = _Tile(logits, positives, at_rows, at_cols, row_references, col_references)
+        tile = _Tile(logits, positives, at_rows, at_cols, row_references, col_references, keep)
         for side in (rows, cols):
             side.visit(tile, options, logits.has_margin)
         if logits.has_margin and tile.shared:
@@ -555,14 +563,17 @@ def _sums(
 
 def _maxima(logits: _Logits, positives: _Positives, options: _Options) -> tuple[References, References]:
     """Exact maxima of the rows and columns of every matrix: references that no logits can defeat."""
-    best: tuple[References, References] = ({}, {})
+    names = options.matrices + ("z",) * logits.has_margin
+    best = tuple(
+        {name: torch.full_like(size, -math.inf) for name in names if direction in _DIRECTIONS[name]}
+        for direction, size in enumerate(positives.counts)
+    )
     for at_rows, at_cols in logits.tiles():
-        tile = _Tile(logits, positives, at_rows, at_cols, *best)
-        for name in options.matrices + ("z",) * logits.has_margin:
-            for direction in _DIRECTIONS[name]:
-                size = positives.counts[direction]
-                value = best[direction].setdefault(name, torch.full_like(size, -math.inf))[tile.at(direction)]
-                torch.maximum(value, tile.x(name).amax(direction), out=value)
+        tile = _Tile(logits, positives, at_rows, at_cols, best[_ROW], best[_COL])
+        for direction, maxima in enumerate(best):
+            for name, values in maxima.items():
+                mine = values[tile.at(direction)]
+                torch.maximum(mine, tile.x(name).amax(direction), out=mine)
     return best[_ROW], best[_COL]
 
 

@@ -31,6 +31,9 @@ Per pair of statistics the formulas are, along a row i (columns: a → b, and li
 and their derivatives are softmax minus target.
 """
 
+# mypy: disable-error-code="assignment"
+# (kernels rebind names to tuples of other lengths, as Triton's language lets them)
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -61,7 +64,7 @@ from ._triton import device_guard, require_device, tl, triton
 ) = STATISTICS = tuple(tl.constexpr(i) for i in range(20))
 # fmt: on
 # How each merges: M maximum, S sum relative to the last maximum before it, I index of that maximum, P plain sum.
-KINDS = tl.constexpr("MSPPMSSSIMSSSISSMSPP")
+KINDS = tl.constexpr("MSPP MSSSI MSSSISS MSPP".replace(" ", ""))
 
 # Rows of the saved statistics: log-sum-exps (base 2) of z, s, t, x, and the number of positives.
 STAT_ROWS = 5
@@ -181,14 +184,14 @@ def _contrastive_part(b_s, b_positive, shift, row_pad, col_pad, SLOTS: tl.conste
 def _own_part(b_x, b_positive, offs, pad, SLOTS: tl.constexpr, FIRST: tl.constexpr, AXIS: tl.constexpr):
     """S_MAX … S_ARG or T_MAX … T_ARG along an axis with indices ``offs``, and the exponentials."""
     zero = tl.zeros([b_x.shape[1 - AXIS]], tl.float32)
-    top, total, self, hit, arg, b_e = zero, zero, zero, zero, zero, b_x
+    top, total, weighed, hit, arg, b_e = zero, zero, zero, zero, zero, b_x
     if SLOTS[FIRST] >= 0:
         top, total, b_e = _softmax(b_x + pad, AXIS)
     if SLOTS[FIRST + 2] >= 0:
-        self = tl.sum(b_e * b_x, AXIS)
+        weighed = tl.sum(b_e * b_x, AXIS)
         hit = tl.sum(tl.where(b_positive, b_e, 0.0), AXIS)
         arg = _first(b_x + pad, top, offs, AXIS)
-    return (top, total, self, hit, arg), b_e
+    return (top, total, weighed, hit, arg), b_e
 
 
 @triton.jit
@@ -285,20 +288,10 @@ def _positives(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS: tl.con
 
 
 # Neither sizes nor the alignment of small operands select a compiled variant.
-_SCALARS = [
-    "margin",
-    "smoothing",
-    "N",
-    "M",
-    "width",
-    "first",
-    "last",
-    "rows",
-    "cols",
-    "row_groups",
-    "col_groups",
-]
+# fmt: off
+_SCALARS = ["margin", "smoothing", "N", "M", "width", "first", "last", "rows", "cols", "row_groups", "col_groups"]
 _SMALL = ["grad_terms_ptr", "scale_ptr", "teacher_scale_ptr", "labels_ptr", "text_labels_ptr", "d_scale_ptr"]
+# fmt: on
 
 
 @triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=_SMALL)
@@ -733,7 +726,7 @@ def _launch(kernel: Any, grid: tuple[int, int], args: Sequence[Any], tile: Tile,
 def _operands(
     image: Tensor, text: Tensor, logit_scale: Tensor, labels: Tensor | None, text_labels: Tensor | None,
     teacher_image: Tensor | None, teacher_text: Tensor | None, teacher_scale: Tensor | None,
-) -> list[Tensor | None]:  # fmt: skip
+) -> list[Any]:  # fmt: skip
     """The kernels' input operands in their order: contiguous, teacher in the student's dtype."""
     require_device(image)
     width = image.shape[1]
@@ -753,6 +746,7 @@ def _operands(
     ]
 
 
+@torch.no_grad()
 def forward(
     image: Tensor,
     text: Tensor,
@@ -785,8 +779,10 @@ def forward(
         margin, smoothing, enabled, stats,
     )  # fmt: skip
     N, M, D = image.shape[0], text.shape[0], image.shape[1]
+    contrastive, relational, interactive, cross = enabled
     flags = _Flags(
-        *enabled, margin != 0, smoothing != 0, labels is not None, stats, teacher_image is not None
+        contrastive, relational, interactive, cross, margin != 0, smoothing != 0, labels is not None,
+        stats, teacher_image is not None,
     )  # fmt: skip
     slots = flags.slots()
     K = max(slots) + 1
@@ -852,6 +848,7 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return product if total is None else total.add_(product)
 
 
+@torch.no_grad()
 def backward(
     grad_terms: Tensor,
     image: Tensor,
@@ -952,12 +949,15 @@ def backward(
                     total = _add_product(total, ds[taken], v)
                 if da is not None:
                     total = _add_product(total, da[taken], teacher_v)
-                torch.mul(total, gain * scale, out=d_image[first:last])
+                if total is None:  # no term is enabled
+                    d_image.zero_()
+                else:
+                    torch.mul(total, gain * scale, out=d_image[first:last])
             if need_text:
                 if ds is not None:
                     d_text = _add_product(d_text, ds[taken].T, u[first:last])
                 if db is not None:
                     d_text = _add_product(d_text, db[taken].T, teacher_u[first:last])
-    if d_text is not None:
-        d_text = (d_text * (gain * scale)).to(text.dtype)
+    if need_text:
+        d_text = torch.zeros_like(v) if d_text is None else (d_text * (gain * scale)).to(text.dtype)
     return d_image, d_text, None if d_scales is None else d_scales.sum() * gain

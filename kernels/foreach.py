@@ -3,8 +3,8 @@
     average += weight · (param − average)          one list of float32 averages, one of parameters
 
 ``torch._foreach_lerp_`` does it in one call where everything is float32 and no copies are wanted.
-Low-precision parameters or copies go through cache-sized pieces: the float32 piece of a bfloat16
-parameter, and the average that is to be copied, are still in the cache when they are used.
+Low-precision parameters and copies go through cache-sized pieces, small tensors apart: the float32
+piece of a bfloat16 parameter, and the average that is to be copied, are still in the cache when used.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elements of a piece: float32 average and scratch, 512 KiB together, fit a core's second-level cache.
-_PIECE = 65536
+# Elements of a piece: 4 MiB of float32, small enough for a shared cache, large enough for all cores.
+_PIECE = 1 << 20
+_SMALL = 1 << 15  # below, a call of its own costs more than the cache saves
 _PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -134,28 +135,35 @@ def average_(
     if copies is None and all(p.dtype is torch.float32 for p in params):
         torch._foreach_lerp_(list(averages), list(params), weight)
         return
-    for average, param, copy in _pieces(averages, params, copies or [None] * len(averages), lists):
-        average.lerp_(param.float(), weight)
-        if copy is not None:
-            copy.copy_(average)
+    large = [i for i in range(len(averages)) if averages[i].numel() > _SMALL and _common_order(lists, i)]
+    small = sorted(set(range(len(averages))) - set(large))
+    if small:
+        torch._foreach_lerp_([averages[i] for i in small], [params[i].float() for i in small], weight)
+    if pairs := [(copy, averages[i]) for i in small if copies and (copy := copies[i]) is not None]:
+        torch._foreach_copy_([copy for copy, _ in pairs], [average for _, average in pairs])
+    scratch = averages[0].new_empty(_PIECE if large else 0)
+    for i in large:
+        for average, param, copy in _pieces(averages[i], params[i], copies[i] if copies else None):
+            if param.dtype is not torch.float32:
+                param = scratch[: param.numel()].copy_(param)
+            average.lerp_(param, weight)
+            if copy is not None:
+                copy.copy_(average)
+
+
+def _common_order(lists: Layouts, i: int) -> bool:
+    """Whether the i-th average, parameter and copy are blocks of memory with the same order of elements."""
+    rows = [layout for tensors in lists for layout in tensors[i : i + 1] if layout is not None]
+    return dense(rows[0]) and all(same_order(rows[0], row) for row in rows)
 
 
 def _pieces(
-    averages: Sequence[Tensor],
-    params: Sequence[Tensor],
-    copies: Sequence[Tensor | None],
-    lists: Layouts,
+    average: Tensor, param: Tensor, copy: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """The same elements of average, parameter and copy, a cache-sized piece at a time."""
-    for i, triple in enumerate(zip(averages, params, copies, strict=True)):
-        rows = [layout for tensors in lists for layout in tensors[i : i + 1] if layout is not None]
-        flat = dense(rows[0]) and all(same_order(rows[0], row) for row in rows)
-        if not flat or triple[0].device.type != "cpu" or triple[0].numel() <= _PIECE:
-            yield triple
-            continue
-        size = (triple[0].numel(),)
-        pieces = (
-            [None] * -(-size[0] // _PIECE) if t is None else t.as_strided(size, (1,)).split(_PIECE)
-            for t in triple
-        )
-        yield from zip(*pieces, strict=True)
+    """The same elements of the three, flat, a cache-sized piece at a time."""
+    size = average.numel()
+    average, param = average.as_strided((size,), (1,)), param.as_strided((size,), (1,))
+    copy = None if copy is None else copy.as_strided((size,), (1,))
+    for start in range(0, size, _PIECE):
+        stop = min(start + _PIECE, size)
+        yield average[start:stop], param[start:stop], None if copy is None else copy[start:stop]

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
+
+import torch
+
+if not torch.cuda.is_available():  # before anything imports triton: its own library decides at import too
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TINY = {
     "embed_dim": 32,

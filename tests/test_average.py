@@ -243,6 +243,18 @@ def test_shared_parameters_and_neighbours_are_no_aliases(impl):
     torch.testing.assert_close(flat, torch.cat([param, param]) / 2)
 
 
+@pytest.mark.parametrize("param_dtype", [torch.float32, torch.bfloat16])
+def test_foreach_in_pieces(param_dtype):
+    """Tensors beyond a piece, between small and a piece, and small ones beside them."""
+    averages, params, copies = lists(param_dtype, torch.bfloat16, [(foreach._PIECE + 3,), (200, 300), (5, 5)])
+    averages[1], params[1], copies[1] = (
+        t[1].T for t in (averages, params, copies)
+    )  # one order, not contiguous
+    want = expected(averages, params, 0.3)
+    foreach.average_(averages, params, 0.3, copies)
+    assert_moved(averages, want, copies)
+
+
 class _Count(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -333,6 +345,34 @@ def test_table_is_kept_until_storage_moves(counted):
     assert_moved(averages, want)
     assert average._table.cache_info().misses == 3
     assert counted["launches"] == 5
+
+
+if torch.cuda.is_available():
+
+    def test_captured_in_a_cuda_graph():
+        """The weight lives on the device: a replay moves by what it holds then."""
+        averages, params, copies = lists(torch.bfloat16, torch.bfloat16)
+        weight = torch.zeros((), device=DEVICE)
+        average.average_(averages, params, weight, copies)  # builds the table, compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            average.average_(averages, params, weight, copies)
+        for value in (0.5, 0.125):
+            weight.fill_(value)
+            want = expected(averages, params, value)
+            graph.replay()
+            assert_moved(averages, want, copies)
+
+    def test_one_kernel_without_recompilation():
+        averages, params, copies = lists(torch.bfloat16, torch.bfloat16)
+        average.average_(averages, params, 0.5, copies)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for weight in (0.25, 1.0, 3e-5):
+                average.average_(averages, params, weight, copies)
+            torch.cuda.synchronize()
+        kernels = [e for e in profile.key_averages() if "_average_kernel" in e.key]
+        assert sum(e.count for e in kernels) == 3
+        assert len(profile.key_averages()) == len(kernels) == 1
 
 
 _COMPILE = """

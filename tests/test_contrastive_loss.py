@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
+import triton_interpreter  # noqa: F401  makes the interpreter right, where there is no GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
-
 from tracer.kernels import blocked, eager
 from tracer.ops import contrastive_loss, sampled_diagnostics
+
+# numpy, in the interpreter, warns of lanes that a mask throws away
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WEIGHTS = {"relational": 1.0, "interactive": 0.7, "cross": 0.5, "feature": 20.0}
@@ -369,11 +369,27 @@ def test_autocast(impl, dtype):
     )
 
 
-def test_no_grad_saves_nothing():
+@pytest.mark.parametrize("impl", ["eager", "blocked"])
+def test_no_grad_saves_nothing(impl):
     kwargs = problem(9, 9)
     with torch.no_grad():
-        loss = contrastive_loss(**(kwargs | {"image": kwargs["image"].requires_grad_()})).loss
+        loss = contrastive_loss(**(kwargs | {"image": kwargs["image"].requires_grad_()}), impl=impl).loss
     assert loss.grad_fn is None
+
+
+@pytest.mark.parametrize(("n", "tiled"), [(256, False), (257, True)])
+def test_auto_tiles_only_what_is_large(monkeypatch, n, tiled):
+    """On a CPU; a batch whose matrices fit a cache goes to the definition, which is as fast there."""
+    calls, forward = [], blocked.forward
+
+    def counted(*args):
+        calls.append(args)
+        return forward(*args)
+
+    monkeypatch.setattr(blocked, "forward", counted)
+    x = F.normalize(torch.randn(n, 8, dtype=torch.float64), dim=1)
+    assert contrastive_loss(x, x, 5.0).loss.isfinite()
+    assert bool(calls) == tiled
 
 
 def test_saved_for_backward_is_linear_in_n():
@@ -388,7 +404,7 @@ def test_saved_for_backward_is_linear_in_n():
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            contrastive_loss(**(kwargs | {"image": kwargs["image"].requires_grad_()})).loss  # noqa: B018
+            contrastive_loss(**(kwargs | {"image": kwargs["image"].requires_grad_()}), impl="blocked")
         return sum(kept.values())
 
     features, statistics = 4 * 4 * 32, 10 * 4  # bytes a pair

@@ -83,18 +83,21 @@ def test_labels_make_more_positives():
     torch.testing.assert_close(ClipLoss()(*student, labels=torch.arange(48)), ClipLoss()(*student))
 
 
-def test_mpm_nce_equals_the_published_form():
+@pytest.mark.parametrize("impl", ["eager", "blocked"])
+def test_mpm_nce_equals_the_published_form(impl):
     student, _ = pairs()
     labels = torch.arange(48) % 7
     theirs = published.mpm_nce_loss(*student, labels, margin=0.05, smoothing=0.05)
-    assert_same_gradients(MPMNCELoss()(*student, labels=labels), theirs, student, rtol=1e-6, atol=1e-8)
+    loss = MPMNCELoss(impl=impl)(*student, labels=labels)
+    assert_same_gradients(loss, theirs, student, rtol=1e-6, atol=1e-8)
 
 
-def test_tracer_equals_the_published_form():
+@pytest.mark.parametrize("impl", ["eager", "blocked"])
+def test_tracer_equals_the_published_form(impl):
     """At its defaults, with two projections, against the terms computed one by one."""
     student, teacher = pairs()
     wv, wt = (torch.randn(rows, 32, dtype=torch.float32, requires_grad=True) for rows in (24, 16))
-    output = TracerLoss()(*student, teacher=teacher, projections=(wv, wt))
+    output = TracerLoss(impl=impl)(*student, teacher=teacher, projections=(wv, wt))
     theirs = published.tracer_loss(
         *student, *teacher, relational=0.9, interactive=0.9, cross=0.9, feature=1800.0
     )

@@ -182,7 +182,7 @@ def test_low_precision_teacher_takes_float32_inputs():
 
 
 def test_a_late_step_moves_the_average_but_not_a_bfloat16_one():
-    """WMA, 20,000 steps: at step 19,000 the weight is 1e-4, below half a unit of bfloat16's last place."""
+    """WMA, 20,000 steps: at step 19,000 the weight is 9e-5, below half a unit of bfloat16's last place."""
     schedule, step = WMA(20_000), 19_000
     model = nn.Linear(64, 64, bias=False)
     nn.init.constant_(model.weight, 1.0)

@@ -409,3 +409,29 @@ if HAS_GPU:
         device = torch.device("cuda", torch.cuda.device_count() - 1)
         args = [None if x is None else x.to(device) for x in args]
         assert contrastive.forward(*args, 0.1, 0.1, FULL, False)[0].device == device
+
+
+def test_through_the_dispatcher():
+    """The public call with autograd: a weighted loss, times two, against the definition's own gradients."""
+    from tracer.ops import contrastive_loss
+
+    args = problem(40, 33, 16)
+    image, text, scale, rows, cols, teacher_image, teacher_text, teacher_scale = to_device(args)
+    options = {
+        "margin": 0.2,
+        "smoothing": 0.1,
+        "relational": 0.9,
+        "interactive": 0.5,
+        "cross": 2.0,
+        "stats": True,
+    }
+    found = {}
+    for impl in ("triton", "eager"):
+        leaves = [x.clone().requires_grad_() for x in (image, text, scale)]
+        out = contrastive_loss(
+            *leaves, labels=rows, text_labels=cols, teacher_image=teacher_image, teacher_text=teacher_text,
+            teacher_logit_scale=teacher_scale, impl=impl, **options,
+        )  # fmt: skip
+        found[impl] = [out.loss, *torch.autograd.grad(2 * out.loss, leaves), *out.stats.values()]
+    for got, want in zip(found["triton"], found["eager"], strict=True):
+        assert_close("result", got, want.double().cpu(), 1e-5)

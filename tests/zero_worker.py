@@ -178,7 +178,11 @@ def check_average(stage, dtype, reference):
             now = masters(run)
             for name, value in want.items():
                 value += schedule.weight(step) * (now[name] - value)
-    got = teacher.gather()
+    with Collectives() as collectives:
+        got = teacher.gather()
+    assert bool(collectives.seen) == (stage > 0 and dist.get_world_size() > 1), (
+        "collectives are not seen here"
+    )
     trained = {n for n, p in net().named_parameters() if p.requires_grad}
     assert_same(got, {n: want[n] for n in trained}, 1e-6, "the average")
     assert list(got) == list(net().state_dict())

@@ -173,7 +173,7 @@ class TracerLoss(nn.Module):
             teacher_text=teacher_text,
             teacher_logit_scale=teacher_scale,
             stats=stats,
-            **weights,
+            **weights,  # type: ignore[arg-type]
             **self.options,  # type: ignore[arg-type]
         )
         weighted = {"contrastive": terms["contrastive"]}

@@ -6,7 +6,8 @@ moving average. ``impl`` of the loss is one of
 * ``"triton"``  GPU kernels (``kernels/contrastive.py``): no N×M buffer, forward or backward;
 * ``"blocked"`` the same walk in torch operations (``kernels/blocked.py``): CPU and any other device;
 * ``"eager"``   the definition (``kernels/eager.py``): any dtype, N×M matrices in memory;
-* ``"auto"``    ``triton`` for CUDA/ROCm tensors, ``blocked`` for everything else.
+* ``"auto"``    ``triton`` for CUDA/ROCm tensors, ``blocked`` for everything else; ``eager`` where a
+  whole matrix has no more entries than a small tile, so that tiling could only add to the work.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _DTYPES = {
     "blocked": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "eager": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
 }
+# Up to this many entries of the logit matrix (256 x 256, 256 KiB in float32) the definition is as fast as
+# the tiled walk on a CPU or faster, and its memory is as bounded.
+_SMALL = 2**16
 # Rows of the statistics that an implementation keeps for backward, whatever the options.
 _STATISTICS = 5
 
@@ -106,7 +110,7 @@ def contrastive_loss(
     _check_features(image, text)
     labels, text_labels = _check_labels(image, text, labels, text_labels)
     teacher = _check_teacher(image, text, teacher_image, teacher_text, weights)
-    impl = _resolve(impl, image)
+    impl = _resolve(impl, image, text)
     accumulate = torch.promote_types(image.dtype, torch.float32)
     scale = _scalar("logit_scale", logit_scale, image.device, accumulate)
     _refuse_forward_mode(impl, image, text, scale)
@@ -129,7 +133,8 @@ def contrastive_loss(
         teacher = (teacher[0].to(dtype), teacher[1].to(dtype))
     else:
         teacher = None
-    args = (image, text, scale, labels, text_labels, *(teacher or (None, None)), teacher_scale)
+    guide_image, guide_text = teacher if teacher is not None else (None, None)
+    args = (image, text, scale, labels, text_labels, guide_image, guide_text, teacher_scale)
     if impl == "eager":
         vector, measured = _eager(*args, margin, smoothing, enabled, stats)
     else:
@@ -345,11 +350,14 @@ def _scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch
     return value.reshape(()).to(device=device, dtype=dtype)
 
 
-def _resolve(impl: str, image: Tensor) -> str:
+def _resolve(impl: str, image: Tensor, text: Tensor) -> str:
     """The implementation to use, once it is known that it can take these features."""
     on_gpu = image.device.type == "cuda"
     if impl == "auto":
-        impl = "triton" if on_gpu and image.dtype in _DTYPES["triton"] else "blocked"
+        if on_gpu and image.dtype in _DTYPES["triton"]:
+            impl = "triton"
+        else:
+            impl = "eager" if len(image) * len(text) <= _SMALL else "blocked"
     if image.dtype not in _DTYPES[impl]:
         able = ", ".join(name for name, dtypes in _DTYPES.items() if image.dtype in dtypes)
         remedy = f"use impl {able}" if able else "cast the features to float32"

@@ -267,8 +267,9 @@ class MovingAverageTeacher:
             weight,
             copies=[self._low.get(key) for key in self._averages] if self._low else None,
         )
-        for key, tensor in self._copied.items():
-            tensor.copy_(self._student(key))
+        for dtype in {tensor.dtype for tensor in self._copied.values()}:
+            keys = [key for key, tensor in self._copied.items() if tensor.dtype is dtype]
+            torch._foreach_copy_([self._copied[key] for key in keys], [self._student(key) for key in keys])
         return True
 
     @torch.no_grad()
