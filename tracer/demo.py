@@ -37,8 +37,12 @@ from tracer.train import adapt, finetune, is_run_of
 # key → name, note, and what the method changes in the common settings.
 METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "flyp": ("FLYP", "contrastive loss only", {"method": "flyp"}),
-    "ema": ("TRACER, EMA", "distillation from an exponential average", {"teacher": "ema"}),
-    "wma": ("TRACER, WMA", "distillation from the weighted average", {"teacher": "wma"}),
+    "ema": (
+        "TRACER, EMA",
+        "distillation from an exponential average",
+        {"method": "tracer", "teacher": "ema"},
+    ),
+    "wma": ("TRACER, WMA", "distillation from the weighted average", {"method": "tracer", "teacher": "wma"}),
 }
 # The same for R-Adapter: the full method, then the part of its ablation that needs training.
 ADAPTERS: dict[str, tuple[str, str, dict[str, Any]]] = {
