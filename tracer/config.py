@@ -155,7 +155,7 @@ class DemoConfig(Config):
     teacher_every: int | None = 1
     steps: int = 160
     batch_size: int = 128
-    lr: float = 5e-4
+    lr: float = 3e-4
     warmup: int = 16
 
 
