@@ -8,7 +8,8 @@ Competitors, all moving float32 averages towards the same parameters with the sa
 * published loop: the formula of the WMA's published code, tensor by tensor, with three temporaries each;
 * lerp_ loop: the same loop in place;
 * torch._foreach_lerp_, torch.optim.swa_utils.AveragedModel, ema-pytorch (with use_foreach), as they come;
-* tracer: ``MovingAverageTeacher.update``, all of its Python included;
+* tracer average_: the operation alone, on the lists that torch's foreach gets;
+* tracer: ``MovingAverageTeacher.update``, all of its Python and the model's buffers included;
 * floor: ``lerp_`` of one flat tensor of the same size, what the memory alone takes.
 
 Launches and bytes are counted from the operations that torch really dispatches (views apart) and the
@@ -32,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks._measure import environment, interleaved, plain, require_close, table
+from tracer.ops import average_
 from tracer.teacher import MovingAverageTeacher, Schedule
 
 MODELS = ("ViT-B-32", "RN50", "ViT-L-14")
@@ -135,6 +137,7 @@ def competitors(model: nn.Module, low: bool) -> dict[str, tuple[Callable[[], obj
         calls["ema-pytorch"] = lambda: ema.update_moving_average(ema.ema_model, model, 1 - WEIGHT)
     calls["lerp_ loop"] = lambda: lerp_loop(averages, params, copies)
     calls["torch foreach"] = lambda: foreach(averages, params, copies)
+    calls["tracer average_"] = lambda: average_(averages, params, WEIGHT, copies=copies or None)
     calls[OURS] = lambda: teacher.update(next(steps))
     if not low:
         size = sum(p.numel() for p in params)

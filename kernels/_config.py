@@ -89,7 +89,11 @@ TABLES: dict[str, Table] = {
             "forward with stats, one product": (Tile(64, 32, 32, 8, 3), _TINY),
             "backward, one product": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
         },
-        _FLOAT32 | dict.fromkeys(("forward", "forward with stats", "backward"), (Tile(32, 32, 16, 8, 2),)),
+        _FLOAT32
+        | dict.fromkeys(
+            ("forward", "forward with stats", "backward", "forward with stats, one product"),
+            (Tile(32, 32, 16, 8, 2),),
+        ),
     ),
     "sm_90": _table(
         {
@@ -109,9 +113,13 @@ TABLES: dict[str, Table] = {
             "backward": (Tile(64, 32, 64, 8, 3), _TINY),
             "forward, one product": (Tile(64, 64, 64, 8, 3), _TINY),
             "forward with stats, one product": (Tile(64, 32, 64, 8, 3), _TINY),
-            "backward, one product": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
+            "backward, one product": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
         },
-        _FLOAT32 | {"forward with stats": (Tile(32, 32, 32, 8, 2),)},
+        _FLOAT32
+        | {
+            "forward with stats": (Tile(32, 32, 32, 8, 2),),
+            "backward, one product": (Tile(64, 32, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
+        },
     ),
     "gfx942": _table(
         {

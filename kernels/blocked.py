@@ -141,6 +141,10 @@ def backward(
     d_text = accumulator(v.shape) if need_cols else None
     d_scale = torch.zeros((), dtype=torch.float64, device=image.device)
 
+    if smoothing:  # what every image gets from the constants per column, and per unit of its own
+        to_all = (cols.miss @ v.to(logits.dtype))[None]
+        text_total = v.sum(0, dtype=logits.dtype)[None]
+
     for at_rows in _blocks(logits.n, ROWS):
         height = at_rows.stop - at_rows.start
         through_s = accumulator(height, u.shape[1]) if need_rows else None
@@ -165,9 +169,7 @@ def backward(
                     _cross_gradient("b", tile, cols, options, db)
                 d_text[at_cols] += _product(stack.T, left.T)
         if through_s is not None and smoothing:
-            through_s -= rows.miss[at_rows, None] * v.sum(0, dtype=logits.dtype) + cols.miss @ v.to(
-                logits.dtype
-            )
+            through_s -= torch.addmm(to_all, rows.miss[at_rows, None], text_total)
         if need_scale and through_a is not None:
             d_scale += _dot(through_a, u[at_rows])
         if need_scale and not need_cols and through_s is not None:

@@ -37,6 +37,7 @@ def config(tiny_config, drawings, tmp_path_factory) -> DemoConfig:
         cache=folder / "cache",
         precision="fp32",
         seeds=2,
+        ablate=True,
         steps=4,
         warmup=1,
         batch_size=16,

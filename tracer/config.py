@@ -199,14 +199,14 @@ class DemoConfig(Config):
     seeds: int = 3
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
     wise_alpha: float = 0.5
-    ablate: bool = True
-    adapter_lr: float = 2e-3
+    ablate: bool = False
+    adapter_lr: float = 5e-4
     kinds: dict[str, str] = field(default_factory=dict)
 
     teacher_every: int | None = 1
     steps: int = 160
     batch_size: int = 128
-    lr: float | None = 5e-4
+    lr: float | None = 3e-4
     warmup: int = 16
     adapter_momentum: float = 0.98  # a run is short
 
