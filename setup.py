@@ -41,7 +41,7 @@ setup(
         "dali": ["nvidia-dali-cuda130>=2.4,<3"],
         "dali-cuda12": ["nvidia-dali-cuda120>=1.50"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100"],
-        "bench": ["pytest-benchmark>=5"],
+        "bench": ["pytest-benchmark>=5", "ema-pytorch>=0.7"],
         "dev": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-tqdm"],
     },
     entry_points={"console_scripts": ["tracer = tracer.cli:main"]},
