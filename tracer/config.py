@@ -204,10 +204,10 @@ class DemoConfig(Config):
     kinds: dict[str, str] = field(default_factory=dict)
 
     teacher_every: int | None = 1
-    steps: int = 160
+    steps: int = 100
     batch_size: int = 128
     lr: float | None = 3e-4
-    warmup: int = 16
+    warmup: int = 10
     adapter_momentum: float = 0.98  # a run is short
 
 
