@@ -253,7 +253,7 @@ class PretrainConfig:
 
     data: Path = ICONS.parent
     output: Path = Path("runs/pretrain")
-    minutes: float = 60.0
+    minutes: float = 65.0
     batch_size: int = 256
     lr: float = 1e-3
     weight_decay: float = 0.1
