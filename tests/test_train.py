@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 
 import open_clip
 import pytest
@@ -18,7 +19,7 @@ from tracer.errors import UserError
 from tracer.log import read_log
 from tracer.model import encode, load_clip, save_weights
 from tracer.teacher import WMA, build_teacher
-from tracer.train import finetune, lr_schedule, objective, start_engine
+from tracer.train import finetune, fingerprint, lr_schedule, objective, start_engine
 
 
 @pytest.fixture
@@ -280,3 +281,26 @@ def test_too_high_a_momentum_for_the_run_is_said(config, capsys):
     assert "parameters train (" in out.out
     assert "the adapters' average will hold 1% of them" in out.out
     assert "adapters.safetensors 0.0" in out.out
+
+
+def test_fingerprint_changes_with_all_that_decides_a_run(config, drawings, tmp_path):
+    """Regression: pictures that were exchanged under the same names left a finished demo's runs in place."""
+    data = tmp_path / "data"
+    shutil.copytree(drawings, data)
+    config = dataclasses.replace(config, train_data=data / "train.csv", eval_data={"t": data / "test.csv"})
+    seen = {fingerprint(config)}
+    assert fingerprint(dataclasses.replace(config, output=tmp_path / "elsewhere", workers=7)) in seen
+
+    def changed() -> bool:
+        new = fingerprint(config)
+        return new not in seen and not seen.add(new)
+
+    (data / "circle-00.png").write_bytes((data / "square-01.png").read_bytes())
+    assert changed()
+    (data / "train.csv").write_text((data / "train.csv").read_text().replace("a square", "one square"))
+    assert changed()
+    with open(config.pretrained, "ab") as start:
+        start.write(b" ")
+    assert changed()
+    config = dataclasses.replace(config, lr=2e-2)
+    assert changed()

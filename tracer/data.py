@@ -53,6 +53,15 @@ class Index:
     def __len__(self) -> int:
         return len(self.images)
 
+    def digest(self) -> str:
+        """Changes with any name, label, caption, or picture file (by size and time of change)."""
+        stats = [path.stat() for path in self.images]
+        stamps = [
+            (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+            for path, stat in zip(self.images, stats, strict=True)
+        ]
+        return hashlib.sha256(json.dumps([self.labels, self.captions, stamps]).encode()).hexdigest()
+
     def take(self, rows: list[int]) -> Index:
         """The index of some of the pictures."""
         return Index(
@@ -125,14 +134,12 @@ def default_caption(label: str) -> str:
 def check_pictures(index: Index, cache: Path, workers: int) -> None:
     """Decode every picture once, so that a damaged one is named now and not in the middle of a run.
 
-    What was found whole is remembered in ``cache`` by path, size and time of change.
+    What was found whole is remembered in ``cache``.
 
     Raises:
         UserError: naming the pictures that cannot be decoded.
     """
-    stamps = [f"{p.resolve()}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in index.images]
-    digest = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
-    done = cache / f"checked-{digest}.json"
+    done = cache / f"checked-{index.digest()[:16]}.json"
     if done.is_file():
         return
     with ThreadPoolExecutor(workers) as pool:

@@ -30,7 +30,7 @@ from tracer.errors import UserError
 from tracer.evaluate import class_probabilities, class_prompts, evaluate_zero_shot
 from tracer.files import whole_file
 from tracer.log import machine, read_log, versions
-from tracer.model import Clip, interpolate, load_clip
+from tracer.model import Clip, compute_device, interpolate, load_clip
 from tracer.report import print_table, write_report
 from tracer.train import adapt, finetune, is_run_of
 
@@ -76,9 +76,7 @@ def demo(config: DemoConfig) -> Path:
             "there is nothing to evaluate on: give --eval_data.NAME=<csv or folder> at least once"
         )
     prompts = class_prompts(config.classes, read_index(config.train_data).classes)
-    adapt(
-        config, load_clip(config.model, config.pretrained).model
-    )  # refused now, if it must be, not in an hour
+    adapt(config, load_clip(config.model, config.pretrained).model)  # if refused, then before an hour's work
     clock.lap("data")
 
     adapters = ADAPTERS if config.ablate else {"r-adapter": ADAPTERS["r-adapter"]}
@@ -90,6 +88,7 @@ def demo(config: DemoConfig) -> Path:
 
     clip = load_clip(config.model, config.pretrained)
     start = {name: value.clone() for name, value in clip.model.state_dict().items()}
+    clip.model.to(compute_device())
     zero_shot = evaluate_zero_shot(clip, sets, prompts, workers=config.workers)
     done = {
         key: [_finished(folder, seed) for seed, folder in enumerate(paths)] for key, paths in folders.items()

@@ -17,7 +17,7 @@ from tracer.config import EvaluateConfig
 from tracer.data import Index, Pictures, default_caption, in_order, read_index
 from tracer.errors import UserError
 from tracer.files import whole_file
-from tracer.model import Clip, load_clip
+from tracer.model import Clip, compute_device, load_clip
 
 CALIBRATION_BINS = 15
 
@@ -37,7 +37,7 @@ def evaluate(config: EvaluateConfig) -> Scores:
     sets = [read_index(path, name) for name, path in config.eval_data.items()]
     prompts = class_prompts(config.classes, sorted({label for index in sets for label in index.labels}))
     clip = load_clip(config.model, config.pretrained)
-    clip.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    clip.model.to(compute_device())
     scores = evaluate_zero_shot(clip, sets, prompts, workers=config.workers)
     print_scores({config.pretrained or config.model: scores})
     if config.output:

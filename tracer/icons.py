@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     import open_clip
 
 ASSETS = Path(__file__).parent / "assets"
+CHECKPOINT = ASSETS / "tracer-demo.safetensors"  # the demo's pretrained start
 RECIPE = 1  # raised whenever the same packages would give other files
 SIZE = 64  # pixels of a stored picture
 
@@ -765,7 +766,7 @@ def demo_tokenizer() -> open_clip.SimpleTokenizer:
         return tokenizer.SimpleTokenizer(bpe_path=str(path), context_length=config["context_length"])
 
 
-def demo_model(checkpoint: Path | None = ASSETS / "tracer-demo.safetensors") -> open_clip.CLIP:
+def demo_model(checkpoint: Path | None = CHECKPOINT) -> open_clip.CLIP:
     """The demo's model with the weights of ``checkpoint``, in float32; untrained for None."""
     import open_clip
     from safetensors.torch import load_file

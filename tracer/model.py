@@ -99,6 +99,11 @@ def _register(path: Path) -> str:
     return path.stem
 
 
+def compute_device() -> torch.device:
+    """Where models run when nothing else decides: the current GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def encode(forward: Callable[..., Any], image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised features u [N, D], v [N, D] and the logit scale σ ≤ 100 (a scalar) of any open_clip model."""
     output = forward(image, text)

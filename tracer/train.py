@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from tqdm import tqdm
 
+from tracer import icons
 from tracer.adapters import TOWERS, Share, accumulation, adapter_state, add_adapters, fold, save_adapters
 from tracer.config import Config
 from tracer.data import Index, TrainingBatches, check_pictures, read_index
@@ -42,7 +43,7 @@ from tracer.evaluate import class_prompts, evaluate_zero_shot
 from tracer.files import whole_folder
 from tracer.log import StepLog, versions
 from tracer.losses import TracerLoss
-from tracer.model import Clip, encode, load_clip, projections, save_weights
+from tracer.model import DEMO, Clip, compute_device, encode, load_clip, projections, save_weights
 from tracer.teacher import EMA, WMA, Frozen, Schedule, Uniform, build_teacher
 
 # The only op that DeepSpeed would compile at start-up (a minute, needs g++); only inference uses it.
@@ -79,6 +80,7 @@ def finetune(config: Config) -> Path:
         trained, sizes = _train(config, clip, index, StepLog(folder))
 
         clip = load_clip(config.model, config.pretrained)  # the trained one may be bf16, or in shards
+        clip.model.to(compute_device())
         if config.adapted:
             for name, file in (("student", "adapters"), ("last", "adapters_last")):
                 save_adapters(trained[name], folder / f"{file}.safetensors", clip.name)
@@ -121,17 +123,11 @@ def fingerprint(config: Config) -> str:
     settings = yaml.safe_load(config.to_yaml())
     for free in ("output", "cache", "workers", "check_images"):
         del settings[free]
-    files = [config.train_data, config.classes, config.pretrained, *config.eval_data.values()]
-    stamps = [_stamp(Path(file)) for file in files if file is not None]
-    return hashlib.sha256(json.dumps([settings, stamps, versions()]).encode()).hexdigest()
-
-
-def _stamp(path: Path) -> str:
-    """Content of a file; names and sizes below a folder; a tag as it is."""
-    if path.is_dir():
-        found = sorted(f"{p.relative_to(path)}:{p.stat().st_size}" for p in path.rglob("*"))
-        return hashlib.sha256("\n".join(found).encode()).hexdigest()
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(path)
+    start = icons.CHECKPOINT if config.model == DEMO and not config.pretrained else config.pretrained
+    files = [Path(name) for name in (config.model, config.classes, start) if name]
+    content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
+    data = [read_index(path).digest() for path in (config.train_data, *config.eval_data.values())]
+    return hashlib.sha256(json.dumps([settings, content, data, versions()]).encode()).hexdigest()
 
 
 def is_run_of(config: Config, folder: Path) -> bool:
