@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib
 import json
 import os
@@ -88,6 +90,8 @@ def _peak_here(call: Callable[[], Any]) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed but still resident memory would hide what the call needs
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew from what is resident now
     before = _status("VmRSS")
     call()

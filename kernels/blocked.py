@@ -712,7 +712,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(dtype=torch.float64)
+    """Σ a∘b of two matrices in float64, a block at a time so that no product of their size is stored."""
+    blocks = [(a[at] * b[at]).sum(dtype=torch.float64) for at in _blocks(len(a), ROWS)]
+    return torch.stack(blocks).sum()
 
 
 def _operand_dtype(image: Tensor) -> torch.dtype:
