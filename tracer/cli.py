@@ -10,6 +10,7 @@ import argparse
 import errno
 import os
 import sys
+import threading
 import warnings
 from typing import Any
 
@@ -29,6 +30,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for a mistake of the user's, 130 for Ctrl-C."""
+    threading.excepthook = _thread_error
     try:
         command, config = parse(argv)
         run(command, config)
@@ -54,7 +56,7 @@ def parse(argv: list[str] | None = None) -> tuple[str, Any]:
     commands = parser.add_subcommands(required=True, dest="command")
     for name, (settings, summary) in COMMANDS.items():
         sub = ArgumentParser(description=f"{summary[0].upper()}{summary[1:]}.", exit_on_error=False)
-        sub.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings")
+        sub.add_argument("--config", action=SettingsFile, help="YAML file with any of these settings")
         sub.add_class_arguments(settings)
         commands.add_subcommand(name, sub, help=summary)
     namespace = parser.parse_args(argv)
@@ -63,8 +65,19 @@ def parse(argv: list[str] | None = None) -> tuple[str, Any]:
     return namespace.command, COMMANDS[namespace.command][0](**values)
 
 
+class SettingsFile(ActionConfigFile):
+    """The option ``--config``; a file that is no text is a mistake like others."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            super().__call__(parser, cfg, values, option_string)
+        except UnicodeDecodeError as error:
+            raise UserError(f"'{values}' is no YAML in UTF-8: {error}: check --config") from error
+
+
 def run(command: str, config: Any) -> None:
     """Do it. The heavy libraries are imported here, so that ``--help`` and bad options answer at once."""
+    config.validate()
     warnings.filterwarnings("ignore", category=UserWarning, module="(deepspeed|nvidia|torch|open_clip).*")
     if command == "demo":
         from tracer.demo import demo
@@ -82,6 +95,12 @@ def run(command: str, config: Any) -> None:
         from tracer.pretrain import pretrain
 
         print(f"checkpoint: {pretrain(config)}")
+
+
+def _thread_error(error: threading.ExceptHookArgs) -> None:
+    """A full disk also stops TensorBoard's writer; the main thread says so, once is enough."""
+    if not isinstance(error.exc_value, OSError):
+        threading.__excepthook__(error)
 
 
 def _refuse(message: str) -> int:

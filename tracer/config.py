@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from tracer.errors import UserError
 
 ICONS = Path("runs/data/icons")  # where the demo keeps its data
+KINDS = ("in-distribution", "near", "shifted")  # of evaluation sets, as seen from the training data
+
+
+# What a number must be, in the words of the message.
+MUST_BE: dict[str, Callable[[float], bool]] = {
+    "at least 0": lambda x: x >= 0,
+    "at least 1": lambda x: x >= 1,
+    "above 0": lambda x: x > 0,
+    "above 0 and at most 1": lambda x: 0 < x <= 1,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
+    "from 0 to 1": lambda x: 0 <= x <= 1,
+    "from 0 to 2147483647": lambda x: 0 <= x < 2**31,  # what every random generator in use takes
+}
+
+
+def check_ranges(settings: Any, ranges: dict[str, str]) -> None:
+    """Raise UserError for the first number that is not what ``ranges`` says, {must be: names}, or not finite."""
+    for must, names in ranges.items():
+        for name in names.split():
+            value = getattr(settings, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and not (math.isfinite(number) and MUST_BE[must](number)):
+                    raise UserError(f"--{name} is {number}: it must be {must}")
 
 
 class Recipe(NamedTuple):
@@ -26,6 +51,9 @@ class Recipe(NamedTuple):
 @dataclass
 class Config:
     """Fine-tune an open_clip model; defaults are the published settings for ViT-B/16.
+
+    Except for three: steps (published: 10 epochs, so it depends on the data), clip_grad and crop_scale, which
+    no paper gives; to train 10 epochs, set steps to 10 times the pictures divided by the pairs of a step.
 
     Args:
         train_data: CSV with the columns image, label and/or captions (several divided by '|'), or a folder
@@ -142,27 +170,25 @@ class Config:
 
     def validate(self) -> None:
         """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
-        for name in ("steps", "batch_size", "accumulation", "teacher_every", "workers", "adapter_rank"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} is {value}: it must be at least 1")
+        check_ranges(
+            self,
+            {
+                "at least 1": "steps batch_size accumulation teacher_every workers adapter_rank",
+                "above 0": "lr wma_beta",
+                "at least 0": "weight_decay warmup clip_grad margin distill_weight relational feature interactive "
+                "cross projection_product projection_orthogonal",
+                "above 0 and at most 1": "crop_scale",
+                "at least 0 and below 1": "smoothing adapter_drop adapter_momentum",
+                "from 0 to 1": "ema_start ema_end ema_warmup adapter_alpha",
+                "from 0 to 2147483647": "seed",
+            },
+        )
         if self.batch_size < 2:
             raise UserError("--batch_size is 1: a contrastive loss needs at least 2 pairs to compare")
-        if not 0 <= self.warmup < self.steps:
-            raise UserError(
-                f"--warmup is {self.warmup}: it must be at least 0 and below --steps {self.steps}"
-            )
-        if not 0 < self.crop_scale <= 1:
-            raise UserError(f"--crop_scale is {self.crop_scale}: it must be above 0 and at most 1")
+        if self.warmup >= self.steps:
+            raise UserError(f"--warmup is {self.warmup}: it must be below --steps {self.steps}")
         if self.precision == "bf16" and self.zero_stage == 0:
             raise UserError("--precision bf16 needs --zero_stage 1 or more: stage 0 keeps no fp32 weights")
-        if not 0 <= self.adapter_alpha <= 1:
-            raise UserError(
-                f"--adapter_alpha is {self.adapter_alpha}: it must be from 0 (pretrained) to 1 (adapted)"
-            )
-        for name in ("adapter_momentum", "adapter_drop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}: it must be at least 0 and below 1")
         penalised = self.method == "tracer" and (self.projection_product or self.projection_orthogonal)
         if self.zero_stage == 3 and penalised and not self.adapted:  # adapted: the projections don't move
             raise UserError(
@@ -210,6 +236,20 @@ class DemoConfig(Config):
     warmup: int = 10
     adapter_momentum: float = 0.98  # a run is short
 
+    def validate(self) -> None:
+        """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
+        super().validate()
+        check_ranges(
+            self, {"at least 1": "seeds", "from 0 to 1": "alphas wise_alpha", "above 0": "adapter_lr"}
+        )
+        for name, kind in self.kinds.items():
+            if kind not in KINDS:
+                raise UserError(f"--kinds.{name} is '{kind}': it must be one of {', '.join(KINDS)}")
+            if self.eval_data and name not in self.eval_data:
+                raise UserError(
+                    f"--kinds.{name} names no set: those to evaluate on are {', '.join(self.eval_data)}"
+                )
+
 
 @dataclass
 class EvaluateConfig:
@@ -222,6 +262,8 @@ class EvaluateConfig:
         pretrained: open_clip tag or local checkpoint file.
         output: JSON file for the results; default: only the table on the terminal.
         workers: threads that decode pictures.
+        check_images: decode every picture once up front, so that a damaged one is named.
+        cache: folder where it is remembered which pictures were found whole.
     """
 
     eval_data: dict[str, Path]
@@ -230,6 +272,12 @@ class EvaluateConfig:
     pretrained: str | None = "openai"
     output: Path | None = None
     workers: int = 2
+    check_images: bool = True
+    cache: Path = Path("runs/cache")
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
+        check_ranges(self, {"at least 1": "workers"})
 
 
 @dataclass
@@ -266,10 +314,15 @@ class PretrainConfig:
 
     def validate(self) -> None:
         """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
-        for name in ("minutes", "batch_size", "lr", "named", "save_every", "workers"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} is {getattr(self, name)}: it must be above 0")
+        check_ranges(
+            self,
+            {
+                "above 0": "minutes batch_size lr named save_every workers",
+                "at least 0": "weight_decay",
+                "from 0 to 2147483647": "seed",
+            },
+        )
         if self.batch_size < 2:
             raise UserError("--batch_size is 1: a contrastive loss needs at least 2 pairs to compare")
-        if not 0 < self.warmup < 1:
+        if not 0 < self.warmup < 1:  # also refuses NaN
             raise UserError(f"--warmup is {self.warmup}: it is a share of the budget, between 0 and 1")

@@ -34,6 +34,7 @@ from tracer.model import Clip
 fn: Any = nvidia.dali.fn
 types: Any = nvidia.dali.types
 
+FORMATS = {"JPEG", "PNG", "WEBP", "BMP", "TIFF"}  # what DALI decodes of what PIL reads
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -79,7 +80,7 @@ def read_index(source: Path, name: str | None = None) -> Index:
     picture is its own class.
 
     Raises:
-        UserError: missing source, wrong columns, missing files, empty data set.
+        UserError: missing source, no CSV, wrong columns, missing files, empty data set.
     """
     name = name or source.stem
     if source.is_dir():
@@ -87,7 +88,12 @@ def read_index(source: Path, name: str | None = None) -> Index:
         labels = [p.relative_to(source).parts[0] for p in images]
         captions = [[default_caption(label)] for label in labels]
     elif source.is_file():
-        images, labels, captions = _read_csv(source)
+        try:
+            images, labels, captions = _read_csv(source)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(
+                f"'{source}' is no CSV in UTF-8: {error}: save it as one, or give a folder of class folders"
+            ) from error
     else:
         raise UserError(f"data '{source}' does not exist: give a CSV file or a folder of class folders")
     if not images:
@@ -105,7 +111,7 @@ def read_index(source: Path, name: str | None = None) -> Index:
 
 
 def _read_csv(source: Path) -> tuple[list[Path], list[str], list[list[str]]]:
-    with source.open(newline="", encoding="utf-8") as file:
+    with source.open(newline="", encoding="utf-8-sig") as file:  # Excel begins a file with a byte-order mark
         reader = csv.DictReader(file)
         columns = set(reader.fieldnames or [])
         if "image" not in columns or not columns & {"label", "captions"}:
@@ -159,6 +165,8 @@ def check_pictures(index: Index, cache: Path, workers: int) -> None:
 def _fault(path: Path) -> str | None:
     try:
         with Image.open(path) as picture:
+            if picture.format not in FORMATS:
+                return f"{picture.format} is not supported, use {', '.join(sorted(FORMATS))}"
             picture.load()
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and more for damaged files
         return str(error) or type(error).__name__
@@ -226,16 +234,18 @@ class Pictures:
             )
             decoder = "cpu" if gpu is None else "mixed"
             image = fn.decoders.image(encoded, device=decoder, output_type=types.RGB)
-            cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True}
+            kind = types.INTERP_CUBIC if clip.interpolation == "bicubic" else types.INTERP_LINEAR
+            sampling = {"interp_type": kind, "antialias": True}
+            side = clip.image_size
             if crop_scale is not None:
-                image = fn.random_resized_crop(
-                    image, size=clip.image_size, random_area=[crop_scale, 1.0], **cubic
-                )
+                image = fn.random_resized_crop(image, size=side, random_area=[crop_scale, 1.0], **sampling)
+            elif clip.squash:
+                image = fn.resize(image, size=[side, side], **sampling)
             else:
-                image = fn.resize(image, resize_shorter=clip.image_size, **cubic)
+                image = fn.resize(image, resize_shorter=side, **sampling)
             image = fn.crop_mirror_normalize(
                 image,
-                crop=(clip.image_size, clip.image_size),
+                crop=(side, side),
                 mean=[255 * m for m in clip.mean],
                 std=[255 * s for s in clip.std],
                 output_layout="CHW",

@@ -67,9 +67,10 @@ def demo(config: DemoConfig) -> Path:
         UserError: anything in the settings or the data that the user can mend.
     """
     clock = Clock()
+    config.validate()
     if config.train_data == ICONS / "train.csv":
         config = _with_icons(config)
-    config.validate()
+        config.validate()  # now that the sets have names
     sets = [read_index(path, name) for name, path in config.eval_data.items()]
     if not sets:
         raise UserError(
@@ -187,7 +188,9 @@ def _finetune_once(config: DemoConfig, key: str, changes: dict[str, Any], seed: 
     if run.output.exists():
         if is_run_of(run, run.output):
             return run.output
-        shutil.rmtree(run.output)
+        old = run.output.with_name(run.output.name + ".part")  # never half deleted under its own name
+        shutil.rmtree(old, ignore_errors=True)
+        run.output.rename(old)
     return finetune(run)
 
 
@@ -195,7 +198,10 @@ def _finished(folder: Path, seed: int) -> dict[str, Any]:
     """A run's row of the results, read from its folder."""
     metrics = json.loads((folder / "metrics.json").read_text())
     about = json.loads((folder / "run.json").read_text())
-    row = _row(metrics["student"], seed, read_log(folder), about["seconds"])
+    log: list[dict[str, Any]] = list(read_log(folder))
+    if any("kl" in step for step in log):  # measured at some steps: null at the others
+        log = [{"kl": None} | step for step in log]
+    row = _row(metrics["student"], seed, log, about["seconds"])
     return row | {"teacher_eval": metrics.get("teacher"), "sizes": about["sizes"]}
 
 

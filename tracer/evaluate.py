@@ -14,10 +14,10 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from tqdm import tqdm
 
 from tracer.config import EvaluateConfig
-from tracer.data import Index, Pictures, default_caption, in_order, read_index
+from tracer.data import Index, Pictures, check_pictures, default_caption, in_order, read_index
 from tracer.errors import UserError
 from tracer.files import whole_file
-from tracer.model import Clip, compute_device, load_clip
+from tracer.model import MAX_LOGIT_SCALE, Clip, compute_device, load_clip
 
 CALIBRATION_BINS = 15
 
@@ -30,12 +30,17 @@ def evaluate(config: EvaluateConfig) -> Scores:
     Raises:
         UserError: anything in the settings or the data that the user can mend.
     """
+    config.validate()
     if not config.eval_data:
         raise UserError(
             "there is nothing to evaluate on: give --eval_data.NAME=<csv or folder> at least once"
         )
     sets = [read_index(path, name) for name, path in config.eval_data.items()]
     prompts = class_prompts(config.classes, sorted({label for index in sets for label in index.labels}))
+    check_labels(sets, prompts)
+    if config.check_images:
+        for index in sets:
+            check_pictures(index, config.cache, config.workers)
     clip = load_clip(config.model, config.pretrained)
     clip.model.to(compute_device())
     scores = evaluate_zero_shot(clip, sets, prompts, workers=config.workers)
@@ -62,21 +67,47 @@ def class_prompts(path: Path | None, classes: list[str]) -> dict[str, list[str]]
     """Prompts of each class: from a JSON file {class: [prompt, …]}, or one made of each name in ``classes``.
 
     Raises:
-        UserError: missing or malformed file.
+        UserError: missing or malformed file, fewer than two classes.
     """
-    if path is None:
-        return {name: [default_caption(name)] for name in classes}
+    prompts = {name: [default_caption(name)] for name in classes} if path is None else _read_prompts(path)
+    if len(prompts) < 2:
+        only = next(iter(prompts), "none")
+        where = f"classes file '{path}'" if path else "the data"
+        raise UserError(
+            f"{where} has {len(prompts)} classes ('{only}'): a classifier needs at least two, "
+            "so label the pictures or give more in --classes"
+        )
+    return prompts
+
+
+def _read_prompts(path: Path) -> dict[str, list[str]]:
     if not path.is_file():
         raise UserError(f"classes file '{path}' does not exist: check --classes")
     try:
-        prompts = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"classes file '{path}' is no JSON ({error}): give {{class: [prompt, …]}}") from error
-    if not isinstance(prompts, dict) or not all(isinstance(p, list) and p for p in prompts.values()):
+        prompts = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
-            f"classes file '{path}' must hold {{class: [prompt, …]}}, at least one prompt a class"
+            f"classes file '{path}' is no JSON in UTF-8 ({error}): give {{class: [prompt, …]}}"
+        ) from error
+    if not isinstance(prompts, dict) or not all(
+        isinstance(group, list) and group and all(isinstance(prompt, str) for prompt in group)
+        for group in prompts.values()
+    ):
+        raise UserError(
+            f"classes file '{path}' must hold {{class: [prompt, …]}}, at least one prompt, a string, a class"
         )
     return prompts
+
+
+def check_labels(sets: list[Index], prompts: dict[str, list[str]]) -> None:
+    """Raise UserError for a set with a label that no prompt stands for."""
+    for index in sets:
+        unknown = sorted(set(index.labels) - set(prompts))
+        if unknown:
+            raise UserError(
+                f"'{index.name}' has {len(unknown)} labels without prompts, first '{unknown[0]}': "
+                "add them to --classes or drop their rows"
+            )
 
 
 @torch.inference_mode()
@@ -98,19 +129,14 @@ def class_probabilities(
     clip: Clip, index: Index, prompts: dict[str, list[str]], *, batch_size: int = 256, workers: int = 2
 ) -> tuple[Tensor, Tensor]:
     """Probabilities [N, C] of the classes in ``prompts`` for every picture, and the true classes [N]."""
-    unknown = sorted(set(index.labels) - set(prompts))
-    if unknown:
-        raise UserError(
-            f"'{index.name}' has {len(unknown)} labels without prompts, first '{unknown[0]}': "
-            "add them to --classes or drop their rows"
-        )
+    check_labels([index], prompts)
     clip.model.eval()
     device = next(clip.model.parameters()).device
     weights = classifier(clip, prompts, device)
     batches = Pictures(
         index, clip, in_order(len(index), batch_size), batch_size, workers=workers, device=device
     )
-    scale = clip.model.logit_scale.exp()
+    scale = clip.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
     total = -(-len(index) // batch_size)
     rows = []
     for image, _ in tqdm(batches, desc=f"evaluating {index.name}", total=total, delay=3, leave=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -55,10 +55,14 @@ class StepLog:
         self._rows.clear()
         self._file.flush()
 
-    def close(self) -> None:
-        self.flush()
-        self._file.close()
-        self._board.close()
+    def __enter__(self) -> StepLog:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with suppress(OSError) if kind else nullcontext():  # an earlier error is the one to tell
+            self.flush()
+            self._file.close()
+            self._board.close()
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

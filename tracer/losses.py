@@ -1,7 +1,7 @@
 """Loss modules over :func:`tracer.ops.contrastive_loss`, each a few lines.
 
 ``ClipLoss`` takes the place of ``open_clip.loss.ClipLoss`` (same constructor, same call), so that
-open_clip's own training script runs with it: see ``examples/open_clip_train.py``. With
+open_clip's own training script runs with it: see ``examples/open_clip_training.py``. With
 ``output_dict=True`` every module returns ``{"..._loss": tensor}`` whose values sum to the loss.
 """
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import math
+import os
+import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +14,8 @@ from typing import Any
 
 import open_clip
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,7 +33,8 @@ class Clip:
     """A dual encoder and what feeds it.
 
     ``tokenizer`` maps a list of strings to int64 tokens [n, context]. Pictures are RGB, resized to
-    ``image_size`` pixels, scaled to [0, 1], then normalised with ``mean`` and ``std``.
+    ``image_size`` pixels (``squash``: both sides; otherwise the shorter one, and the centre is cropped) with
+    ``interpolation``, bicubic or bilinear, scaled to [0, 1], then normalised with ``mean`` and ``std``.
     """
 
     name: str
@@ -35,6 +43,8 @@ class Clip:
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    squash: bool = False
 
 
 def load_clip(name: str, pretrained: str | None) -> Clip:
@@ -67,27 +77,50 @@ def load_clip(name: str, pretrained: str | None) -> Clip:
         model = open_clip.create_model(name, pretrained=pretrained, nonscalar_logit_scale=True)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip raises many kinds; each means that this start cannot be had
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model '{name}' with weights '{pretrained}' cannot be loaded: {reason}") from error
+        raise _unloadable(name, pretrained, error) from error
     return _with_picture_format(name, model, tokenizer)
 
 
 def _load_demo(checkpoint: str | None) -> Clip:
     """The demo's small CLIP, with the weights shipped beside it unless others are named."""
-    model = icons.demo_model(Path(checkpoint)) if checkpoint else icons.demo_model()
+    if checkpoint and not Path(checkpoint).is_file():
+        raise UserError(
+            f"{DEMO} has no pretrained tags, and '{checkpoint}' is no local file: give --pretrained a "
+            ".safetensors file, or null for the weights shipped with it"
+        )
+    try:
+        model = icons.demo_model(Path(checkpoint)) if checkpoint else icons.demo_model()
+    except Exception as error:  # safetensors and torch raise several kinds for a file that does not fit
+        raise _unloadable(DEMO, checkpoint, error) from error
     return _with_picture_format(DEMO, model, icons.demo_tokenizer())
+
+
+def _unloadable(name: str, pretrained: str | None, error: Exception) -> UserError:
+    reason = textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
+    return UserError(
+        f"model '{name}' with weights '{pretrained}' cannot be loaded: {reason}: check --model and --pretrained"
+    )
 
 
 def _with_picture_format(name: str, model: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> Clip:
     picture = open_clip.get_model_preprocess_cfg(model)
     size = picture["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    mode, interpolation = picture.get("resize_mode", "shortest"), picture.get("interpolation", "bicubic")
+    if height != width or mode not in ("shortest", "squash") or interpolation not in ("bicubic", "bilinear"):
+        raise UserError(
+            f"model '{name}' wants pictures of {height}×{width} pixels, resize mode {mode}, {interpolation}: "
+            "only square ones, shortest or squash, bicubic or bilinear are supported"
+        )
     return Clip(
         name=name,
         model=model,
         tokenizer=tokenizer,
-        image_size=size if isinstance(size, int) else size[0],
+        image_size=height,
         mean=tuple(picture.get("mean") or open_clip.OPENAI_DATASET_MEAN),
         std=tuple(picture.get("std") or open_clip.OPENAI_DATASET_STD),
+        interpolation=interpolation,
+        squash=mode == "squash",
     )
 
 
@@ -105,12 +138,18 @@ def compute_device() -> torch.device:
 
 
 def encode(forward: Callable[..., Any], image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised features u [N, D], v [N, D] and the logit scale σ ≤ 100 (a scalar) of any open_clip model."""
+    """Normalised features u [N, D], v [N, D] and the logit scale σ ≤ 100 (a scalar) of any open_clip model.
+
+    All in float32. The bound on σ keeps its gradient, so that σ can come back from it (CLIP's own weights
+    start there).
+    """
     output = forward(image, text)
     if isinstance(output, dict):
         output = output["image_features"], output["text_features"], output["logit_scale"]
     u, v, scale = output[:3]
-    return u, v, scale.float().squeeze().clamp(max=MAX_LOGIT_SCALE)
+    scale = scale.float().squeeze()
+    bounded = scale + (scale.clamp(max=MAX_LOGIT_SCALE) - scale).detach()
+    return F.normalize(u.float(), dim=-1), F.normalize(v.float(), dim=-1), bounded
 
 
 def projections(model: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -134,8 +173,16 @@ def projections(model: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors checkpoint that plain ``open_clip.create_model(name, pretrained=path)`` loads."""
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    if "logit_scale" in state:
+        state["logit_scale"].clamp_(max=math.log(MAX_LOGIT_SCALE))
     with whole_file(path) as part:
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}, part)
+        try:
+            save_file(state, part)
+        except SafetensorError as error:  # the library's own word for what the operating system said
+            number = re.search(r"os error (\d+)", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def interpolate(start: dict[str, Tensor], end: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
