@@ -78,7 +78,8 @@ class SettingsFile(ActionConfigFile):
 def run(command: str, config: Any) -> None:
     """Do it. The heavy libraries are imported here, so that ``--help`` and bad options answer at once."""
     config.validate()
-    warnings.filterwarnings("ignore", category=UserWarning, module="(deepspeed|nvidia|torch|open_clip).*")
+    for category in (UserWarning, FutureWarning, DeprecationWarning):  # of libraries to each other
+        warnings.filterwarnings("ignore", category=category, module="(deepspeed|nvidia|torch|open_clip).*")
     if command == "demo":
         from tracer.demo import demo
 
