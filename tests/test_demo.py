@@ -42,6 +42,7 @@ def config(tiny_config, drawings, tmp_path_factory) -> DemoConfig:
         warmup=1,
         batch_size=16,
         lr=1e-2,
+        wise_alpha=0.25,  # not the adapters' α
     )
 
 
@@ -63,6 +64,11 @@ def test_demo_compares_every_method_and_reuses_finished_runs(config, capsys):
         ]
         assert all(set(p["eval"]) == {"same", "other"} for p in curve["points"])
     assert [curve["key"] for curve in results["curves"]] == ["wise-ft", "r-adapter"]
+    # the table's rows are the points at the chosen α
+    for key, alpha in (("wise-ft", config.wise_alpha), ("r-adapter", config.adapter_alpha)):
+        (points,) = (curve["points"] for curve in results["curves"] if curve["key"] == key)
+        chosen = [p["eval"] for p in points if p["alpha"] == alpha]
+        assert [run["eval"] for run in methods[key]["runs"]] == chosen
     # distillation ran where it should: plain runs have no teacher, the others a gap that opened
     assert methods["flyp"]["runs"][0]["teacher_eval"] is None
     assert methods["flyp"]["runs"][0]["log"][-1]["relational"] == 0
@@ -99,13 +105,17 @@ def test_each_variant_of_r_adapter_is_what_it_says(config):
     clip = load_clip(config.model, config.pretrained)
     sets = [read_index(path, name) for name, path in config.eval_data.items()]
     prompts = class_prompts(None, sets[1].classes)
+    plain = load_file(config.output / "flyp-0" / "student.safetensors")
+    weights = {"wise-ft": interpolate(start, plain, config.wise_alpha)}
     for key, file, alpha in (
         ("r-adapter", "adapters", 0.5),
         ("r-adapter-no-average", "adapters_last", 0.5),
         ("r-adapter-no-scaling", "adapters", 1.0),
     ):
         adapters = read_adapters(config.output / "r-adapter-0" / f"{file}.safetensors", "tiny-clip")
-        clip.model.load_state_dict(fold(start | adapters, alpha))
+        weights[key] = fold(start | adapters, alpha)
+    for key, state in weights.items():
+        clip.model.load_state_dict(state)
         scores = evaluate_zero_shot(clip, sets, prompts)
         for name, score in methods[key]["runs"][0]["eval"].items():
             assert score == pytest.approx(scores[name]), key

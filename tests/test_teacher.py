@@ -222,6 +222,8 @@ def test_resume_is_bit_identical(dtype, tmp_path):
     teacher = MovingAverageTeacher(model, WMA(20), dtype=dtype)
     steps(model, teacher, 1, 10)
     torch.save({"model": model.state_dict(), "teacher": teacher.state_dict()}, tmp_path / "state.pt")
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    saved = teacher.encode(x)
     steps(model, teacher, 11, 20)
 
     state = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -230,6 +232,7 @@ def test_resume_is_bit_identical(dtype, tmp_path):
     train_step(resumed, 99)  # whatever it held before
     resumed.load_state_dict(state["model"])
     resumed_teacher.load_state_dict(state["teacher"])
+    assert torch.equal(resumed_teacher.encode(x), saved), "stale until the next update"
     resumed.cache.fill_(10.0)
     steps(resumed, resumed_teacher, 11, 20)
     for mine, theirs in (

@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 
 from tracer.adapters import add_adapters, fold, read_adapters
 from tracer.config import Config
+from tracer.data import Pictures, TrainingBatches, in_order, read_index
 from tracer.errors import UserError
+from tracer.kernels import eager
 from tracer.log import read_log
 from tracer.model import encode, load_clip, save_weights
-from tracer.teacher import WMA, build_teacher
-from tracer.train import finetune, fingerprint, lr_schedule, objective, start_engine
+from tracer.teacher import EMA, WMA, Frozen, Uniform, build_teacher
+from tracer.train import finetune, fingerprint, lr_schedule, objective, schedule, start_engine
 
 
 @pytest.fixture
@@ -97,8 +99,6 @@ def test_the_same_settings_give_the_same_weights(config, tmp_path):
 
 def test_the_loop_equals_a_plain_torch_loop(config):
     """FLYP through DeepSpeed against ten lines of torch with open_clip's own loss on the same batches."""
-    from tracer.data import TrainingBatches, read_index
-
     config = dataclasses.replace(config, method="flyp", positives=False, clip_grad=0.0)
     student = load_file(finetune(config) / "student.safetensors")
     clip = load_clip(config.model, config.pretrained)
@@ -121,6 +121,86 @@ def test_the_loop_equals_a_plain_torch_loop(config):
         torch.testing.assert_close(student[name], value, rtol=1e-3, atol=1e-3)
 
 
+def test_the_whole_objective_equals_a_plain_torch_loop(config):
+    """Labels, every distillation term, a WMA teacher, penalties and clipping against eager losses and torch."""
+    changes = {"wma_beta": 0.8, "clip_grad": 0.1, "projection_product": 0.05, "feature": 200.0}
+    config = dataclasses.replace(config, **changes)
+    folder = finetune(config)
+    clip = load_clip(config.model, config.pretrained)
+    model, teacher = clip.model, load_clip(config.model, config.pretrained).model.eval()
+    options = {"batch_size": 16, "steps": 6, "seed": 0, "crop_scale": config.crop_scale}
+    parts = [[p for p in model.parameters() if (p.ndim >= 2) == matrix] for matrix in (True, False)]
+    groups = [{"params": parts[0], "weight_decay": 0.1}, {"params": parts[1], "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.98), eps=1e-6)
+    rate = lr_schedule(config, adam)
+    beta = torch.distributions.Beta(torch.tensor(0.8), torch.tensor(0.8))
+    w = beta.log_prob((torch.arange(7) + 0.5) / 7).exp()
+    losses, norms = [], []
+    for k, batch in enumerate(TrainingBatches(read_index(config.train_data), clip, **options), 1):
+        u, v, scale = model(batch.image, batch.text)
+        with torch.no_grad():
+            tu, tv, teacher_scale = teacher(batch.image, batch.text)
+        pairs = u, v, scale.squeeze(), batch.label, batch.label, tu, tv, teacher_scale.squeeze()
+        terms, _ = eager.contrastive_terms(*pairs, enabled=(True,) * 4)
+        feature = (u - tu).square().mean() + (v - tv).square().mean()
+        loss = terms[0] + 0.9 * (terms[1:].sum() + 200 * feature)
+        loss = loss + 0.05 * (model.visual.proj @ model.text_projection.T).norm()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)))
+        adam.step()
+        rate.step()
+        adam.zero_grad()
+        for mean, value in zip(teacher.parameters(), model.parameters(), strict=True):
+            mean.data.lerp_(value.data, float(w[k] / w[: k + 1].sum()))
+        losses.append(float(loss.detach()))
+    assert min(norms) > 0.1  # every step was clipped
+    assert max(norms) > 2 * min(norms)  # by different factors: Adam does not see a constant one
+    assert [row["loss"] for row in read_log(folder)] == pytest.approx(losses, rel=1e-3)
+    for name, plain in (("student", model), ("teacher", teacher)):
+        got = load_file(folder / f"{name}.safetensors")
+        for key, value in plain.state_dict().items():
+            torch.testing.assert_close(got[key], value, rtol=1e-3, atol=1e-3, msg=f"{name}, {key}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({}, WMA(6, 0.5, 1)),
+        ({"wma_beta": 0.8, "teacher_every": 3}, WMA(6, 0.8, 3)),
+        ({"teacher": "ema"}, EMA(6, 0.05, 0.9, 0.2, 500)),
+        (
+            {"teacher": "ema", "ema_start": 0.1, "ema_end": 0.7, "ema_warmup": 0.5, "teacher_every": 2},
+            EMA(6, 0.1, 0.7, 0.5, 2),
+        ),
+        ({"teacher": "uniform"}, Uniform(1)),
+        ({"teacher": "uniform", "teacher_every": 4}, Uniform(4)),
+        ({"teacher": "frozen"}, Frozen()),
+    ],
+)
+def test_the_teachers_schedule_is_the_one_that_was_set(config, changes, want):
+    assert schedule(dataclasses.replace(config, **changes)) == want
+
+
+def test_training_pictures_are_random_crops(config):
+    """Off the centre crop, and another one each time that a picture comes round."""
+    index, clip = read_index(config.train_data), load_clip(config.model, config.pretrained)
+    options = {"batch_size": 32, "steps": 2, "seed": 0}
+    (centre, _), *_ = Pictures(index, clip, in_order(32, 32), 32)
+
+    def epochs(crop_scale: float) -> list[torch.Tensor]:
+        batches = list(TrainingBatches(index, clip, crop_scale=crop_scale, **options))
+        assert [sorted(batch.index.tolist()) for batch in batches] == [list(range(32))] * 2
+        return [batch.image[batch.index.argsort()] for batch in batches]
+
+    def moved(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a - b).abs().mean((1, 2, 3)).median())
+
+    first, second = epochs(config.crop_scale)
+    assert moved(first, centre) > 0.03
+    assert moved(first, second) > 0.03
+    assert moved(epochs(0.2)[0], centre) > 2 * moved(first, centre)  # smaller crops change more
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -139,6 +219,8 @@ def test_other_engines_train_too(config, changes):
     start, student = load_file(config.pretrained), load_file(folder / "student.safetensors")
     assert student["visual.proj"].dtype == torch.float32
     assert not torch.equal(start["visual.proj"], student["visual.proj"])
+    # the optimizer's weights, not their rounded copies that a bf16 engine computes with
+    assert not torch.equal(student["visual.proj"], student["visual.proj"].bfloat16().float())
 
 
 def test_learning_rate_rises_then_falls_to_zero(config):

@@ -231,6 +231,8 @@ def check_resume(stage, dtype, folder):
     steps(run, teacher, 1, 5)
     run.save_checkpoint(str(folder), tag="five")
     torch.save(teacher.state_dict(), folder / f"teacher-{dist.get_rank()}.pt")
+    x = batch(3)[:LOCAL_BATCH]
+    saved = teacher.encode(x)
     steps(run, teacher, 6, 10)
     dist.barrier()
 
@@ -240,11 +242,11 @@ def check_resume(stage, dtype, folder):
     again.load_checkpoint(str(folder), tag="five")
     state = torch.load(folder / f"teacher-{dist.get_rank()}.pt", weights_only=True)
     resumed.load_state_dict(state)
+    assert torch.equal(resumed.encode(x), saved), "after the resume, stale until the next update"
     steps(again, resumed, 6, 10)
     mine, theirs = teacher.gather(), resumed.gather()
     for name in mine:
         assert torch.equal(mine[name], theirs[name]), f"{name} differs after the resume"
-    x = batch(3)[:LOCAL_BATCH]
     assert torch.equal(teacher.encode(x), resumed.encode(x))
 
     with pytest.raises(ValueError, match="rank 0 of 64"):
