@@ -6,9 +6,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tracer.cli import main, parse
-from tracer.config import Config, DemoConfig
+from tracer.config import Config, DemoConfig, EvaluateConfig, PretrainConfig
+from tracer.errors import UserError
 
 
 def refused(capsys, *argv: str) -> str:
@@ -73,7 +76,7 @@ R_ADAPTER = ["finetune", "--train_data", "x.csv", "--method", "r-adapter", "--pr
         (["finetune", "--train_data", "x.csv", "--batch_size", "1"], "needs at least 2 pairs"),
         (
             ["finetune", "--train_data", "x.csv", "--steps", "9"],
-            "--warmup is 500: it must be at least 0 and below",
+            "--warmup is 500: it must be below --steps 9",
         ),
         (
             ["finetune", "--train_data", "x.csv", "--precision", "bf16", "--zero_stage", "0"],
@@ -112,6 +115,25 @@ R_ADAPTER = ["finetune", "--train_data", "x.csv", "--method", "r-adapter", "--pr
         ),
         (["finetune", "--train_data", "x.csv", "--pretrained", "no.pt"], "checkpoint 'no.pt' does not exist"),
         (["evaluate", "--eval_data.a", "nothing.csv"], "data 'nothing.csv' does not exist"),
+        (["evaluate", "--eval_data.a", "x.csv", "--workers", "0"], "--workers is 0: it must be at least 1"),
+        (["finetune", "--train_data", "x.csv", "--lr", "-1"], "--lr is -1.0: it must be above 0"),
+        (["finetune", "--train_data", "x.csv", "--lr", "nan"], "lr"),
+        (["finetune", "--train_data", "x.csv", "--lr", ".inf"], "--lr is inf: it must be above 0"),
+        (["finetune", "--train_data", "x.csv", "--wma_beta", "0"], "--wma_beta is 0.0: it must be above 0"),
+        (["finetune", "--train_data", "x.csv", "--ema_start", "2"], "--ema_start is 2.0: it must be from 0"),
+        (["finetune", "--train_data", "x.csv", "--smoothing", "1.5"], "it must be at least 0 and below 1"),
+        (["finetune", "--train_data", "x.csv", "--seed", "9876543210"], "it must be from 0 to 2147483647"),
+        (["demo", "--seeds", "0"], "--seeds is 0: it must be at least 1"),
+        (["demo", "--wise_alpha", "7"], "--wise_alpha is 7.0: it must be from 0 to 1"),
+        (["demo", "--alphas", "[0.5, 3.0]"], "--alphas is 3.0: it must be from 0 to 1"),
+        (
+            ["demo", "--kinds.t", "foo"],
+            "--kinds.t is 'foo': it must be one of in-distribution, near, shifted",
+        ),
+        (
+            ["demo", "--eval_data.a", "a.csv", "--kinds.b", "near"],
+            "--kinds.b names no set: those to evaluate on are a",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(capsys, tmp_path, monkeypatch, argv, says):
@@ -124,3 +146,81 @@ def test_an_unknown_key_in_the_file_is_named(capsys, tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("train_data: a.csv\nlearning_rate: 1\n")
     assert "learning_rate" in refused(capsys, "finetune", "--config", file)
+
+
+def test_a_file_of_settings_that_is_no_text_is_named(capsys, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_bytes(b"\x89PNG\r\n")
+    assert f"'{file}' is no YAML in UTF-8" in refused(capsys, "finetune", "--config", file)
+
+
+def test_the_settings_as_they_come_are_valid():
+    for settings in (Config(Path("x.csv")), DemoConfig(), EvaluateConfig({}), PretrainConfig()):
+        settings.validate()
+
+
+@pytest.mark.parametrize("settings", [Config, DemoConfig, EvaluateConfig, PretrainConfig])
+def test_every_number_is_checked(settings):
+    """None of the settings may be negative or not finite."""
+    needed = {"train_data": Path("x.csv")} if settings is Config else {}
+    if settings is EvaluateConfig:
+        needed = {"eval_data": {"a": Path("a.csv")}}
+    seen = False
+    for field in dataclasses.fields(settings):
+        kind = str(field.type)
+        if "float" not in kind and "int" not in kind:
+            continue
+        seen = True
+        for bad in (-1, *(() if "int" in kind else (float("nan"), float("inf"), float("-inf")))):
+            value = (0.5, bad) if "tuple" in kind else bad
+            with pytest.raises(UserError, match=rf"^--{field.name} is {bad}: it "):
+                settings(**needed | {field.name: value}).validate()
+    assert seen
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\x89PNG\r\n", "is no JSON in UTF-8"),
+        (b"{", "is no JSON in UTF-8"),
+        (b'{"circle": [1], "bar": ["a bar"]}', "at least one prompt, a string, a class"),
+        (b'{"circle": [], "bar": ["a bar"]}', "at least one prompt, a string, a class"),
+        (b'["circle", "bar"]', "must hold {class: [prompt, …]}"),
+        (b'{"circle": ["a circle"]}', "has 1 classes ('circle'): a classifier needs at least two"),
+        (b"{}", "has 0 classes ('none'): a classifier needs at least two"),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_named(capsys, drawings, tmp_path, content, says):
+    file = tmp_path / "classes.json"
+    file.write_bytes(content)
+    line = refused(capsys, "evaluate", "--eval_data.a", drawings / "test.csv", "--classes", file)
+    assert f"classes file '{file}'" in line
+    assert says in line
+
+
+def test_a_set_of_a_single_class_is_refused(capsys, drawings, tmp_path):
+    file = tmp_path / "one.csv"
+    file.write_text(f"image,label\n{next(drawings.glob('*.png'))},circle\n")
+    assert "needs at least two" in refused(capsys, "evaluate", "--eval_data.a", file)
+
+
+def test_weights_that_do_not_fit_the_demo_s_model_are_named(capsys, drawings, tmp_path):
+    def says(pretrained: str) -> str:
+        options = (
+            "--eval_data.a",
+            drawings / "test.csv",
+            "--cache",
+            tmp_path / "cache",
+            "--model",
+            "tracer-demo",
+        )
+        return refused(capsys, "evaluate", *options, "--pretrained", pretrained)
+
+    damaged, other = tmp_path / "damaged.safetensors", tmp_path / "other.safetensors"
+    damaged.write_bytes(b"\xff" * 100)
+    save_file({"visual.proj": torch.zeros(2, 2)}, other)
+    assert f"model 'tracer-demo' with weights '{damaged}' cannot be loaded: " in says(str(damaged))
+    line = says(str(other))
+    assert f"model 'tracer-demo' with weights '{other}' cannot be loaded: Error(s) in loading" in line
+    assert len(line) < 500 + len(str(other))
+    assert "tracer-demo has no pretrained tags, and 'openai' is no local file" in says("openai")

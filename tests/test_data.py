@@ -71,6 +71,28 @@ def test_bad_csv_is_named_in_one_line(tmp_path, header, rows, says):
     assert "bad.csv" in str(caught.value)
 
 
+def test_csv_as_excel_writes_it_is_read(drawings, tmp_path):
+    file = tmp_path / "excel.csv"
+    file.write_text(f"image,label\n{next(drawings.glob('*.png'))},größe\n", encoding="utf-8-sig")
+    assert read_index(file).labels == ["größe"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["image,label\na.png,größe\n".encode("latin-1"), b"image,label\na.png," + b"x" * 200_000],
+    ids=["another encoding", "a field past csv's limit"],
+)
+def test_a_file_that_is_no_csv_is_named(tmp_path, content):
+    (tmp_path / "bad.csv").write_bytes(content)
+    with pytest.raises(UserError, match=r"bad.csv' is no CSV in UTF-8: .*save it as one"):
+        read_index(tmp_path / "bad.csv")
+
+
+def test_a_picture_as_data_is_named(drawings):
+    with pytest.raises(UserError, match=r"'.*png' is no CSV in UTF-8"):
+        read_index(next(drawings.glob("*.png")))
+
+
 def test_missing_source_is_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_index(tmp_path / "nothing.csv")

@@ -117,7 +117,15 @@ def test_run_learns_and_goes_on_after_a_cut_as_if_nothing_had_been(tmp_path, tic
         pretrain.fit(config, tiny_corpus())
     assert sorted(p.name for p in config.output.iterdir()) == ["log.jsonl", "resume.pt"]
     assert torch.load(config.output / "resume.pt", weights_only=True)["step"] == 7
-    path = pretrain.fit(config, tiny_corpus())
+    rows = [
+        {"step": step, "seconds": step, "loss": 1.0} for step in (5, 9)
+    ]  # one of them past the checkpoint
+    (config.output / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 1')
+    with pytest.raises(UserError, match=r"resume.pt' was made with --lr 0.001, not 0.5: give the same"):
+        pretrain.fit(dataclasses.replace(config, lr=0.5), tiny_corpus())
+    path = pretrain.fit(dataclasses.replace(config, workers=1, save_every=0.2), tiny_corpus())
+    log = [json.loads(line) for line in (config.output / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [5, 20]
     assert len(calls) == 10 + 30 - 7
     assert sorted(p.name for p in config.output.iterdir()) == ["log.jsonl", "model.safetensors"]
 

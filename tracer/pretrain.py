@@ -8,6 +8,7 @@ machine ends at the same minute with fewer steps; hence a run is not repeatable 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -35,7 +36,8 @@ def pretrain(config: PretrainConfig) -> Path:
     Called again with the same output, a run that was cut off goes on from its last checkpoint.
 
     Raises:
-        UserError: settings that make no sense, packages that cannot be had, an output that is finished.
+        UserError: settings that make no sense or differ from the checkpoint's, packages that cannot be had,
+            an output that is finished.
     """
     config.validate()
     done = config.output / "model.safetensors"
@@ -63,6 +65,7 @@ def fit(config: PretrainConfig, corpus: icons.Corpus) -> Path:
     )
     draw = torch.Generator().manual_seed(config.seed)
     step, elapsed = _resume(config, model, optimizer, draw)
+    _forget(config.output / "log.jsonl", step)
 
     pictures = torch.from_numpy(np.ascontiguousarray(corpus.pictures.transpose(0, 3, 1, 2)))
     labels, captions = torch.from_numpy(corpus.labels), Captions(corpus.captions)
@@ -128,6 +131,7 @@ def _checkpoint(
         "draw": draw.get_state(),
         "step": step,
         "elapsed": elapsed,
+        "settings": _fixed(config),
     }
     with whole_file(config.output / "resume.pt") as part:
         torch.save(state, part)
@@ -136,15 +140,38 @@ def _checkpoint(
 def _resume(
     config: PretrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, draw: torch.Generator
 ) -> tuple[int, float]:
-    """Load the last checkpoint, if there is one; returns the steps and the seconds done."""
+    """Load the last checkpoint, if there is one; returns the steps and the seconds done.
+
+    Raises:
+        UserError: it was made with other settings.
+    """
     path = config.output / "resume.pt"
     if not path.exists():
         return 0, 0.0
     state = torch.load(path, weights_only=True)
+    for name, value in _fixed(config).items():
+        if (before := state["settings"].get(name)) != value:
+            raise UserError(
+                f"'{path}' was made with --{name} {before}, not {value}: give the same, remove it to start "
+                "anew, or choose another --output"
+            )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     draw.set_state(state["draw"])
     return state["step"], state["elapsed"]
+
+
+def _fixed(config: PretrainConfig) -> dict[str, int | float | str]:
+    """The settings that a run cannot change half-way."""
+    free = ("data", "output", "minutes", "save_every", "workers")
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+
+
+def _forget(log: Path, step: int) -> None:
+    """Drop the rows after ``step``, which will be done again, and one that was cut off while written."""
+    rows = log.read_text().splitlines(keepends=True) if log.exists() else []
+    with whole_file(log) as part:
+        part.write_text("".join(r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= step))
 
 
 class Captions:
