@@ -40,7 +40,12 @@ setup(
         "train": TRAIN,
         "dali": ["nvidia-dali-cuda130>=2.4,<3"],
         "dali-cuda12": ["nvidia-dali-cuda120>=1.50"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "pandas>=2",  # these two for open_clip's own training script
+            "webdataset>=0.2.86",
+        ],
         "bench": ["pytest-benchmark>=5", "ema-pytorch>=0.7"],
         "dev": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-tqdm"],
     },
