@@ -19,6 +19,13 @@ What makes it fast, in order of weight:
 * positives are few, so they are lists of positions, not masks;
 * base-2 exponentials (torch's exp goes to MKL: 4 times as slow on the same processors).
 
+The lists of positives are what a few large classes cost: measured at N 4096, D 512 in float32, the
+MPM-NCE loss takes 1/3.9 of the published form's time with 100 classes, 1/1.4 with 5 and 1/0.7, so
+longer, with 2.
+
+A product of bfloat16 features comes out of a CPU's matmul rounded to bfloat16, so logits carry 8 bits
+there, as they do in torch's own operations under autocast; everything after the product is float32.
+
 Layout of the statistics, base-2 logarithms, float32 (float64 for float64 features)::
 
     row_stats [5, N]: log-sum-exp of z, s, t, a over the columns, number of positives
@@ -36,9 +43,6 @@ from torch import Tensor
 
 from . import eager
 
-# Rows of the statistics above; the same for every combination of options.
-STAT_ROWS = 5
-
 # Largest tile. Small enough that the tiles of the four logit matrices stay in the last-level cache,
 # large enough that products and per-operation costs are efficient (see benchmarks/losses.py).
 ROWS, COLS = 512, 1024
@@ -46,7 +50,7 @@ ROWS, COLS = 512, 1024
 # Base-2 bounds around the shared reference c. x − c <= _HIGHEST leaves room in float32 for 2**26 summands
 # and their product with a logit. A sum of 2**(x − c) is exact while it is at least 2**_LOWEST: whatever
 # underflows (below 2**-126) is then less than 2**-40 of it, for any number of columns up to 2**26.
-_HIGHEST, _LOWEST = 88.0, -60.0
+_HIGHEST, _LOWEST, _SUMMANDS = 88.0, -60.0, 26.0
 
 _LOG2E, _LN2 = math.log2(math.e), math.log(2.0)
 
@@ -508,7 +512,10 @@ class _Side:
             logs["z"] = torch.logaddexp2(self["negative"].log2() + shift, self["hit/s"].log2())
             checked["z"] = logs["z"] - shift
         low, high = torch.cat(list(checked.values())).aminmax()
-        self.exact = bool(low >= _LOWEST) and bool(high < math.inf)
+        # A sum whose summands carry a logit as factor overflows before the plain one does.
+        weighted = [x for name, x in self._sums.items() if name.startswith(("kl/", "first/"))]
+        finite = not weighted or bool(torch.cat(weighted).isfinite().all())
+        self.exact = finite and bool(low >= _LOWEST) and bool(high < math.inf)
         for name, log in logs.items():
             self.lse[name] = log + self._references[name]
         if "s" in self.lse:
@@ -630,7 +637,8 @@ class _Slopes:
             used = [name for name in options.matrices if direction in _DIRECTIONS[name]]
             checked = [step[name] for name in used] + [step["z"] + logits.shift]
             low, high = torch.cat(checked).aminmax()
-            self.exact = bool(low > -127.0) and bool(high <= -_LOWEST)
+            # Far below, a slope, which has 1/N as another factor, would be a subnormal number.
+            self.exact = bool(low >= -_HIGHEST - _SUMMANDS) and bool(high <= -_LOWEST)
         self.z = contrastive * step["z"].exp2()
         self.s = relational * step["s"].exp2()
         self.negative = self.s + contrastive * (step["z"] + logits.shift).exp2()

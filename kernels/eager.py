@@ -26,6 +26,9 @@ from torch import Tensor
 
 # The order of the terms in every implementation's vector of terms.
 TERMS = ("contrastive", "relational", "interactive", "cross")
+# How many statistics per row and per column an implementation hands from forward to backward, whatever
+# the options. Which they are is the implementation's own business.
+STAT_ROWS = 5
 
 _PER_MODEL = ("entropy", "confidence", "positive_probability", "accuracy")
 _DIRECTIONS = ("image_to_text", "text_to_image")
@@ -115,10 +118,11 @@ def contrastive_terms(
     if teacher_image is not None and teacher_text is not None and teacher_scale is not None:
         teacher_image, teacher_text = teacher_image.detach(), teacher_text.detach()
         teacher = teacher_scale.detach().to(acc) * (teacher_image @ teacher_text.T).to(acc)
-        a = sigma * (image @ teacher_text.to(image.dtype).T).to(acc)
-        b = sigma * (teacher_image.to(text.dtype) @ text.T).to(acc)
         if enabled[1]:
             terms[1] = 0.5 * (kl(teacher, student, 1) + kl(teacher, student, 0))
+        if enabled[2] or enabled[3]:
+            a = sigma * (image @ teacher_text.to(image.dtype).T).to(acc)
+            b = sigma * (teacher_image.to(text.dtype) @ text.T).to(acc)
         if enabled[2]:
             terms[2] = 0.5 * (
                 cross_entropy(targets(positives, 0.0, 1), a, 1)

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 import triton_interpreter  # noqa: F401  makes the interpreter right, where there is no GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from tracer.kernels import blocked, eager
+from tracer import ops
+from tracer.kernels import blocked, contrastive, eager
 from tracer.ops import contrastive_loss, sampled_diagnostics
 
 # numpy, in the interpreter, warns of lanes that a mask throws away
@@ -167,6 +169,105 @@ def test_a_wide_spread_of_rows_needs_the_exact_walk():
     assert_same("blocked", kwargs, 1e-5)
 
 
+def spy(monkeypatch, name):
+    """Count the calls of a function of ``blocked``."""
+    calls, function = [], getattr(blocked, name)
+    monkeypatch.setattr(blocked, name, lambda *args: calls.append(args) or function(*args))
+    return calls
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_unit_features_at_the_largest_scale_of_clip_need_no_second_walk(monkeypatch):
+    """A peaked teacher, σ' = 100 with equal pairs: the references leave room for weighted sums too."""
+    kwargs = problem(33, 33, classes=0, scale=100.0, dtype=torch.float32)
+    kwargs |= {"teacher_text": kwargs["teacher_image"], "teacher_logit_scale": 100.0, **WEIGHTS}
+    second_walks = spy(monkeypatch, "_maxima")
+    assert_same("blocked", kwargs | {"feature": 0.0, "stats": True}, TOLERANCE[torch.float32])
+    assert not second_walks
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("stats", [False, True])
+def test_weighted_sums_may_overflow_before_plain_ones(stats):
+    """Teacher features of norm 1.25: exponentials near 2**124 add up, times their logits they do not."""
+    kwargs = problem(33, 33, classes=0, scale=10.0, dtype=torch.float32)
+    kwargs["teacher_image"] = kwargs["teacher_text"] = 1.25 * kwargs["image"]
+    kwargs |= {"teacher_logit_scale": 55.0, "relational": 1.0, "cross": 1.0, "stats": stats}
+    output, expected = assert_same("blocked", kwargs, TOLERANCE[torch.float32])
+    for name, value in expected.stats.items():
+        if not name.endswith("effective_temperature"):  # a reciprocal of entropies near 0
+            assert output.stats[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    ("margin", "cosine"),
+    [
+        (2.0, -1.0),  # 288 bits below the positives: the negatives' exponentials are 0 without the margin
+        (1.58, -0.58),  # 228 bits: they are subnormal, with a few bits left
+        (1.45, -0.45),  # 209 bits: of full precision, but their slopes exceed float32
+    ],
+)
+def test_a_large_margin_lifts_negatives_that_were_far_below(margin, cosine):
+    """Two groups of texts, σ = 100. The margin makes negatives and positives about equal."""
+    angle = math.acos(cosine) + torch.linspace(0, 0.01, 12).repeat_interleave(2)
+    angle[::2] = 0.0
+    image = torch.stack([angle.cos(), angle.sin(), *[torch.zeros(24)] * 6], 1).to(DEVICE)
+    y = (torch.arange(24) % 2).to(DEVICE)
+    scale = torch.tensor(100.0, device=DEVICE)
+    kwargs = {
+        "image": image,
+        "text": image.flip(0),
+        "logit_scale": scale,
+        "labels": y,
+        "text_labels": y.flip(0),
+    }
+    output, _ = assert_same("blocked", kwargs | {"margin": margin}, 2e-5)
+    assert output.loss > 0.5
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("cosine", [-0.3, -0.4, -0.45, -0.5, -0.55, -0.6])
+def test_a_row_whose_exponentials_are_nearly_or_all_zero(cosine):
+    """One image far from every text at σ = 100: its sum falls through the subnormal numbers to 0."""
+    generator = torch.Generator().manual_seed(0)
+    near = F.normalize(torch.eye(8)[0] + 0.05 * torch.randn(24, 8, generator=generator), dim=1).to(DEVICE)
+    image, text = near.clone(), near.flip(0)
+    image[5] = torch.tensor([cosine, math.sqrt(1 - cosine**2), *[0.0] * 6])
+    assert_same(
+        "blocked", {"image": image, "text": text, "logit_scale": torch.tensor(100.0, device=DEVICE)}, 2e-5
+    )
+
+
+def test_half_precision_keeps_small_slopes():
+    """N 2048: a float16 slope 1/N² of a negative would have two bits, or none.
+
+    The gradient is compared where those slopes are all there is of it: without its largest part, the
+    positives'.
+    """
+    n = 2048
+    kwargs = without_teacher(problem(n, n, d=8, classes=0, scale=10.0, dtype=torch.float16))
+    _, got = loss_and_gradients("blocked", kwargs)
+    _, expected = loss_and_gradients("eager", in_float64(kwargs))
+    for a, b in zip(got, expected, strict=True):
+        assert (a.double() - b).norm() < 1e-3 * b.norm()
+
+
+@pytest.mark.parametrize("impl", ALL_IMPLS)
+def test_no_gradient_reaches_the_teacher(impl):
+    kwargs = problem(9, 11, dtype=torch.float32) | OPTIONS["all"]
+    image = kwargs["image"].clone().requires_grad_()
+    teacher = {name: kwargs[name].clone().requires_grad_() for name in ("teacher_image", "teacher_text")}
+    teacher["teacher_logit_scale"] = torch.tensor(20.0, device=DEVICE, requires_grad=True)
+    output = contrastive_loss(**(kwargs | teacher | {"image": image}), impl=impl)
+    for value in (output.loss, *output.terms.values()):
+        gradients = torch.autograd.grad(
+            value, [image, *teacher.values()], allow_unused=True, retain_graph=True
+        )
+        assert gradients[0] is not None
+        assert gradients[1:] == (None, None, None)
+
+
 @pytest.mark.parametrize("impl", ALL_IMPLS)
 @pytest.mark.parametrize("term", [*eager.TERMS, "feature"])
 def test_gradient_of_a_single_term(impl, term):
@@ -282,8 +383,10 @@ def test_teacher_scale_defaults_to_the_students():
 
 
 def test_two_runs_agree_bit_for_bit():
+    """On a GPU the tiled walk's index_add_ adds in any order; its kernels do not."""
+    impl = "triton" if DEVICE == "cuda" else "blocked"
     kwargs = problem(70, 90, dtype=torch.float32) | OPTIONS["all"]
-    first, second = (loss_and_gradients("blocked", kwargs) for _ in range(2))
+    first, second = (loss_and_gradients(impl, kwargs) for _ in range(2))
     assert first[0].loss == second[0].loss
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
@@ -339,15 +442,74 @@ def test_compiles_without_graph_breaks(impl):
     torch.testing.assert_close(got, expected)
 
 
-def test_operators_pass_torchs_own_checks():
-    kwargs = problem(9, 11, dtype=torch.float32)
-    args = [kwargs[name] for name in ("image", "text", "logit_scale")]
-    args[0] = args[0].clone().requires_grad_()
-    rest = (kwargs["labels"], kwargs["text_labels"], kwargs["teacher_image"], kwargs["teacher_text"])
+@pytest.mark.parametrize("impl", ["blocked", "triton"])
+@pytest.mark.parametrize(
+    ("dtype", "labelled", "has_teacher"),
+    [
+        (torch.float32, True, True),
+        (torch.float32, False, False),  # every optional tensor is None
+        (torch.bfloat16, True, True),
+    ],
+    ids=["labels and teacher", "nothing optional", "bfloat16"],
+)
+def test_operators_pass_torchs_own_checks(impl, dtype, labelled, has_teacher):
+    """Schema, fake kernel and autograd registration, of backward too: what torch.compile relies on."""
+    kwargs = problem(9, 9, classes=3, dtype=dtype)
+    tensors = [kwargs[name] for name in ("image", "text", "logit_scale")]
+    tensors += [kwargs[name] if labelled else None for name in ("labels", "text_labels")]
+    tensors += [kwargs[name] if has_teacher else None for name in ("teacher_image", "teacher_text")]
+    tensors += [torch.tensor(20.0, device=DEVICE) if has_teacher else None]
+    enabled = [True, *[has_teacher] * 3]
+    leaves = [x.clone().requires_grad_() for x in tensors[:3]]
     torch.library.opcheck(
-        torch.ops.tracer.contrastive_loss,
-        ("blocked", *args, *rest, torch.tensor(20.0), 0.1, 0.1, [True] * 4, True),
+        torch.ops.tracer.contrastive_loss, (impl, *leaves, *tensors[3:], 0.1, 0.1, enabled, True)
     )
+    terms, rows, cols, _ = torch.ops.tracer.contrastive_loss(impl, *tensors, 0.1, 0.1, enabled, False)
+    for needs in ([True, True, True], [False, True, False]):
+        torch.library.opcheck(
+            torch.ops.tracer.contrastive_loss_backward,
+            (impl, torch.ones_like(terms), *tensors, rows, cols, 0.1, 0.1, enabled, needs),
+        )
+
+
+@pytest.mark.parametrize("impl", ["blocked", "triton"])
+def test_upstream_gradient_may_have_any_strides(impl):
+    """The gradient of a plain sum of the terms is one number seen four times."""
+    kwargs = problem(9, 11, dtype=torch.float32)
+    tensors = [kwargs[name] for name in ("image", "text", "logit_scale", "labels", "text_labels")]
+    tensors += [kwargs["teacher_image"], kwargs["teacher_text"], torch.tensor(20.0, device=DEVICE)]
+    leaf = tensors[0] = tensors[0].clone().requires_grad_()
+    terms = torch.ops.tracer.contrastive_loss(impl, *tensors, 0.1, 0.1, [True] * 4, False)[0]
+    (got,) = torch.autograd.grad(terms.sum(), leaf, retain_graph=True)
+    (expected,) = torch.autograd.grad(terms @ torch.ones_like(terms), leaf)
+    torch.testing.assert_close(got, expected)
+
+
+def test_auto_on_a_gpu_takes_the_kernels_for_the_widths_they_can_take():
+    """Seen through tensors that only pretend to be on a GPU, so that it is checked without one."""
+    with FakeTensorMode():
+        for width, impl in ((16, "triton"), (12, "blocked")):
+            x = torch.empty(300, width, device="cuda")
+            assert ops._resolve("auto", x, x) == impl
+
+
+def test_implementations_keep_the_same_number_of_statistics():
+    kwargs = problem(9, 11, dtype=torch.float32)
+    tensors = [kwargs[name] for name in ("image", "text", "logit_scale", "labels", "text_labels")]
+    for module in (blocked, contrastive):
+        _, rows, cols, _ = module.forward(*tensors, *[None] * 3, 0.0, 0.0, (True, False, False, False), False)
+        assert rows.shape == (eager.STAT_ROWS, 9)
+        assert cols.shape == (eager.STAT_ROWS, 11)
+
+
+@pytest.mark.parametrize("impl", ["auto", "eager", "blocked"])
+def test_a_device_without_autocast(impl):
+    """Shapes alone, on the meta device."""
+    x = torch.empty(300, 16, device="meta", requires_grad=True)
+    output = contrastive_loss(x, x, 10.0, impl=impl)
+    output.loss.backward()
+    assert output.loss.shape == ()
+    assert x.grad.shape == x.shape
 
 
 @pytest.mark.parametrize("impl", ["eager", "blocked"])
@@ -474,6 +636,10 @@ REFUSALS = {
         {"impl": "triton"},
         "'triton' cannot take torch.float64 features; use impl blocked, eager",
     ),
+    "triton's width": (
+        {"impl": "triton", "image": torch.zeros(9, 12), "text": torch.zeros(9, 12)},
+        "'triton' needs D to be a multiple of 8, got D = 12; use impl='blocked'",
+    ),
     "integers": (
         {"image": torch.zeros(9, 16).long(), "text": torch.zeros(9, 16).long()},
         "cast the features",
@@ -488,6 +654,17 @@ def test_refusals(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         contrastive_loss(**(kwargs | change))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["image", "text"])
+def test_integers_are_refused_under_autocast_too(name):
+    kwargs = without_teacher(problem(9, 9, dtype=torch.float32, classes=0))
+    kwargs[name] = kwargs[name].long()
+    with (
+        torch.autocast(DEVICE, dtype=torch.bfloat16),
+        pytest.raises(ValueError, match=f"{name} must be floating point, got torch.int64; cast the features"),
+    ):
+        contrastive_loss(**kwargs)
 
 
 def test_process_group_is_refused_by_name():

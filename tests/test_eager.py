@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from tracer.kernels import eager
 
@@ -121,6 +122,23 @@ def test_identical_teacher_costs_nothing():
     assert abs(terms[1]) < 1e-14
     assert abs(terms[3]) < 1e-14
     assert terms[2] == terms[0]
+
+
+@pytest.mark.parametrize(
+    ("enabled", "products"),
+    [
+        ((True, False, False, False), 2),  # s and, for the diagnostics, t
+        ((True, True, False, False), 2),
+        ((True, False, True, False), 4),  # a and b as well
+        ((True, False, False, True), 4),
+    ],
+)
+def test_only_needed_products_are_taken(enabled, products):
+    u, v, tu, tv = features(6, 9)
+    sigma, y, y_text = torch.tensor(3.0, dtype=torch.float64), torch.arange(6) % 3, torch.arange(9) % 3
+    with FlopCounterMode(display=False) as counter:
+        eager.contrastive_terms(u, v, sigma, y, y_text, tu, tv, sigma, enabled=enabled)
+    assert counter.get_total_flops() == products * 2 * 6 * 9 * 8
 
 
 def test_gradients_of_the_definition():

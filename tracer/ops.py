@@ -6,8 +6,9 @@ moving average. ``impl`` of the loss is one of
 * ``"triton"``  GPU kernels (``kernels/contrastive.py``): no N×M buffer, forward or backward;
 * ``"blocked"`` the same walk in torch operations (``kernels/blocked.py``): CPU and any other device;
 * ``"eager"``   the definition (``kernels/eager.py``): any dtype, N×M matrices in memory;
-* ``"auto"``    ``triton`` for CUDA/ROCm tensors, ``blocked`` for everything else; ``eager`` where a
-  whole matrix has no more entries than a small tile, so that tiling could only add to the work.
+* ``"auto"``    ``triton`` for CUDA/ROCm tensors with D a multiple of 8, ``blocked`` for everything else;
+  ``eager`` instead of ``blocked`` where a whole matrix has no more entries than a small tile (256×256),
+  so that tiling could only add to the work.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib
 import math
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -34,8 +36,8 @@ _DTYPES = {
 # Up to this many entries of the logit matrix (256 x 256, 256 KiB in float32) the definition is as fast as
 # the tiled walk on a CPU or faster, and its memory is as bounded.
 _SMALL = 2**16
-# Rows of the statistics that an implementation keeps for backward, whatever the options.
-_STATISTICS = 5
+# The GPU kernels read features 16 bytes at a time.
+_TRITON_WIDTH = 8
 
 
 class ContrastiveOutput(NamedTuple):
@@ -72,7 +74,9 @@ def contrastive_loss(
     impl: str = "auto",
     stats: bool = False,
 ) -> ContrastiveOutput:
-    """Multi-positive contrastive loss with optional margin and distillation, never an N×M matrix.
+    """Multi-positive contrastive loss with optional margin and distillation.
+
+    No N×M matrix beyond 256×256 entries is stored, unless ``impl="eager"`` asks for it.
 
     loss = contrastive + relational·CRD + interactive·ICL + cross·XKD + feature·FD, the terms being
     defined in ``kernels/eager.py`` (TRACER, arXiv 2605.29380; MPM-NCE, arXiv 2408.05749) and
@@ -81,7 +85,8 @@ def contrastive_loss(
     Args:
         image: student image features u, [N, D], L2-normalised; float32, bfloat16 or float16
             (float64 with ``impl="blocked"`` and ``"eager"``). Under autocast the products are taken in
-            the autocast dtype. Statistics are float32 always (float64 for float64 features).
+            the autocast dtype. Statistics are float32 always (float64 for float64 features). On a CPU
+            the logits of bfloat16 features carry 8 bits, as in autocast; on a GPU they are float32.
         text: student text features v, [M, D].
         logit_scale: σ, already exponentiated; a float or a tensor of one element.
         labels: y of the image rows, [N] integers; without labels row i and column i belong together.
@@ -98,7 +103,8 @@ def contrastive_loss(
 
     Returns:
         :class:`ContrastiveOutput`. ``loss`` and each of ``terms`` can be differentiated once, with
-        respect to ``image``, ``text`` and ``logit_scale``; ``impl="eager"`` any number of times.
+        respect to ``image``, ``text`` and ``logit_scale``; ``impl="eager"`` any number of times and
+        in forward mode. ``"auto"`` allows that only where it picks ``eager``: ask for it by name.
         The loss is NaN where a feature is NaN or infinite or a row or column has no positive.
 
     Raises:
@@ -121,7 +127,7 @@ def contrastive_loss(
 
     # The kernels see one dtype: autocast's if it is on, else the student's.
     dtype = image.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(image.device.type):
+    if dtype != torch.float64 and _autocast_is_on(image):
         dtype = torch.get_autocast_dtype(image.device.type)
     image, text = image.to(dtype), text.to(dtype)
     enabled = [True, relational > 0, interactive > 0, cross > 0]
@@ -259,6 +265,10 @@ def _check_features(image: Tensor, text: Tensor) -> None:
             raise ValueError(f"contrastive_loss: {name} must be [rows, D], got shape {tuple(x.shape)}")
         if x.shape[0] == 0 or x.shape[1] == 0:
             raise ValueError(f"contrastive_loss: {name} is empty {tuple(x.shape)}; skip empty batches")
+        if not x.dtype.is_floating_point:
+            raise ValueError(
+                f"contrastive_loss: {name} must be floating point, got {x.dtype}; cast the features to float32"
+            )
     if image.shape[1] != text.shape[1]:
         raise ValueError(
             f"contrastive_loss: image has D = {image.shape[1]} but text has D = {text.shape[1]}; "
@@ -268,10 +278,15 @@ def _check_features(image: Tensor, text: Tensor) -> None:
         raise ValueError(
             f"contrastive_loss: image is on {image.device} but text on {text.device}; move both to one device"
         )
-    if image.dtype != text.dtype and not torch.is_autocast_enabled(image.device.type):
+    if image.dtype != text.dtype and not _autocast_is_on(image):
         raise ValueError(
             f"contrastive_loss: image is {image.dtype} but text {text.dtype}; cast both to one dtype"
         )
+
+
+def _autocast_is_on(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _check_labels(
@@ -354,7 +369,7 @@ def _resolve(impl: str, image: Tensor, text: Tensor) -> str:
     """The implementation to use, once it is known that it can take these features."""
     on_gpu = image.device.type == "cuda"
     if impl == "auto":
-        if on_gpu and image.dtype in _DTYPES["triton"]:
+        if on_gpu and image.dtype in _DTYPES["triton"] and image.shape[1] % _TRITON_WIDTH == 0:
             impl = "triton"
         else:
             impl = "eager" if len(image) * len(text) <= _SMALL else "blocked"
@@ -362,6 +377,11 @@ def _resolve(impl: str, image: Tensor, text: Tensor) -> str:
         able = ", ".join(name for name, dtypes in _DTYPES.items() if image.dtype in dtypes)
         remedy = f"use impl {able}" if able else "cast the features to float32"
         raise ValueError(f"contrastive_loss: impl {impl!r} cannot take {image.dtype} features; {remedy}")
+    if impl == "triton" and image.shape[1] % _TRITON_WIDTH:
+        raise ValueError(
+            f"contrastive_loss: impl 'triton' needs D to be a multiple of {_TRITON_WIDTH}, got "
+            f"D = {image.shape[1]}; use impl='blocked' or 'auto', or pad the features with zeros"
+        )
     if impl == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"contrastive_loss: impl 'triton' needs a GPU but the features are on {image.device}; "
@@ -450,6 +470,11 @@ def _implementation(impl: str) -> ModuleType:
     return importlib.import_module(f"tracer.kernels.{name}")
 
 
+def _without_autocast(kind: str) -> AbstractContextManager[None]:
+    """Autocast off on this kind of device, where it exists at all."""
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 @torch.library.custom_op("tracer::contrastive_loss", mutates_args=())
 def _contrastive(
     impl: str,
@@ -467,7 +492,7 @@ def _contrastive(
     stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(terms [4], row statistics [5, N], column statistics [5, M], diagnostics)."""
-    with torch.autocast(image.device.type, enabled=False):
+    with _without_autocast(image.device.type):
         return _implementation(impl).forward(
             image,
             text,
@@ -493,8 +518,8 @@ def _(
     names = eager.stat_names(teacher_image is not None) if stats else ()
     return (
         image.new_empty(len(eager.TERMS), dtype=dtype),
-        image.new_empty(_STATISTICS, image.shape[0], dtype=dtype),
-        image.new_empty(_STATISTICS, text.shape[0], dtype=dtype),
+        image.new_empty(eager.STAT_ROWS, image.shape[0], dtype=dtype),
+        image.new_empty(eager.STAT_ROWS, text.shape[0], dtype=dtype),
         image.new_empty(len(names), dtype=dtype),
     )
 
@@ -519,7 +544,7 @@ def _contrastive_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of those of (image, text, scale) that are asked for, in that order."""
-    with torch.autocast(image.device.type, enabled=False):
+    with _without_autocast(image.device.type):
         grads = _implementation(impl).backward(
             grad_terms,
             image,
