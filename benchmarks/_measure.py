@@ -4,7 +4,7 @@
 * Warm-up calls are made, and thrown away, before the first timed one.
 * Memory is the highest resident set during a call beyond what was resident before it, taken in a fresh
   process by resetting the kernel's high-water mark, after a small call has loaded every library.
-* ``Checked.require`` refuses to go on, and so to print any speed, when results disagree.
+* ``require_close`` refuses to go on, and so to print any speed, when results disagree.
 """
 
 from __future__ import annotations

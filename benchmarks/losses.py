@@ -62,9 +62,12 @@ class Problem:
         image, text, scale = self.student
         return published.tracer_loss(image, text, scale, *self.teacher, **WEIGHTS)  # type: ignore[arg-type]
 
-    def published_mpm_nce(self) -> Tensor:
+    def mpm_nce(self, labels: Tensor) -> dict[str, Callable[[], Tensor]]:
         image, text, scale = self.student
-        return published.mpm_nce_loss(image, text, scale, self.labels, MARGIN, SMOOTHING)
+        return {
+            "ours": self.ours(labels=labels, margin=MARGIN, smoothing=SMOOTHING),
+            "published": partial(published.mpm_nce_loss, image, text, scale, labels, MARGIN, SMOOTHING),
+        }
 
     def competitors(self, case: str) -> dict[str, Callable[[], Tensor]]:
         """Losses that must agree; the first is ours, the last the one to compare with."""
@@ -74,20 +77,24 @@ class Problem:
                 "published": self.published_tracer,
             }
         if case == "mpm-nce":
-            return {
-                "ours": self.ours(labels=self.labels, margin=MARGIN, smoothing=SMOOTHING),
-                "published": self.published_mpm_nce,
-            }
+            return self.mpm_nce(self.labels)
+        if case == "mpm-nce-2":
+            return self.mpm_nce(self.labels % 2)
         return {"ours": self.ours(), "open_clip": partial(open_clip.loss.ClipLoss(), *self.student)}
 
     def step(self, loss: Callable[[], Tensor], precision: str) -> list[Tensor]:
-        """Loss and gradients of the features."""
+        """Loss and gradients of features and scale."""
         with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=precision == "bf16"):
             value = loss()
-        return [value.detach(), *torch.autograd.grad(value, self.student[:2])]
+        return [value.detach(), *torch.autograd.grad(value, self.student)]
 
 
-CASES = {"full": "whole objective", "mpm-nce": "MPM-NCE, 100 classes", "clip": "CLIP loss"}
+CASES = {
+    "full": "whole objective",
+    "mpm-nce": "MPM-NCE, 100 classes",
+    "mpm-nce-2": "MPM-NCE, 2 classes",  # half of all pairs positive: the worst case of lists of positives
+    "clip": "CLIP loss",
+}
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -102,7 +109,7 @@ def memory_call(case: str, who: str, precision: str, pairs: int, width: int) -> 
 def check(problem: Problem, case: str, precision: str) -> None:
     (ours, loss), (other, reference) = problem.competitors(case).items()
     for what, got, expected in zip(
-        ("loss", "image gradient", "text gradient"),
+        ("loss", "image gradient", "text gradient", "scale gradient"),
         problem.step(loss, precision),
         problem.step(reference, precision),
         strict=True,
