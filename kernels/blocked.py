@@ -19,9 +19,8 @@ What makes it fast, in order of weight:
 * positives are few, so they are lists of positions, not masks;
 * base-2 exponentials (torch's exp goes to MKL: 4 times as slow on the same processors).
 
-The lists of positives are what a few large classes cost: measured at N 4096, D 512 in float32, the
-MPM-NCE loss takes 1/3.9 of the published form's time with 100 classes, 1/1.4 with 5 and 1/0.7, so
-longer, with 2.
+The lists of positives fall short where classes are few and large: of the definition's speed (``eager.py``)
+the MPM-NCE loss has 3.9 times with 100 classes, 1.38 times with 5 and 0.69 times, so less, with 2.
 
 A product of bfloat16 features comes out of a CPU's matmul rounded to bfloat16, so logits carry 8 bits
 there, as they do in torch's own operations under autocast; everything after the product is float32.

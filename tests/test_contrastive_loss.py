@@ -240,11 +240,7 @@ def test_a_row_whose_exponentials_are_nearly_or_all_zero(cosine):
 
 
 def test_half_precision_keeps_small_slopes():
-    """N 2048: a float16 slope 1/N² of a negative would have two bits, or none.
-
-    The gradient is compared where those slopes are all there is of it: without its largest part, the
-    positives'.
-    """
+    """N 2048: in float16 the slope of a negative, about 1/N², would have two bits, or none."""
     n = 2048
     kwargs = without_teacher(problem(n, n, d=8, classes=0, scale=10.0, dtype=torch.float16))
     _, got = loss_and_gradients("blocked", kwargs)
