@@ -197,6 +197,10 @@ def test_weighted_sums_may_overflow_before_plain_ones(stats):
     for name, value in expected.stats.items():
         if not name.endswith("effective_temperature"):  # a reciprocal of entropies near 0
             assert output.stats[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-4), name
+    _, gradients = loss_and_gradients("blocked", kwargs)
+    _, small = loss_and_gradients("blocked", kwargs, upstream=2.0**-12)  # no factor is subnormal
+    for got, expected in zip(small, gradients, strict=True):
+        torch.testing.assert_close(2.0**12 * got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -265,6 +269,12 @@ def test_no_gradient_reaches_the_teacher(impl):
 
 
 @pytest.mark.parametrize("impl", ALL_IMPLS)
+def test_scale_zero(impl):
+    """All logits equal: the scale still has a gradient, Σ ∂L/∂s u·v."""
+    assert_same(impl, problem(13, 17, scale=0.0, dtype=torch.float32) | OPTIONS["all"], 1e-5)
+
+
+@pytest.mark.parametrize("impl", ALL_IMPLS)
 @pytest.mark.parametrize("term", [*eager.TERMS, "feature"])
 def test_gradient_of_a_single_term(impl, term):
     """Terms can be differentiated one by one, whatever their weights."""
@@ -308,6 +318,19 @@ def test_stats(impl, has_teacher):
         math.log(45) / entropy
     )
     assert not contrastive_loss(**(kwargs | {"stats": False}), impl=impl).stats
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("impl", ALL_IMPLS)
+def test_a_tie_is_decided_for_the_first(impl):
+    """Twenty copies of every image and text, over many tiles; only the first copies belong together."""
+    x = torch.eye(8, device=DEVICE).repeat(20, 1)
+    y = torch.arange(160, device=DEVICE) % 8
+    y_text = torch.where(torch.arange(160, device=DEVICE) < 8, y, (y + 1) % 8)
+    student = contrastive_loss(x, x, 5.0, labels=y, text_labels=y_text, stats=True, impl=impl).stats
+    assert student["student/image_to_text/accuracy"].item() == pytest.approx(1)
+    student = contrastive_loss(x, x, 5.0, labels=y_text, text_labels=y, stats=True, impl=impl).stats
+    assert student["student/text_to_image/accuracy"].item() == pytest.approx(1)
 
 
 def test_sampled_diagnostics():
