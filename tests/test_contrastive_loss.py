@@ -243,6 +243,19 @@ def test_a_row_whose_exponentials_are_nearly_or_all_zero(cosine):
     )
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("impl", ["blocked", "triton"])
+def test_nothing_outside_the_matrix_counts(impl):
+    """Every logit near -20000 and ragged tiles: whatever fills their edges must lie lower still."""
+    kwargs = without_teacher(problem(13, 17, dtype=torch.float32, scale=2e4))
+    offset = torch.eye(16, device=DEVICE)[0]
+    kwargs["image"] = F.normalize(offset + 1e-3 * kwargs["image"], dim=1)
+    kwargs["text"] = -F.normalize(offset + 1e-3 * kwargs["text"], dim=1)
+    assert contrastive_loss(**kwargs, impl=impl).loss.item() == pytest.approx(
+        contrastive_loss(**in_float64(kwargs), impl="eager").loss.item(), rel=5e-3
+    )
+
+
 def test_half_precision_keeps_small_slopes():
     """N 2048: in float16 the slope of a negative, about 1/N², would have two bits, or none."""
     n = 2048
