@@ -224,3 +224,19 @@ def test_weights_that_do_not_fit_the_demo_s_model_are_named(capsys, drawings, tm
     assert f"model 'tracer-demo' with weights '{other}' cannot be loaded: Error(s) in loading" in line
     assert len(line) < 500 + len(str(other))
     assert "tracer-demo has no pretrained tags, and 'openai' is no local file" in says("openai")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"{", "is no JSON in UTF-8"),
+        (b"\x89PNG\r\n", "is no JSON in UTF-8"),
+        (b"{}", "must hold embed_dim, vision_cfg and text_cfg"),
+    ],
+)
+def test_a_model_config_that_cannot_be_used_is_named(capsys, drawings, tmp_path, content, says):
+    file = tmp_path / "broken-model.json"
+    file.write_bytes(content)
+    options = ("--eval_data.a", drawings / "test.csv", "--cache", tmp_path / "cache", "--pretrained", "null")
+    line = refused(capsys, "evaluate", *options, "--model", file)
+    assert f"model config '{file}' {says}" in line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import re
@@ -128,6 +129,12 @@ def _register(path: Path) -> str:
     """Make open_clip know the model config in a JSON file; its name is the file's."""
     if not path.is_file():
         raise UserError(f"model config '{path}' does not exist: check --model")
+    try:  # before open_clip does: a broken file that it knows, it reads again for every other one
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # what JSON and UTF-8 both raise
+        raise UserError(f"model config '{path}' is no JSON in UTF-8: {error}: check --model") from error
+    if not isinstance(settings, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= settings.keys():
+        raise UserError(f"model config '{path}' must hold embed_dim, vision_cfg and text_cfg: check --model")
     open_clip.add_model_config(path)
     return path.stem
 

@@ -150,7 +150,7 @@ def _resume(
         return 0, 0.0
     state = torch.load(path, weights_only=True)
     for name, value in _fixed(config).items():
-        if (before := state["settings"].get(name)) != value:
+        if (before := state.get("settings", {}).get(name)) != value:
             raise UserError(
                 f"'{path}' was made with --{name} {before}, not {value}: give the same, remove it to start "
                 "anew, or choose another --output"
