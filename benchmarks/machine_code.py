@@ -7,7 +7,9 @@ their launches are compiled for the named architecture instead of being started,
 would run. Per kernel: registers per thread, bytes spilled to memory (must be 0), shared memory, tensor-core
 instructions, and how many warps of it a multiprocessor holds at once by registers and shared memory.
 
-``--quick`` leaves out the variants with fewer options, which need fewer registers. ``--variants`` prints how
+``--quick`` leaves out the variants with fewer options and those whose width is no multiple of a block, compiles
+the combine kernel once per architecture, kind and number of products, and float32 products, exact or in TF32,
+only where their tile is not one that the same kernel has in sm_90's column. ``--variants`` prints how
 many compiled variants of each kernel a run needs whose sizes, margin, smoothing, scales and temperature
 change. AMD's scalar registers may be parked in lanes of vector registers; that is no memory traffic and not
 counted as a spill.
@@ -68,9 +70,10 @@ class Case:
     arch: str
     kernel: str
     many: bool  # more than one product per tile
-    bits: int
+    bits: int  # of an operand: 16, TF32's 19, or 32
     tile: Tile
     options: bool  # labels, margin and smoothing
+    width: int = 512  # D
 
 
 @dataclass(frozen=True)
@@ -103,41 +106,48 @@ class _Driver:
 
 
 @contextmanager
-def compiling(arch: str) -> Iterator[list[tuple[Any, Any]]]:
-    """Within, the loss's launchers compile for ``arch``; yields the list of (kernel, compiled kernel)."""
+def compiling(arch: str, precision: str = "ieee", skip: Any = None) -> Iterator[list[tuple[Any, Any]]]:
+    """Within, the loss's launchers compile for ``arch``, except the kernel to ``skip``; yields the list of
+    (kernel, compiled kernel).
+    """
     compiled: list[tuple[Any, Any]] = []
 
     def launch(kernel: Any, grid: Any, args: Any, tile: Tile, **constants: Any) -> None:
+        if kernel is skip:
+            return
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         compiled.append((kernel, kernel.run(*args, grid=grid, warmup=True, **constants, **options)))
 
-    kept = contrastive._launch, contrastive.require_device, driver._active
+    matmul = torch.backends.cuda.matmul
+    kept = contrastive._launch, contrastive.require_device, driver._active, matmul.fp32_precision
     contrastive._launch, contrastive.require_device = launch, lambda tensor: None
+    matmul.fp32_precision = precision
     driver.set_active(_Driver(TARGETS[arch]))  # type: ignore[arg-type]
     try:
         yield compiled
     finally:
         contrastive._launch, contrastive.require_device = kept[:2]
-        driver._active = kept[2]
+        driver._active, matmul.fp32_precision = kept[2:]
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _arguments(case: Case, N: int = 1024, D: int = 512) -> Any:
-    feature = _empty(N, D, dtype=torch.bfloat16 if case.bits == 16 else torch.float32)
+def _arguments(case: Case, N: int = 1024) -> Any:
+    feature = _empty(N, case.width, dtype=torch.bfloat16 if case.bits == 16 else torch.float32)
     y = _empty(N, dtype=torch.int64) if case.options else None
     teacher = (feature, feature, _empty()) if case.many else (None, None, None)
     return feature, feature, _empty(), y, y, *teacher
 
 
-def compile_case(case: Case) -> list[Report]:
-    """Compile one case and read the machine code."""
+def compile_case(case: Case, combine: bool = True) -> list[Report]:
+    """Compile one case, of the forward kinds with the combine kernel or without, and read the machine code."""
     margin = smoothing = 0.05 if case.options else 0.0
     enabled = FULL if case.many else CLIP
     arguments = _arguments(case)
-    with compiling(case.arch) as compiled:
+    skip = None if combine else contrastive._combine_kernel
+    with compiling(case.arch, "tf32" if case.bits == 19 else "ieee", skip) as compiled:
         if case.kernel == "backward":
             stats = _empty(contrastive.STAT_ROWS, 1024)
             needs = (True, True, True)
@@ -193,23 +203,40 @@ def _disassemble(cubin: bytes) -> tuple[int, int, str]:
 
 
 def shipped(architectures: list[str], quick: bool) -> list[Case]:
-    """Every entry of the tables of the named architectures, with all options and, unless quick, without."""
-    return [
-        Case(arch, kernel, many, bits, tile, options)
+    """Every entry of the tables of the named architectures: with all options and, unless quick, without, and
+    with a width that no block divides.
+    """
+    variants = ((True, 512),) if quick else ((True, 512), (False, 512), (True, 520))
+    cases = [
+        Case(arch, kernel, many, bits, tile, options, width)
         for arch in architectures
         for (kernel, many, bits), tiles in _config.TABLES[arch].items()
         for tile in tiles
-        for options in ((True,) if quick else (True, False))
+        for options, width in variants
     ]
+    if not quick:
+        return cases
+
+    def known(case: Case) -> bool:
+        """Whether sm_90 compiles the same in float32."""
+        entry = _config.TABLES["sm_90"].get((case.kernel, case.many, case.bits), ())
+        return case.bits != 16 and case.arch != "sm_90" and case.tile in entry
+
+    return [case for case in cases if not known(case)]
 
 
 def reports(architectures: list[str], quick: bool = False) -> list[Report]:
     """Compile in as many processes as there are processors; the slowest kinds first."""
-    cases = sorted(shipped(architectures, quick), key=lambda c: (c.many, c.kernel == "forward with stats"))[
-        ::-1
-    ]
+    cases = sorted(shipped(architectures, quick), key=lambda c: (c.many, c.kernel == "forward with stats"))
+    cases.reverse()
+    seen: set[tuple[str, str, bool]] = set()
+    combine = []
+    for case in cases:  # what the combine kernel computes depends on these, beside the tile's sides
+        key = case.arch, case.kernel, case.many
+        combine.append(not quick or key not in seen)
+        seen.add(key)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        return [report for found in pool.map(compile_case, cases) for report in found]
+        return [report for found in pool.map(compile_case, cases, combine) for report in found]
 
 
 def variants() -> dict[str, int]:

@@ -13,10 +13,10 @@ gains nothing: 256×256 at D 512 is 4·2·256²·512 = 0.27 GFLOP, a microsecond
 less than the launch.
 
 **Large batches.** A rectangle of r×c tiles makes one program; programs make a grid of about √P × √P, so
-partial statistics are √P × (N + M), not N²/tile. Of all grids of at most two programs per place
-(multiprocessor × programs resident on it), the one with the shortest last finisher is taken,
-⌈programs / places⌉ · r · c tiles; among equals the one with the fewest partials. N = 4096 with 64×64
-tiles on 132 places: 4096 tiles, rectangles of 4×8, 128 programs, 97 % busy.
+partial statistics are √P × (N + M), not N²/tile. Of all grids of at most two programs per place, a
+multiprocessor, the one with the shortest last finisher is taken, ⌈programs / places⌉ · r · c tiles;
+among equals the one with the fewest partials. N = 4096 with 64×64 tiles on 132 places: 4096 tiles,
+rectangles of 8×4, 128 programs, 97 % busy.
 
 **Wide features.** D is the inner loop only: registers and scratch do not depend on it, and operand
 traffic per product does not either. A visit of an n×m tile reads 2(n+m)·D operands for 4·n·m·D
@@ -55,24 +55,26 @@ COMBINE = Tile(64, 0, 0, 2, 1)
 # Columns whose parked statistics a program of the forward kernel merges at a time.
 MERGE = 128
 
+Tiles = dict[str, tuple[Tile, ...]]
 Table = dict[tuple[str, bool, int], tuple[Tile, ...]]
 
 
-def _table(tiles_16: dict[str, tuple[Tile, ...]], tiles_32: dict[str, tuple[Tile, ...]]) -> Table:
-    """(kernel, more than one product?, bits of the operands) → tiles, large to small."""
+def _table(tiles_16: Tiles, tiles_19: Tiles, tiles_32: Tiles) -> Table:
+    """(kernel, more than one product?, bits of an operand as ``_bits`` counts) → tiles, large to small."""
     return {
         (kernel.removesuffix(", one product"), "one product" not in kernel, bits): tiles
-        for bits, table in ((16, tiles_16), (32, tiles_32))
+        for bits, table in ((16, tiles_16), (19, tiles_19), (32, tiles_32))
         for kernel, tiles in table.items()
     }
 
 
-def _everywhere(*tiles: Tile) -> dict[str, tuple[Tile, ...]]:
+def _everywhere(*tiles: Tile) -> Tiles:
     kernels = ("forward", "forward with stats", "backward")
     return {name: tiles for kernel in kernels for name in (kernel, f"{kernel}, one product")}
 
 
-# Float32 products are exact (FFMA on NVIDIA), so these kernels are bound by arithmetic whatever the tile.
+# Exact float32 products are FFMA on NVIDIA, so these kernels are bound by arithmetic whatever the tile. TF32,
+# where torch allows it, takes the same tiles unless they would spill.
 _FLOAT32 = _everywhere(Tile(32, 32, 32, 4, 2)) | {
     "forward, one product": (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
     "backward, one product": (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
@@ -84,11 +86,12 @@ TABLES: dict[str, Table] = {
         {
             "forward": (Tile(64, 32, 64, 8, 3), _TINY),
             "forward with stats": (Tile(32, 16, 32, 8, 2),),
-            "backward": (Tile(64, 32, 32, 8, 3), Tile(32, 32, 32, 4, 2)),
+            "backward": (Tile(64, 32, 64, 8, 2), Tile(32, 32, 64, 8, 3)),
             "forward, one product": (Tile(64, 64, 64, 8, 3), _TINY),
             "forward with stats, one product": (Tile(64, 32, 32, 8, 3), _TINY),
             "backward, one product": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
         },
+        _FLOAT32 | {"forward with stats": (Tile(32, 16, 32, 8, 2),)},
         _FLOAT32
         | dict.fromkeys(
             ("forward", "forward with stats", "backward", "forward with stats, one product"),
@@ -104,7 +107,8 @@ TABLES: dict[str, Table] = {
             "forward with stats, one product": (Tile(64, 64, 64, 8, 3), _TINY),
             "backward, one product": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
         },
-        _FLOAT32,
+        _FLOAT32 | {"forward with stats": (Tile(32, 16, 32, 8, 2),), "backward": (Tile(32, 32, 32, 8, 2),)},
+        _FLOAT32 | {"backward, one product": (Tile(64, 64, 16, 8, 2), Tile(32, 32, 32, 4, 2))},
     ),
     "sm_100": _table(
         {
@@ -115,6 +119,7 @@ TABLES: dict[str, Table] = {
             "forward with stats, one product": (Tile(64, 32, 64, 8, 3), _TINY),
             "backward, one product": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
         },
+        {},  # several products spill in TF32, so float32 stays exact here
         _FLOAT32
         | {
             "forward with stats": (Tile(32, 32, 32, 8, 2),),
@@ -131,10 +136,11 @@ TABLES: dict[str, Table] = {
             "backward, one product": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 32, 8, 3), _TINY),
         },
         _FLOAT32,
+        _FLOAT32,
     ),
     # An architecture nobody has looked at: small enough to fit anywhere.
-    "fallback": _table(_everywhere(Tile(32, 32, 32, 4, 2)), _everywhere(Tile(32, 32, 32, 4, 2))),
-    "interpreter": _table(*2 * (_everywhere(Tile(64, 64, 64, 4, 1), Tile(32, 32, 32, 4, 1)),)),
+    "fallback": _table(_everywhere(Tile(32, 32, 32, 4, 2)), {}, _everywhere(Tile(32, 32, 32, 4, 2))),
+    "interpreter": _table(*3 * (_everywhere(Tile(64, 64, 64, 4, 1), Tile(32, 32, 32, 4, 1)),)),
 }
 
 
@@ -158,11 +164,27 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _bits(image: Tensor) -> int:
+    """Bits of an operand that a product sees: 16, 32, or 19 of float32's where torch allows TF32.
+
+    An architecture without TF32 tiles multiplies exactly whatever torch allows.
+    """
+    if image.element_size() == 2:
+        return 16
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"  # the older flags set it too
+    return 19 if allowed and ("forward", True, 19) in TABLES[architecture(image.device)] else 32
+
+
+def precision(image: Tensor) -> str:
+    """Triton's ``input_precision`` for the products of a batch."""
+    return "tf32" if _bits(image) == 19 else "ieee"
+
+
 def choose(kernel: str, products: int, image: Tensor, M: int, run: Callable[[Tile], object]) -> Tile:
     """Tile for ``kernel`` on an image batch [N, D] against M texts; ``run`` is what a search would time."""
     N, device = image.shape[0], image.device
     name = architecture(device)
-    tiles = TABLES[name][kernel, products > 1, 8 * image.element_size()]
+    tiles = TABLES[name][kernel, products > 1, _bits(image)]
     if os.environ.get("TRACER_AUTOTUNE") == "1" and name != "interpreter":
         return _search(kernel, products, image, M, tiles, run)
     enough = 0.9 * _multiprocessors(device)
@@ -179,7 +201,7 @@ def _search(
     """Fastest of ``tiles``, timed once per kernel and size (rounded up to powers of two)."""
     N, D = image.shape
     sizes = triton.next_power_of_2(N), triton.next_power_of_2(M), D
-    key = kernel, products, image.dtype, image.device, sizes
+    key = kernel, products, image.dtype, precision(image), image.device, sizes
     if key not in _found:
         times = {tile: _time(run, tile) for tile in tiles}
         _found[key] = min(times, key=lambda tile: times[tile])

@@ -45,6 +45,7 @@ from torch import Tensor
 from . import _config
 from ._config import Tile
 from ._triton import device_guard, require_device, tl, triton
+from .eager import STAT_ROWS
 
 # --------------------------------------------------------------------------------------------------
 # Partial statistics
@@ -66,8 +67,7 @@ from ._triton import device_guard, require_device, tl, triton
 # How each merges: M maximum, S sum relative to the last maximum before it, I index of that maximum, P plain sum.
 KINDS = tl.constexpr("MSPP MSSSI MSSSISS MSPP".replace(" ", ""))
 
-# Rows of the saved statistics: log-sum-exps (base 2) of z, s, t, x, and the number of positives.
-STAT_ROWS = 5
+# Rows of the saved statistics (STAT_ROWS): log-sum-exps (base 2) of z, s, t, x, and the number of positives.
 LSE_Z, LSE_S, LSE_T = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LSE_X, POSITIVES = tl.constexpr(3), tl.constexpr(4)
 
@@ -579,7 +579,7 @@ def _backward_kernel(
                 D, USE_S, USE_A, USE_B, USE_T, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
             )  # fmt: skip
             b_positive = _positives(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS)
-            b_s, b_a, b_b, b_t = b_s * scale, b_a * scale, b_b * scale, b_t * teacher_scale
+            # Products stay unscaled: σ's gradient is Σ ∂L/∂s u·v, also at σ = 0.
             row_inside, col_inside = offs_n < last, offs_m < M
             row_count = tl.load(
                 row_stats_ptr + POSITIVES * N + offs_n, mask=row_inside, other=1.0
@@ -593,7 +593,7 @@ def _backward_kernel(
             # 5. Along rows: interactive and cross act on a, relational on s.
             if USE_T:
                 lse = tl.load(row_stats_ptr + LSE_T * N + offs_n, mask=row_inside, other=0.0)
-                b_p = row_weight * tl.exp2(b_t - lse[:, None])
+                b_p = row_weight * tl.exp2(b_t * teacher_scale - lse[:, None])
                 if RELATIONAL:
                     b_ds -= g_relational * b_p
             if USE_A:
@@ -601,7 +601,7 @@ def _backward_kernel(
                 if CROSS:
                     b_da -= g_cross * b_p
                 lse = tl.load(row_stats_ptr + LSE_X * N + offs_n, mask=row_inside, other=0.0)
-                b_da += g_crossed * row_weight * tl.exp2(b_a - lse[:, None])
+                b_da += g_crossed * row_weight * tl.exp2(b_a * scale - lse[:, None])
                 if INTERACTIVE:
                     hit, miss = _target_weights(row_count, M, g_interactive * row_weight, 0.0, False)
                     b_da -= tl.where(b_positive, hit[:, None], miss[:, None])
@@ -612,7 +612,7 @@ def _backward_kernel(
             # 6. Along columns: the same on b and s.
             if USE_T:
                 lse = tl.load(col_stats_ptr + LSE_T * M + offs_m, mask=col_inside, other=0.0)
-                b_p = col_weight * tl.exp2(b_t - lse[None, :])
+                b_p = col_weight * tl.exp2(b_t * teacher_scale - lse[None, :])
                 if RELATIONAL:
                     b_ds -= g_relational * b_p
             if USE_B:
@@ -620,7 +620,7 @@ def _backward_kernel(
                 if CROSS:
                     b_db -= g_cross * b_p
                 lse = tl.load(col_stats_ptr + LSE_X * M + offs_m, mask=col_inside, other=0.0)
-                b_db += g_crossed * col_weight * tl.exp2(b_b - lse[None, :])
+                b_db += g_crossed * col_weight * tl.exp2(b_b * scale - lse[None, :])
                 if INTERACTIVE:
                     hit, miss = _target_weights(col_count, N, g_interactive * col_weight, 0.0, False)
                     b_db -= tl.where(b_positive, hit[None, :], miss[None, :])
@@ -631,13 +631,13 @@ def _backward_kernel(
             # 7. The student's softmaxes of the relational and the contrastive term, the latter's targets.
             if RELATIONAL:
                 lse = tl.load(row_stats_ptr + LSE_S * N + offs_n, mask=row_inside, other=0.0)
-                b_ds += g_relational * row_weight * tl.exp2(b_s - lse[:, None])
+                b_ds += g_relational * row_weight * tl.exp2(b_s * scale - lse[:, None])
                 lse = tl.load(col_stats_ptr + LSE_S * M + offs_m, mask=col_inside, other=0.0)
-                b_ds += g_relational * col_weight * tl.exp2(b_s - lse[None, :])
+                b_ds += g_relational * col_weight * tl.exp2(b_s * scale - lse[None, :])
             if CONTRASTIVE:
-                b_z = b_s
+                b_z = b_s * scale
                 if MARGIN:
-                    b_z = b_s + tl.where(b_positive, 0.0, shift)
+                    b_z += tl.where(b_positive, 0.0, shift)
                 lse = tl.load(row_stats_ptr + LSE_Z * N + offs_n, mask=row_inside, other=0.0)
                 b_dz = g_contrastive * row_weight * tl.exp2(b_z - lse[:, None])
                 lse = tl.load(col_stats_ptr + LSE_Z * M + offs_m, mask=col_inside, other=0.0)
@@ -646,9 +646,9 @@ def _backward_kernel(
                 b_dz -= tl.where(b_positive, hit[:, None], miss[:, None])
                 hit, miss = _target_weights(col_count, N, g_contrastive * col_weight, smoothing, SMOOTHING)
                 b_dz -= tl.where(b_positive, hit[None, :], miss[None, :])
-                if D_SCALE and MARGIN:  # σ ∂z/∂σ = s + σδ on negatives: here the σδ
+                if D_SCALE and MARGIN:  # ∂z/∂σ = u·v + δ on negatives: here the δ
                     b_miss = tl.where(b_positive, 0.0, b_dz)
-                    d_row += shift * tl.sum(tl.where(col_inside[None, :], b_miss, 0.0), 1)
+                    d_row += margin * tl.sum(tl.where(col_inside[None, :], b_miss, 0.0), 1)
                 b_ds += b_dz
             if USE_S:
                 if D_SCALE:
@@ -658,7 +658,7 @@ def _backward_kernel(
 
     if D_SCALE:
         program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(d_scale_ptr + program, tl.sum(d_scale, 0) / scale)
+        tl.store(d_scale_ptr + program, tl.sum(d_scale, 0))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -711,11 +711,6 @@ class _Flags(NamedTuple):
         active = {int(s) for wanted, statistics in needed if wanted for s in statistics}
         places = iter(range(len(active)))
         return tuple(next(places) if i in active else -1 for i in range(len(STATISTICS)))
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Input precision of the matrix products: float32 is exact unless torch's own flag allows TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def _launch(kernel: Any, grid: tuple[int, int], args: Sequence[Any], tile: Tile, **constants: Any) -> None:
@@ -808,7 +803,7 @@ def forward(
             _forward_kernel, grid,
             (*operands, row_partial, col_partial, parked, float(margin), N, M, D, rows, cols), tile,
             K=K, SLOTS=slots, D=D, LABELS=flags.labels, MARGIN=flags.margin, USE_S=use_s, USE_X=flags.crossed,
-            USE_T=use_t, PRECISION=_precision(image.dtype),
+            USE_T=use_t, PRECISION=_config.precision(image),
             BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_D=tile.block_d,
             MERGE=_config.MERGE,
         )  # fmt: skip
@@ -894,6 +889,10 @@ def backward(
     use_b = (interactive or cross) and (need_text or need_scale)
     use_t = relational or (cross and (use_a or use_b))
 
+    # The kernels read rows without strides; an upstream gradient may be a broadcast number.
+    grad_terms = grad_terms.to(torch.float32).contiguous()
+    row_stats, col_stats = row_stats.contiguous(), col_stats.contiguous()
+
     # 1. Strips: as many rows at a time as the bound allows, in whole tiles.
     if tile is None:
         products = use_s + use_a + use_b + use_t
@@ -937,7 +936,7 @@ def backward(
                 tile, D=D, LABELS=labels is not None, MARGIN=margin != 0, SMOOTHING=smoothing != 0,
                 CONTRASTIVE=contrastive, RELATIONAL=relational, INTERACTIVE=interactive, CROSS=cross,
                 USE_S=use_s, USE_A=use_a, USE_B=use_b, USE_T=use_t, D_SCALE=need_scale,
-                PRECISION=_precision(image.dtype),
+                PRECISION=_config.precision(image),
                 BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_D=tile.block_d,
             )  # fmt: skip
 

@@ -1,4 +1,9 @@
-"""Every shipped configuration of the loss kernels, compiled ahead of time for GPUs that need not be here."""
+"""Every shipped tile of the loss kernels, compiled ahead of time for GPUs that need not be here.
+
+All 16-bit entries of every architecture, with all options; float32 ones, exact and TF32, all of sm_90's and
+where another architecture's tile differs. ``python -m benchmarks.machine_code`` in full adds float32 on every
+architecture, the variants without options, widths that no block divides, and the combine kernel per tile.
+"""
 
 from __future__ import annotations
 

@@ -207,6 +207,71 @@ def test_duplicated_rows():
     check(args, 0.0, 0.0, FULL)
 
 
+def test_ties_across_tiles():
+    """The first of equal logits is the argmax when they lie in two tiles of one program, and in two programs."""
+    rows = torch.arange(32).sub(27).clamp(min=0)  # copy 0 is the positive of 28 rows, each other of one
+    args = problem(32, 160, 16, labels=(rows, torch.arange(160) // 32))
+    for x in (args[0], args[5]):
+        x[:] = torch.randint(-3, 4, (32, 16), generator=torch.Generator().manual_seed(0)) / 8
+    for x in (args[1], args[6]):  # five copies of 32 texts, a tile each
+        x[:] = args[0].repeat(5, 1)
+    assert _config.rectangle(32, 160, SMALL, DEVICE)[1] > SMALL.block_m or HAS_GPU
+    check(args, 0.0, 0.0, FULL)
+
+
+def test_all_logits_far_below_zero():
+    """Logits of -3e4 and less: pairs outside a ragged matrix must still count as lower than any of them."""
+    args = problem(21, 35, 16, scale=-4e4)
+    for x in (args[0], args[1], args[5], args[6]):
+        x[:] = 0
+        x[:, 0] = 1  # every product is 1; float32 holds such logits to about 4e-3
+    want, measured, _ = truth(args, 0.0, 0.0, FULL)
+    got, _, _, got_measured = contrastive.forward(*to_device(args), 0.0, 0.0, FULL, True, tile=SMALL)
+    assert_close("terms", got, want, 1e-3)
+    assert_close("diagnostics", got_measured, measured, 2e-3)
+
+
+def test_no_scale():
+    """At σ = 0 all logits are equal, and σ's gradient is still Σ ∂L/∂s u·v."""
+    check(problem(40, 36, 16, scale=0.0), 0.3, 0.1, FULL, rtol=5e-6)
+
+
+def test_upstream_gradient_may_be_a_broadcast_number():
+    """``terms.sum()`` hands down one number with stride 0."""
+    args = problem(40, 36, 16)
+    weights = torch.ones(4)
+    *_, want = ours(args, 0.2, 0.1, FULL, weights)
+    *_, got = ours(args, 0.2, 0.1, FULL, torch.ones(1).expand(4))
+    assert torch.ones(1).expand(4).stride() == (0,)
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
+
+
+@pytest.mark.parametrize("new_interface", [True, False], ids=["fp32_precision", "allow_tf32"])
+def test_tf32_where_torch_allows_it_and_tiles_exist(monkeypatch, new_interface):
+    matmul = torch.backends.cuda.matmul
+    found, kept = {}, matmul.fp32_precision
+    try:
+        for allowed in (True, False):
+            if new_interface:
+                matmul.fp32_precision = "tf32" if allowed else "ieee"
+            else:
+                matmul.fp32_precision = "none"
+                torch.set_float32_matmul_precision("high" if allowed else "highest")
+            for name in ("sm_80", "sm_90", "sm_100", "fallback"):
+                monkeypatch.setattr(_config, "architecture", lambda device, name=name: name)
+                found[name, allowed] = _config.precision(torch.empty(1, 8, device="meta"))
+                half = torch.empty(1, 8, device="meta", dtype=torch.float16)
+                assert _config.precision(half) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = kept
+    assert {key for key, precision in found.items() if precision == "tf32"} == {
+        ("sm_80", True),
+        ("sm_90", True),
+    }
+
+
 def test_permuting_rows_permutes_gradients():
     args, weights = problem(50, 41, 16), torch.ones(4, dtype=torch.float64)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
@@ -409,6 +474,23 @@ if HAS_GPU:
         device = torch.device("cuda", torch.cuda.device_count() - 1)
         args = [None if x is None else x.to(device) for x in args]
         assert contrastive.forward(*args, 0.1, 0.1, FULL, False)[0].device == device
+
+
+@pytest.mark.parametrize("labelled", [False, True], ids=["diagonal", "labels"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operators(labelled, dtype):
+    """Schema, fake tensors and autograd registration of the operator over these kernels."""
+    import tracer.ops  # noqa: F401  (registers it)
+
+    moved = to_device(problem(12, 12, 8, dtype=dtype, labels="some" if labelled else None), dtype)
+    for i in (0, 1, 2):
+        moved[i].requires_grad_()
+    torch.library.opcheck(
+        torch.ops.tracer.contrastive_loss.default, ("triton", *moved, 0.2, 0.1, list(FULL), True),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )  # fmt: skip
+    torch.ops.tracer.contrastive_loss("triton", *moved, 0.2, 0.1, list(FULL), False)[0].sum().backward()
+    assert all(moved[i].grad.isfinite().all() for i in (0, 1, 2))
 
 
 def test_through_the_dispatcher():
