@@ -86,7 +86,7 @@ TABLES: dict[str, Table] = {
         {
             "forward": (Tile(64, 32, 64, 8, 3), _TINY),
             "forward with stats": (Tile(32, 16, 32, 8, 2),),
-            "backward": (Tile(64, 32, 64, 8, 2), Tile(32, 32, 64, 8, 3)),
+            "backward": (Tile(32, 32, 64, 8, 3),),
             "forward, one product": (Tile(64, 64, 64, 8, 3), _TINY),
             "forward with stats, one product": (Tile(64, 32, 32, 8, 3), _TINY),
             "backward, one product": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
