@@ -74,7 +74,7 @@ def finetune(config: Config) -> Path:
             )
     index = read_index(config.train_data)
     tests = [read_index(path, name) for name, path in config.eval_data.items()]
-    prompts = class_prompts(config.classes, index.classes)
+    prompts = class_prompts(config.classes, index.classes) if tests else {}
     check_labels(tests, prompts)
     if config.check_images:
         for data in (index, *tests):
