@@ -54,11 +54,7 @@ def _load_as(address, DTYPE: tl.constexpr, offs, mask, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _store_as(address, DTYPE: tl.constexpr, x, offs, mask, WHOLE: tl.constexpr, INTERPRETED: tl.constexpr):
-    # The interpreter truncates to bfloat16: round to nearest even first.
-    if INTERPRETED and DTYPE is tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+def _store_as(address, DTYPE: tl.constexpr, x, offs, mask, WHOLE: tl.constexpr):
     pointer = address.to(tl.pointer_type(DTYPE))
     if WHOLE:
         tl.store(tl.multiple_of(pointer, 16) + offs, x.to(DTYPE))
@@ -67,7 +63,7 @@ def _store_as(address, DTYPE: tl.constexpr, x, offs, mask, WHOLE: tl.constexpr, 
 
 
 @triton.jit
-def _move(row, weight, code, WHOLE: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr):
+def _move(row, weight, code, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     mask = offs < tl.load(row + 3)
     address = tl.load(row)
@@ -76,15 +72,15 @@ def _move(row, weight, code, WHOLE: tl.constexpr, BLOCK: tl.constexpr, INTERPRET
     # torch.lerp's two forms: exact at weight 0 and at weight 1.
     gap = x - average
     average = tl.where(weight < 0.5, average + weight * gap, x - (1.0 - weight) * gap)
-    _store_as(address, tl.float32, average, offs, mask, WHOLE, INTERPRETED)
+    _store_as(address, tl.float32, average, offs, mask, WHOLE)
     copy = tl.load(row + 2)
     copy_code = (code >> 2) & 3
     if copy_code == 0:
-        _store_as(copy, tl.float32, average, offs, mask, WHOLE, INTERPRETED)
+        _store_as(copy, tl.float32, average, offs, mask, WHOLE)
     elif copy_code == 1:
-        _store_as(copy, tl.bfloat16, average, offs, mask, WHOLE, INTERPRETED)
+        _store_as(copy, tl.bfloat16, average, offs, mask, WHOLE)
     elif copy_code == 2:
-        _store_as(copy, tl.float16, average, offs, mask, WHOLE, INTERPRETED)
+        _store_as(copy, tl.float16, average, offs, mask, WHOLE)
 
 
 @triton.jit
@@ -93,16 +89,15 @@ def _average_kernel(
     weight,  # float32, or a pointer to one
     ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     row = table_ptr + tl.program_id(0).to(tl.int64) * 5
     if ON_DEVICE:
         weight = tl.load(weight).to(tl.float32)
     code = tl.load(row + 4).to(tl.int32)
     if code >= 16:
-        _move(row, weight, code, True, BLOCK, INTERPRETED)
+        _move(row, weight, code, True, BLOCK)
     else:
-        _move(row, weight, code, False, BLOCK, INTERPRETED)
+        _move(row, weight, code, False, BLOCK)
 
 
 @torch.no_grad()
@@ -125,7 +120,7 @@ def average_(
     on_device = isinstance(weight, Tensor)
     with device_guard(averages[0]):
         _average_kernel[(table.shape[0],)](
-            table, weight, ON_DEVICE=on_device, BLOCK=BLOCK, INTERPRETED=INTERPRETED, num_warps=NUM_WARPS
+            table, weight, ON_DEVICE=on_device, BLOCK=BLOCK, num_warps=NUM_WARPS
         )
 
 
