@@ -91,7 +91,11 @@ TABLES: dict[str, Table] = {
             "forward with stats, one product": (Tile(64, 32, 32, 8, 3), _TINY),
             "backward, one product": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
         },
-        _FLOAT32 | {"forward with stats": (Tile(32, 16, 32, 8, 2),)},
+        _FLOAT32
+        | {
+            "forward with stats": (Tile(32, 16, 32, 8, 2),),
+            "backward, one product": (Tile(64, 64, 16, 8, 2), Tile(32, 32, 32, 4, 2)),
+        },
         _FLOAT32
         | dict.fromkeys(
             ("forward", "forward with stats", "backward", "forward with stats, one product"),
@@ -108,7 +112,12 @@ TABLES: dict[str, Table] = {
             "backward, one product": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
         },
         _FLOAT32 | {"forward with stats": (Tile(32, 16, 32, 8, 2),), "backward": (Tile(32, 32, 32, 8, 2),)},
-        _FLOAT32 | {"backward, one product": (Tile(64, 64, 16, 8, 2), Tile(32, 32, 32, 4, 2))},
+        _FLOAT32
+        | {
+            "forward with stats": (Tile(32, 32, 16, 8, 2),),
+            "forward with stats, one product": (Tile(32, 32, 32, 8, 2),),
+            "backward, one product": (Tile(64, 64, 16, 8, 2),),
+        },
     ),
     "sm_100": _table(
         {
@@ -117,7 +126,11 @@ TABLES: dict[str, Table] = {
             "backward": (Tile(64, 32, 64, 8, 3), _TINY),
             "forward, one product": (Tile(64, 64, 64, 8, 3), _TINY),
             "forward with stats, one product": (Tile(64, 32, 64, 8, 3), _TINY),
-            "backward, one product": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
+            "backward, one product": (
+                Tile(128, 64, 64, 8, 3),
+                Tile(64, 64, 64, 4, 3),
+                Tile(32, 32, 64, 4, 2),  # three stages spill
+            ),
         },
         {},  # several products spill in TF32, so float32 stays exact here
         _FLOAT32
