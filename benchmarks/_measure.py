@@ -13,19 +13,24 @@ import ctypes
 import gc
 import importlib
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tracer import log
+from tracer.log import versions
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("kernels", "tracer", "benchmarks/*.py", "requirements.lock")  # what a number depends on
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,9 @@ class Timing:
         return cls(statistics.median(seconds), fifths[0], fifths[3], len(seconds))
 
     def __str__(self) -> str:
-        return f"{1e3 * self.median:.1f} ms ({1e3 * self.low:.1f}–{1e3 * self.high:.1f})"
+        unit, scale = ("s", 1.0) if self.median >= 10 else ("ms", 1e3) if self.median >= 1e-4 else ("µs", 1e6)
+        median, low, high = (f"{scale * value:.4g}" for value in (self.median, self.low, self.high))
+        return f"{median} {unit} ({low}–{high})"
 
 
 def interleaved(
@@ -120,23 +127,39 @@ def require_close(what: str, got: Tensor, expected: Tensor, tolerance: float) ->
         )
 
 
-def environment() -> dict[str, str]:
-    """The machine and the versions that a number belongs to."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
-        model = names[0] if names else model
+def environment() -> dict[str, Any]:
+    """The machine, the versions, the day and the commit that a number belongs to."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cpu": f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(terse=True),
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "date": date.today().isoformat(),
+        "commit": _commit(),
     }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and GPU, and what the processor multiplies bfloat16 with."""
+    amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    return log.machine() | {"bf16": "AMX" if amx else "AVX-512" if avx512 else None}
+
+
+def describe(machine: Mapping[str, Any]) -> str:
+    """The machine in words, as a table names it."""
+    bf16 = f", bf16 with {machine['bf16']}" if machine["bf16"] else ""
+    host = f"{machine['cores']} cores of {machine['processor']}{bf16}, {machine['memory_gib']:.0f} GiB"
+    return f"{machine['gpu']}; {host}" if machine["gpu"] else f"{host}, no GPU"
+
+
+def _commit() -> str:
+    """Of the checkout that is measured; ``+`` where files differ from it."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], capture_output=True, text=True, check=False, cwd=ROOT)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *SOURCES)
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -1,0 +1,79 @@
+"""What the parts of the benchmarks have in common.
+
+A part is a module that can be run alone, ``python -m benchmarks.<part> [--quick] [--json] [options]``, with
+
+* ``measure(*, quick=False, ...) -> dict``: what was found. Its keyword arguments are the part's options;
+* ``report(results) -> str``: the tables, as Markdown;
+* ``highlights(results) -> list``: its rows of the README's table, each :class:`Highlight`;
+* ``figures(results) -> dict``: pictures by name, as matplotlib figures;
+* ``exact(results) -> dict``: numbers by name that are the same on every machine: work, spills, allocated memory;
+* ``ratios(results) -> dict``: numbers by name that a change may not lower: the other's time divided by ours.
+
+All but the first take results as they come back from JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jsonargparse import ArgumentParser
+
+from benchmarks._measure import Timing, describe, environment
+
+# In the order of the page. Ranks and loaders for larger data sets get parts of their own, named here.
+PARTS = ("losses", "memory", "work", "machine_code", "teacher", "step", "loader")
+
+
+class Highlight(NamedTuple):
+    """A row of the README's table."""
+
+    what: str
+    ours: str
+    theirs: str
+    ratio: str
+
+
+def command_line(
+    measure: Callable[..., dict[str, Any]],
+    report: Callable[[dict[str, Any]], str],
+    argv: list[str] | None = None,
+) -> None:
+    """Run a part alone: its tables, or with ``--json`` one JSON document, go to the standard output."""
+    parser = ArgumentParser(description=sys.modules[measure.__module__].__doc__, prog=_program(measure))
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_function_arguments(measure)
+    options = parser.parse_args(argv).as_dict()
+    as_json = options.pop("json")
+    about = environment()
+    if not as_json:
+        print(heading(about), flush=True)
+    results = json.loads(json.dumps(measure(**options), default=plain))
+    print(json.dumps({**about, "results": results}) if as_json else "\n" + report(results))
+
+
+def _program(measure: Callable[..., Any]) -> str:
+    module = measure.__module__
+    return f"python -m {module if module != '__main__' else sys.modules['__main__'].__spec__.name}"  # type: ignore[union-attr]
+
+
+def heading(about: dict[str, Any]) -> str:
+    """Machine, versions, date and commit in one line."""
+    named = ", ".join(
+        f"{n} {v}" for n, v in about["versions"].items() if n in ("torch", "triton", "open_clip_torch")
+    )
+    return f"{describe(about['machine'])}; {named}; {about['date']}, commit {about['commit']}"
+
+
+def plain(value: Any) -> Any:
+    """For JSON: timings and other tuples of numbers as dictionaries."""
+    if isinstance(value, Timing):
+        return value.__dict__
+    raise TypeError(f"{type(value).__name__} has no place in a benchmark's results")
+
+
+def progress(text: str) -> None:
+    """A line on the terminal while a part works; results alone go to the standard output."""
+    print(text, file=sys.stderr, flush=True)
