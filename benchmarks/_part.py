@@ -15,14 +15,17 @@ All but the first take results as they come back from JSON.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
-from benchmarks._measure import Timing, describe, environment
+from benchmarks._measure import ROOT, Timing, describe, environment
 
+RESULTS = ROOT / "benchmarks" / "results"
 # In the order of the page. Ranks and loaders for larger data sets get parts of their own, named here.
 PARTS = ("losses", "memory", "work", "machine_code", "teacher", "step", "loader")
 
@@ -44,7 +47,10 @@ def command_line(
     """Run a part alone: its tables, or with ``--json`` one JSON document, go to the standard output."""
     parser = ArgumentParser(description=sys.modules[measure.__module__].__doc__, prog=_program(measure))
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_function_arguments(measure)
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller sizes, fewer repeats: a look, not a result"
+    )
+    parser.add_function_arguments(measure, skip={"quick"})
     options = parser.parse_args(argv).as_dict()
     as_json = options.pop("json")
     about = environment()
@@ -55,8 +61,27 @@ def command_line(
 
 
 def _program(measure: Callable[..., Any]) -> str:
-    module = measure.__module__
-    return f"python -m {module if module != '__main__' else sys.modules['__main__'].__spec__.name}"  # type: ignore[union-attr]
+    spec = sys.modules[measure.__module__].__spec__
+    return f"python -m {spec.name if spec else measure.__module__}"
+
+
+class PartFailed(Exception):
+    """A part ended with an error, which it has printed itself."""
+
+
+def run_part(name: str, quick: bool) -> dict[str, Any]:
+    """What ``python -m benchmarks.<name> --json`` prints; its progress and errors go to the terminal.
+
+    Raises:
+        PartFailed: it ended with an error.
+    """
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *(["--quick"] if quick else [])]
+    # A part decides itself whether Triton interprets: nothing that was imported here may decide it.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment, check=False)
+    if done.returncode:
+        raise PartFailed(f"{name} failed (exit code {done.returncode}): python -m benchmarks.{name} says why")
+    return json.loads(done.stdout)
 
 
 def heading(about: dict[str, Any]) -> str:
