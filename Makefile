@@ -1,5 +1,6 @@
 # make demo   the main job: real data, a pretrained small CLIP, fine-tuned in several ways, a report
 # make test   the tests
+# make bench  all benchmarks that this machine can run
 # Both set up everything they need below $(VENV) first. `make help` lists the rest.
 
 PYTHON ?= python3
@@ -8,11 +9,13 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test lint format lock clean
+.PHONY: help setup demo test bench bench-check lint format lock clean
 
 help:
 	@echo "make demo [ARGS='--seeds 1']   run the main job; every option: make demo ARGS=--help"
 	@echo "make test [ARGS='-k data']     run the tests; ARGS go to pytest"
+	@echo "make bench                     the benchmarks -> benchmarks/results, README"
+	@echo "make bench-check               compare with the committed benchmarks; ARGS=--exact leaves out times"
 	@echo "make lint                      ruff, and mypy"
 	@echo "make lock                      pin the versions anew from setup.py's ranges"
 	@echo "make clean                     remove the virtual environment and the runs"
@@ -37,6 +40,12 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-check: $(READY)
+	$(BIN)/python -m benchmarks.check $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -4,8 +4,8 @@
     make bench-check ARGS=--exact     only what is the same on every machine, as in CI
 
 Exact are counted work, spilled registers and allocated memory: any growth is an error, and any fall too until
-``make bench`` has written it down. Time ratios (the others' time divided by ours) may fall by a tolerance; they are
-compared only with results of the same kind of machine.
+``make bench`` has written it down. Time ratios (the others' time divided by ours) may fall by a tolerance; they
+are compared only with results of the same kind of machine.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _page
-from benchmarks.__main__ import RESULTS
 from benchmarks._measure import machine
-from benchmarks._part import PARTS, PartFailed, run_part
+from benchmarks._part import PARTS, RESULTS, PartFailed, run_part
 
 EXACT = ("memory", "work", "machine_code")  # the parts without a clock
 TOLERANCE = 0.25  # of a time ratio
