@@ -1,11 +1,13 @@
-"""Work that the loss kernels really execute, counted in Triton's interpreter: products and bytes.
+"""Work that the kernels really execute, counted in Triton's interpreter: products, operations, bytes, launches.
 
-    python -m benchmarks.work [--rows 1024] [--width 512] [--arch sm_90]
+    python -m benchmarks.work
+    python -m benchmarks.work --sizes '[[2048, 768]]' --architectures '[sm_80, gfx942]'
 
 **Products** are given in units of one N×M×D product, 2·N·M·D floating-point operations: the operations of
 every ``tl.dot`` of the kernels, padding included, plus those of the matrix products that finish the backward
-pass, as torch's own counter sees them. The floor is what the algorithm needs: one product per logit matrix
-forward; the same again, recomputed, and one per operand gradient and matrix backward.
+pass, as torch's own counter sees them; the published formulation's are counted by torch likewise. The floor is
+what the algorithm needs: one product per logit matrix forward; the same again, recomputed, and one per operand
+gradient and matrix backward.
 
 **Bytes** are all that the kernels load and store with their masks on, not those of the vendor's products.
 The floor reads the operand tiles of a visit once and writes its gradient tiles once:
@@ -13,27 +15,43 @@ The floor reads the operand tiles of a visit once and writes its gradient tiles 
     tiles · (block_n + block_m) · D · bytes · (2 with a teacher, else 1)        forward, and again backward
     + N · M · bytes · (3 gradient matrices with a teacher, else 1)              backward
 
-so labels, statistics, partials and their merging are what lies above it. Nothing here is a measurement of time.
+so labels, statistics, partials and their merging are what lies above it.
+
+**Operations** are elementwise floating-point operations and entries of reductions, casts apart, and
+**exponentials**, per logit. **Memory** is what the launchers allocate, as torch's allocator would see it, counted
+on tensors that hold no data: bytes alive at once, gradients included. Nothing here is a measurement of time.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+if (
+    __name__ == "__main__"
+):  # only the process that counts interprets, and it decides before Triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import argparse
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import interpreter
 
-from tracer.kernels import _config, contrastive
+from benchmarks import published
+from benchmarks._measure import table
+from benchmarks._part import Highlight, command_line, progress
+from tracer.kernels import _config, average, contrastive
+from tracer.kernels._config import Tile
 from tracer.kernels._triton import INTERPRETED
 
 loss: Any = contrastive  # called with unpacked arguments, which the type checker can't count
@@ -44,13 +62,29 @@ OBJECTIVES = {
     "MPM-NCE": (CLIP, True, 1, 3),
     "full objective": (FULL, True, 4, 8),
 }
+PASSES = ("forward", "backward")
+# dtype of the parameters, of the copies, and the least bytes per parameter
+AVERAGES = {
+    "fp32": (torch.float32, None, 12),
+    "fp32 + bf16 copy": (torch.float32, torch.bfloat16, 14),
+    "bf16 + bf16 copy": (torch.bfloat16, torch.bfloat16, 12),
+}
+# Three chunks of 2048 and a rest; less than one; two exactly.
+AVERAGED = ((96, 67), (768,), (64, 64))
+MEMORY_ROWS, MEMORY_WIDTH = (8192, 16384), 512
+
+Architecture = Literal["sm_80", "sm_90", "sm_100", "gfx942"]
+ARCHITECTURES: tuple[Architecture, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 @dataclass
 class Work:
-    """Floating-point operations of products, bytes loaded and bytes stored."""
+    """What interpreted kernels did. ``flops`` are those of products; ``operations`` are elementwise."""
 
+    launches: int = 0
     flops: int = 0
+    operations: int = 0
+    exponentials: int = 0
     loaded: int = 0
     stored: int = 0
 
@@ -58,113 +92,409 @@ class Work:
 @contextmanager
 def counting() -> Iterator[Work]:
     """Count what interpreted kernels do within."""
-    work, builder = Work(), interpreter.InterpreterBuilder
-    dot, load, store = builder.create_dot, builder.create_masked_load, builder.create_masked_store
+    work = Work()
 
-    def create_dot(self, a, b, d, *options):
+    def create_dot(dot: Any, self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
         work.flops += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
         return dot(self, a, b, d, *options)
 
-    def create_masked_load(self, ptrs, mask, *options):
+    def elementwise(original: Any, self: Any, *arguments: Any) -> Any:
+        *operands, op = arguments
+        out = original(self, *arguments)
+        if operands[-1].dtype.scalar.is_floating():  # the last: a choice's first is its condition
+            if op is np.exp2:
+                work.exponentials += out.data.size
+            else:
+                work.operations += out.data.size
+        return out
+
+    def reduce(original: Any, self: Any, inputs: Any) -> Any:
+        if inputs[0].dtype.scalar.is_floating():
+            work.operations += inputs[0].handle.data.size
+        return original(self, inputs)
+
+    def masked_load(load: Any, self: Any, ptrs: Any, mask: Any, *options: Any) -> Any:
         work.loaded += int(mask.data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8
         return load(self, ptrs, mask, *options)
 
-    def create_masked_store(self, ptrs, value, mask, *options):
+    def masked_store(store: Any, self: Any, ptrs: Any, value: Any, mask: Any, *options: Any) -> Any:
         work.stored += int(mask.data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8
         return store(self, ptrs, value, mask, *options)
 
-    builder.create_dot = create_dot
-    builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
+    def run(launch: Any, self: Any, *arguments: Any, **options: Any) -> Any:
+        work.launches += 1
+        return launch(self, *arguments, **options)
+
+    builder = interpreter.InterpreterBuilder
+    wrapped: list[tuple[Any, str, Callable[..., Any]]] = [
+        (builder, "create_dot", create_dot),
+        *((builder, name, elementwise) for name in ("unary_op", "binary_op", "ternary_op")),
+        (interpreter.ReduceOps, "apply_impl", reduce),
+        (builder, "create_masked_load", masked_load),
+        (builder, "create_masked_store", masked_store),
+        (interpreter.InterpretedFunction, "run", run),
+    ]
+    originals = [getattr(owner, name) for owner, name, _ in wrapped]
+    for (owner, name, wrapper), original in zip(wrapped, originals, strict=True):
+        setattr(owner, name, _method(wrapper, original))
     try:
         yield work
     finally:
-        builder.create_dot = dot
-        builder.create_masked_load, builder.create_masked_store = load, store
+        for (owner, name, _), original in zip(wrapped, originals, strict=True):
+            setattr(owner, name, original)
 
 
-@dataclass(frozen=True)
-class Count:
-    """Counted work of one objective, forward and backward, beside its floor."""
-
-    objective: str
-    units: tuple[float, float]
-    floor_units: tuple[int, int]
-    bytes: tuple[int, int]
-    floor_bytes: tuple[int, int]
-
-    @property
-    def total_units(self) -> float:
-        return sum(self.units)
-
-    @property
-    def byte_ratio(self) -> float:
-        return sum(self.bytes) / sum(self.floor_bytes)
+def _method(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *arguments, **options: wrapper(original, self, *arguments, **options)
 
 
-def count(objective: str, N: int, D: int, arch: str = "sm_90", places: int = 132) -> Count:
-    """Run an objective of N images and N texts of width D in float16 with ``arch``'s tiles on ``places``
-    multiprocessors, and count. The inner blocks are widened to D: fewer, larger steps of the same work.
-    """
-    enabled, labelled, *floor_units = OBJECTIVES[objective]
-    many = enabled == FULL
-    generator = torch.Generator().manual_seed(0)
-    feature = torch.nn.functional.normalize(torch.randn(N, D, generator=generator), dim=1).half()
-    y = torch.arange(N) // 2 if labelled else None
-    option = 0.05 if labelled else 0.0
-    scale = torch.tensor(20.0)
-    teacher = (feature, feature, scale) if many else (None, None, None)
-    arguments: Any = (feature, feature.flip(0), scale, y, y, *teacher)
-    tiles = {
-        kernel: _config.TABLES[arch][kernel, many, 16][0]._replace(block_d=D)
-        for kernel in ("forward", "backward")
-    }
+@contextmanager
+def multiprocessors(places: int) -> Iterator[None]:
+    """Within, every device has so many: the kernels' grids are those of such a GPU."""
     kept = _config._multiprocessors
     _config._multiprocessors = lambda device: places  # type: ignore[assignment]
     try:
-        with counting() as ahead:
-            _, rows, cols, _ = loss.forward(*arguments, option, option, enabled, False, tile=tiles["forward"])
-        counter = FlopCounterMode(display=False)
-        with counting() as back, counter:
-            loss.backward(
-                torch.ones(4), *arguments, rows, cols, option, option, enabled, (True, True, True),
-                tile=tiles["backward"],
-            )  # fmt: skip
+        yield
     finally:
         _config._multiprocessors = kept
 
-    def operands(kernel: str) -> int:
-        n, m = tiles[kernel][:2]
-        return -(-N // n) * -(-N // m) * (n + m) * D * 2 * (2 if many else 1)
 
-    unit = 2 * N * N * D
-    return Count(
-        objective,
-        (ahead.flops / unit, (back.flops + counter.get_total_flops()) / unit),
-        (floor_units[0], floor_units[1]),
-        (ahead.loaded + ahead.stored, back.loaded + back.stored),
-        (operands("forward"), operands("backward") + N * N * 2 * (3 if many else 1)),
+def tiles(architecture: str, objective: str) -> dict[str, Tile]:
+    """The tiles that large batches in 16 bits take, by pass."""
+    many = OBJECTIVES[objective][0] == FULL
+    return {kernel: _config.TABLES[architecture][kernel, many, 16][0] for kernel in PASSES}
+
+
+def visited_bytes(objective: str, N: int, D: int, tile: Tile) -> int:
+    """Bytes in 16 bits of all operand tiles that a walk over N×N logits visits."""
+    many = OBJECTIVES[objective][0] == FULL
+    return -(-N // tile.block_n) * -(-N // tile.block_m) * (tile.block_n + tile.block_m) * D * 2 * (1 + many)
+
+
+def gradient_bytes(objective: str, N: int) -> int:
+    """Bytes in 16 bits of the gradients of all logits, which pass through the strips."""
+    return N * N * 2 * (3 if OBJECTIVES[objective][0] == FULL else 1)
+
+
+def _arguments(
+    objective: str, feature: Tensor, scale: Tensor, labels: Tensor
+) -> tuple[tuple[Any, ...], float]:
+    """Features to labels and teacher as the launchers take them, and the value of margin and smoothing."""
+    enabled, labelled, *_ = OBJECTIVES[objective]
+    y = labels if labelled else None
+    teacher = (feature, feature, scale) if enabled == FULL else (None, None, None)
+    return (feature, feature.flip(0), scale, y, y, *teacher), 0.05 if labelled else 0.0
+
+
+def count(objective: str, N: int, D: int, architecture: str = "sm_90", places: int = 132) -> dict[str, Any]:
+    """Run an objective of N images and N texts of width D in float16 with ``architecture``'s tiles on ``places``
+    multiprocessors, and count. The inner blocks are widened to D: fewer, larger steps of the same work.
+    """
+    enabled, _, *floor_units = OBJECTIVES[objective]
+    generator = torch.Generator().manual_seed(0)
+    feature = torch.nn.functional.normalize(torch.randn(N, D, generator=generator), dim=1).half()
+    arguments, option = _arguments(objective, feature, torch.tensor(20.0), torch.arange(N) // 2)
+    tile = {kernel: t._replace(block_d=D) for kernel, t in tiles(architecture, objective).items()}
+    with multiprocessors(places):
+        with counting() as ahead:
+            _, rows, cols, _ = loss.forward(*arguments, option, option, enabled, False, tile=tile["forward"])
+        with FlopCounterMode(display=False) as products, counting() as back:
+            loss.backward(
+                torch.ones(4), *arguments, rows, cols, option, option, enabled, (True, True, True),
+                tile=tile["backward"],
+            )  # fmt: skip
+    back.flops += products.get_total_flops()
+    floor_bytes = [visited_bytes(objective, N, D, tile[kernel]) for kernel in PASSES]
+    floor_bytes[1] += gradient_bytes(objective, N)
+    both = dict(zip(PASSES, (ahead, back), strict=True))
+    return {
+        "objective": objective,
+        "architecture": architecture,
+        "rows": N,
+        "width": D,
+        "units": {name: work.flops / (2 * N * N * D) for name, work in both.items()},
+        "floor_units": dict(zip(PASSES, floor_units, strict=True)),
+        "published_units": _published_units(objective, N, D),
+        "bytes": {name: work.loaded + work.stored for name, work in both.items()},
+        "floor_bytes": dict(zip(PASSES, floor_bytes, strict=True)),
+        "launches": {name: work.launches for name, work in both.items()},
+        "operations_per_logit": {name: work.operations / N**2 for name, work in both.items()},
+        "exponentials_per_logit": {name: work.exponentials / N**2 for name, work in both.items()},
+    }
+
+
+def _published_units(objective: str, N: int, D: int) -> float:
+    """Products of the published formulation, forward and backward, counted by torch."""
+    image, text, scale = torch.randn(N, D), torch.randn(N, D), torch.tensor(1.0)
+    teacher = (image.clone(), text.clone(), scale)
+    student = [t.requires_grad_() for t in (image, text, scale)]
+    formulations: dict[str, Callable[[], Tensor]] = {
+        "CLIP": lambda: published.clip_loss(image, text, scale),
+        "MPM-NCE": lambda: published.mpm_nce_loss(image, text, scale, torch.arange(N) // 2, 0.05, 0.05),
+        "full objective": lambda: published.tracer_loss(
+            image, text, scale, *teacher, relational=1, interactive=1, cross=1, feature=1
+        ),
+    }
+    with FlopCounterMode(display=False) as products:
+        torch.autograd.grad(formulations[objective](), student)
+    return products.get_total_flops() / (2 * N * N * D)
+
+
+def count_average(mode: str) -> dict[str, Any]:
+    """Bytes and launches of one update of the moving average, the table of chunks included."""
+    dtype, low, floor = AVERAGES[mode]
+    averages = [torch.zeros(shape) for shape in AVERAGED]
+    params = [torch.ones(shape, dtype=dtype) for shape in AVERAGED]
+    copies = [torch.zeros(shape, dtype=low) for shape in AVERAGED] if low else None
+    with counting() as work:
+        average.average_(averages, params, 0.5, copies)
+    numel = sum(t.numel() for t in averages)
+    return {
+        "mode": mode,
+        "launches": work.launches,
+        "bytes_per_parameter": (work.loaded + work.stored) / numel,
+        "floor_bytes_per_parameter": floor,
+    }
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of the tensors that were made within, at their peak and still alive; ``inputs`` don't count."""
+
+    def __init__(self, inputs: Any) -> None:
+        super().__init__()
+        self.peak = 0
+        self._inputs = {t.untyped_storage()._cdata for t in tree_leaves(inputs) if isinstance(t, Tensor)}
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    @property
+    def alive(self) -> int:
+        return sum(size for reference, size in self._alive.values() if not reference.expired())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._inputs:
+                storage = tensor.untyped_storage()
+                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}
+        self.peak = max(self.peak, self.alive)
+        return out
+
+
+def count_memory(objective: str, N: int, D: int, architecture: str, places: int) -> dict[str, Any]:
+    """Bytes that the launchers allocate for N images and N texts of width D in bfloat16.
+
+    They run on a GPU's tensors without data: what is allocated is what would be, nothing is computed.
+    """
+    enabled = OBJECTIVES[objective][0]
+    tile = tiles(architecture, objective)
+    kept = contrastive._launch, contrastive.device_guard
+    contrastive._launch, contrastive.device_guard = lambda *_, **__: None, lambda _: nullcontext()  # type: ignore[assignment]
+    try:
+        with multiprocessors(places), FakeTensorMode():
+            on_gpu = partial(torch.empty, device="cuda")
+            labels, feature = on_gpu(N, dtype=torch.int64), on_gpu(N, D, dtype=torch.bfloat16)
+            arguments, option = _arguments(objective, feature, on_gpu(()), labels)
+            upstream = on_gpu(4)
+            with Allocated((arguments, upstream)) as made:
+                _terms, rows, cols, _ = loss.forward(
+                    *arguments, option, option, enabled, False, tile=tile["forward"]
+                )
+                ahead, saved = made.peak, made.alive
+                made.peak = 0
+                loss.backward(
+                    upstream, *arguments, rows, cols, option, option, enabled, (True, True, True),
+                    tile=tile["backward"],
+                )  # fmt: skip
+    finally:
+        contrastive._launch, contrastive.device_guard = kept
+    return {
+        "objective": objective,
+        "architecture": architecture,
+        "rows": N,
+        "width": D,
+        "forward": ahead,
+        "saved": saved,
+        "backward": made.peak,
+        "matrix": 2 * N * N,
+    }
+
+
+def measure(
+    *,
+    quick: bool = False,
+    sizes: list[tuple[int, int]] | None = None,
+    architectures: list[Architecture] | None = None,
+    places: int = 132,
+) -> dict[str, Any]:
+    """Count the work of the loss and of the moving average, and the memory of the loss.
+
+    Args:
+        quick: only N 512, D 256 with sm_90's tiles; without it the other architectures' too, and N 1024, D 512.
+        sizes: pairs of N, images and texts, and D, their width, to be counted instead.
+        architectures: whose tiles to count with instead.
+        places: multiprocessors of the GPU whose grids are counted.
+
+    Raises:
+        SystemExit: Triton is not interpreting.
+    """
+    if not INTERPRETED:
+        raise SystemExit("work is counted in Triton's interpreter: set TRITON_INTERPRET=1")
+    if quick or sizes or architectures:
+        plan = [(arch, *size) for size in sizes or [(512, 256)] for arch in architectures or ("sm_90",)]
+    else:
+        plan = [*((arch, 512, 256) for arch in ARCHITECTURES), ("sm_90", 1024, 512)]
+    rows = []
+    for arch, N, D in plan:
+        for objective in OBJECTIVES:
+            progress(f"{objective}, N {N}, D {D}, tiles of {arch}")
+            rows.append(count(objective, N, D, arch, places))
+    return {
+        "places": places,
+        "loss": rows,
+        "average": [count_average(mode) for mode in AVERAGES],
+        "memory": [
+            count_memory(objective, N, MEMORY_WIDTH, "sm_90", places)
+            for objective in OBJECTIVES
+            for N in MEMORY_ROWS
+        ],
+    }
+
+
+def report(results: dict[str, Any]) -> str:
+    """The tables, as Markdown."""
+    return "\n\n".join(
+        [
+            f"Counted in Triton's interpreter, not timed; float16, grids of {results['places']} multiprocessors.",
+            "Products in units of 2·N·M·D operations, and bytes that the kernels load and store:",
+            _work_table(results["loss"]),
+            "Elementwise operations and exponentials per logit, and launches, forward + backward:",
+            _operations_table(results["loss"]),
+            "Moving average, launches and bytes per parameter:",
+            _average_table(results["average"]),
+            "Memory that the launchers allocate, bfloat16, gradients of the features included, beside one matrix "
+            f"of logits in 16 bits; D = {MEMORY_WIDTH}, strips of at most {contrastive.STRIP_BYTES >> 20} MiB:",
+            _memory_table(results["memory"]),
+        ]
     )
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description="Products and bytes of the loss kernels beside their floor.")
-    parser.add_argument("--rows", type=int, default=1024, help="images, and texts")
-    parser.add_argument("--width", type=int, default=512, help="feature width D")
-    parser.add_argument("--arch", choices=sorted(set(_config.TABLES) - {"interpreter"}), default="sm_90")
-    chosen = parser.parse_args()
-    if not INTERPRETED:
-        sys.exit("TRITON_INTERPRET=0: work is counted in the interpreter, unset it")
-    print(f"N = M = {chosen.rows}, D = {chosen.width}, float16, tiles of {chosen.arch}; counted, not timed\n")
-    print("| objective | units forward | backward | sum | floor | MB forward | backward | of the floor |")
-    print("|" + "---|" * 8)
-    for objective in OBJECTIVES:
-        c = count(objective, chosen.rows, chosen.width, chosen.arch)
-        print(
-            f"| {objective} | {c.units[0]:.2f} | {c.units[1]:.2f} | {c.total_units:.2f} | {sum(c.floor_units)} "
-            f"| {c.bytes[0] / 1e6:.1f} | {c.bytes[1] / 1e6:.1f} | {c.byte_ratio:.3f} |"
+def _work_table(rows: list[dict[str, Any]]) -> str:
+    header = ["objective", "tiles of", "N", "D", "products forward", "backward", "sum", "floor", "published"]
+    header += ["MB forward", "backward", "of the floor"]
+    lines = []
+    for r in rows:
+        units, moved = r["units"].values(), r["bytes"].values()
+        lines.append(
+            [
+                r["objective"],
+                r["architecture"],
+                str(r["rows"]),
+                str(r["width"]),
+                *(f"{u:.2f}" for u in units),
+                f"{sum(units):.2f}",
+                str(sum(r["floor_units"].values())),
+                f"{r['published_units']:g}",
+                *(f"{b / 1e6:.1f}" for b in moved),
+                f"{sum(moved) / sum(r['floor_bytes'].values()):.3f}",
+            ]
         )
+    return table(header, lines)
+
+
+def _operations_table(rows: list[dict[str, Any]]) -> str:
+    def both(r: dict[str, Any], what: str, form: str) -> str:
+        return " + ".join(format(r[what][name], form) for name in PASSES)
+
+    return table(
+        ["objective", "tiles of", "N", "operations", "exponentials", "launches"],
+        [
+            [
+                r["objective"],
+                r["architecture"],
+                str(r["rows"]),
+                both(r, "operations_per_logit", ".1f"),
+                both(r, "exponentials_per_logit", ".2f"),
+                both(r, "launches", "d"),
+            ]
+            for r in rows
+        ],
+    )
+
+
+def _average_table(rows: list[dict[str, Any]]) -> str:
+    return table(
+        ["parameters", "launches", "bytes per parameter", "floor"],
+        [
+            [
+                r["mode"],
+                str(r["launches"]),
+                f"{r['bytes_per_parameter']:.2f}",
+                str(r["floor_bytes_per_parameter"]),
+            ]
+            for r in rows
+        ],
+    )
+
+
+def _memory_table(rows: list[dict[str, Any]]) -> str:
+    def mebibytes(n: int) -> str:
+        return f"{n / 2**20:.1f}"
+
+    before: dict[str, dict[str, Any]] = {}
+    lines = []
+    for r in rows:
+        half = before.get(r["objective"])
+        lines.append(
+            [
+                r["objective"],
+                str(r["rows"]),
+                *(mebibytes(r[name]) for name in ("forward", "saved", "backward", "matrix")),
+                " / ".join(f"{r[name] / half[name]:.2f}" for name in ("forward", "backward")) if half else "",
+            ]
+        )
+        before[r["objective"]] = r
+    header = ["objective", "N", "MiB forward", "saved", "backward", "one matrix", "growth as N doubles"]
+    return table(header, lines)
+
+
+def highlights(results: dict[str, Any]) -> list[Highlight]:
+    """The whole objective's products at the largest size counted."""
+    rows = [r for r in results["loss"] if r["objective"] == "full objective"]
+    largest = max(rows, key=lambda r: r["rows"])
+    ours, theirs = sum(largest["units"].values()), largest["published_units"]
+    name = f"products of the whole objective, counted, N {largest['rows']}"
+    return [
+        Highlight(name, f"{ours:.2f} N²D", f"{theirs:g} N²D (published formulation)", f"{theirs / ours:.2f}×")
+    ]
+
+
+def figures(results: dict[str, Any]) -> dict[str, Any]:
+    """None: the tables are short."""
+    return {}
+
+
+def exact(results: dict[str, Any]) -> dict[str, float]:
+    """Every count by name."""
+    found: dict[str, float] = {}
+    for r in results["loss"]:
+        name = f"work {r['objective']} {r['architecture']} {r['rows']}x{r['width']}"
+        for what in ("units", "bytes", "launches", "operations_per_logit", "exponentials_per_logit"):
+            for when, value in r[what].items():
+                found[f"{name} {what.replace('_', ' ')} {when}"] = value
+    for r in results["average"]:
+        for what in ("launches", "bytes_per_parameter"):
+            found[f"work moving average {r['mode']} {what.replace('_', ' ')}"] = r[what]
+    for r in results["memory"]:
+        for when in ("forward", "saved", "backward"):
+            found[f"memory {r['objective']} {r['architecture']} {r['rows']}x{r['width']} {when}"] = r[when]
+    return found
+
+
+def ratios(results: dict[str, Any]) -> dict[str, float]:
+    """None: nothing is timed."""
+    return {}
 
 
 if __name__ == "__main__":
-    main()
+    command_line(measure, report)
