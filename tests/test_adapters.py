@@ -9,6 +9,7 @@ import json
 import open_clip
 import pytest
 import torch
+from safetensors import SafetensorError
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -487,11 +488,42 @@ def test_a_file_of_adapters_names_its_architecture(tmp_path):
         read_adapters(file, "ViT-B-16")
     with pytest.raises(UserError, match=r"none\.safetensors' do not exist"):
         read_adapters(tmp_path / "none.safetensors", "ViT-B-16")
+    save_weights(build().state_dict(), tmp_path / "student.safetensors")
+    with pytest.raises(
+        UserError, match=r"student\.safetensors' holds no adapters: give a run's adapters\.safe"
+    ):
+        read_adapters(tmp_path / "student.safetensors", "ViT-B-16")
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"adapters\.safetensors' is no whole safetensors file") as error:
+        read_adapters(file, "ViT-B-32")
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_is_an_error_of_the_operating_system(tmp_path, monkeypatch):
+    def full_disk(*_args, **_kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("tracer.model.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left") as error:
+        save_adapters(adapted().state_dict(), tmp_path / "adapters.safetensors", "openai")
+    assert error.value.errno == 28
+    assert not list(tmp_path.iterdir())
 
 
 def adapted(kind: str = "openai", **options) -> nn.Module:
     model = build(kind)
     add_adapters(model, **options)
+    return model
+
+
+def without(state: dict, end: str) -> dict:
+    return {key: value for key, value in state.items() if not key.endswith(end)}
+
+
+def foreign() -> nn.Module:
+    """A text tower of transformer layers that no name here fits, as Hugging Face's are."""
+    model = build("siglip")
+    model.text.transformer = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 2)
     return model
 
 
@@ -508,6 +540,10 @@ def resnet() -> nn.Module:
             lambda: add_adapters(resnet()),
             "the visual tower is a ModifiedResNet, .* adapt the 'text' tower alone",
         ),
+        (
+            lambda: add_adapters(foreign()),
+            "the text tower is a TextTransformer, .* adapt the 'visual' tower alone",
+        ),
         (lambda: add_adapters(build(), rank=0), "rank is 0: it must be from 1 to 32, the width of visual"),
         (lambda: add_adapters(build(), rank=17), "from 1 to 16, the width of transformer.resblocks.0"),
         (lambda: add_adapters(build(), drop=1.0), "drop is 1.0: it must be at least 0 and below 1"),
@@ -522,6 +558,8 @@ def resnet() -> nn.Module:
             r"alpha is nan: it must be from 0 \(pretrained\)",
         ),
         (lambda: fold(fold(adapted().state_dict(), 0.5), 0.5), "folded already, or never had any"),
+        (lambda: fold(without(adapted(rank=2).state_dict(), ".up"), 0.5), "half of the adapter of 'visual"),
+        (lambda: fold(without(adapted(rank=2).state_dict(), ".down"), 0.5), "half of the adapter of 'visual"),
         (
             lambda: fold(build().state_dict() | adapter_state(adapted("siglip").state_dict()), 0.5),
             "another model: it has no 'visual.trunk.blocks.0.attn.proj' of width 96",

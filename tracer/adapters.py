@@ -26,13 +26,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tracer.errors import UserError
-from tracer.files import whole_file
+from tracer.model import save_weights
 from tracer.teacher import EMA
 
 # Where a layer keeps the last linear map of its attention and of its MLP.
@@ -229,25 +228,29 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, Tensor], drop: float 
 
 def save_adapters(state: Mapping[str, Tensor], path: Path, model: str) -> None:
     """Write the adapters in a state dict as a safetensors file that knows its open_clip ``model`` name."""
-    adapters = {key: value.detach().cpu().contiguous() for key, value in adapter_state(state).items()}
-    with whole_file(path) as part:
-        save_file(adapters, part, metadata={"model": model})
+    save_weights(adapter_state(state), path, {"model": model})
 
 
 def read_adapters(path: Path, model: str) -> dict[str, Tensor]:
     """The adapters in a file of :func:`save_adapters`: for ``load_adapters``, or ``fold(weights | adapters, α)``.
 
     Raises:
-        UserError: no such file, or its adapters were trained in another architecture than ``model``;
-            ViT-B-32 and ViT-B-16 differ in nothing else that adapters could be told by.
+        UserError: no such file, no file of adapters, or its adapters were trained in another architecture than
+            ``model``; ViT-B-32 and ViT-B-16 differ in nothing else that adapters could be told by.
     """
     if not path.is_file():
         raise UserError(f"adapters '{path}' do not exist: check the path")
-    with safe_open(path, "pt") as file:
-        theirs = (file.metadata() or {}).get("model", "an unknown model")
-        if theirs != model:
-            raise UserError(f"the adapters in '{path}' belong to {theirs}, not to {model}: load them there")
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
+    try:
+        with safe_open(path, "pt") as file:
+            theirs = (file.metadata() or {}).get("model")
+            adapters = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
+    except SafetensorError as error:
+        raise UserError(f"'{path}' is no whole safetensors file ({error}): give a run's adapters") from error
+    if theirs is None or not adapter_state(adapters):
+        raise UserError(f"'{path}' holds no adapters: give a run's adapters.safetensors")
+    if theirs != model:
+        raise UserError(f"the adapters in '{path}' belong to {theirs}, not to {model}: load them there")
+    return adapters
 
 
 def fold(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
@@ -272,22 +275,21 @@ def fold(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     if not adapters:
         raise UserError("there are no adapters to fold: these weights are folded already, or never had any")
     plain = {key: value for key, value in state.items() if key not in adapters}
-    for key, factor in adapters.items():
-        name, _, kind = key.rpartition(_MARK)
-        if kind == "down":
-            continue  # comes with its "up"
-        width = factor.shape[1]
+    for name in dict.fromkeys(key.rpartition(_MARK)[0] for key in adapters):
+        delta, down, up = (adapters.get(f"{name}{_MARK}{kind}") for kind in ("weight", "down", "up"))
+        if delta is None:
+            if down is None or up is None:
+                raise UserError(f"half of the adapter of '{name}' is missing: give its 'down' and its 'up'")
+            delta = down.float() @ up.float()
+        width = delta.shape[1]
         if f"{name}.weight" not in plain or plain[f"{name}.weight"].shape[0] != width:
             raise UserError(
                 f"these adapters belong to another model: it has no '{name}' of width {width}; "
                 "fold them into the architecture that they were trained in"
             )
-        delta = factor.float()
-        if kind == "up":
-            delta = adapters[f"{name}{_MARK}down"].float() @ delta
         # The formula has row vectors, X W_org; a linear layer keeps W_orgᵀ, [width, in].
         for tensor in (f"{name}.weight", f"{name}.bias"):
             if tensor in plain:
                 old = plain[tensor].detach()
-                plain[tensor] = (old.float() + alpha * (delta.T @ old.float())).to(old.dtype)
+                plain[tensor] = (old.float() + alpha * (delta.float().T @ old.float())).to(old.dtype)
     return plain

@@ -178,14 +178,14 @@ def projections(model: nn.Module) -> tuple[Tensor, Tensor] | None:
     return matrices[0], matrices[1]
 
 
-def save_weights(state: dict[str, Tensor], path: Path) -> None:
+def save_weights(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors checkpoint that plain ``open_clip.create_model(name, pretrained=path)`` loads."""
     state = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     if "logit_scale" in state:
         state["logit_scale"].clamp_(max=math.log(MAX_LOGIT_SCALE))
     with whole_file(path) as part:
         try:
-            save_file(state, part)
+            save_file(state, part, metadata)
         except SafetensorError as error:  # the library's own word for what the operating system said
             number = re.search(r"os error (\d+)", str(error))
             code = int(number[1]) if number else errno.EIO
