@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from tracer.config import EvaluateConfig
-from tracer.data import read_index
+from tracer.data import Pictures, read_index
 from tracer.errors import UserError
 from tracer.evaluate import class_prompts, evaluate, evaluate_zero_shot
 from tracer.model import Clip, load_clip, save_weights
@@ -118,6 +119,33 @@ def test_evaluate_writes_what_it_returns(tiny_config, drawings, tmp_path, capsys
         assert scores[name] == pytest.approx(score)
     table = capsys.readouterr().out
     assert all(f"{100 * score['accuracy']:.1f}" in table for score in scores.values())
+
+
+def test_small_sets_stay_decoded_until_a_picture_changes(tiny_config, drawings, tmp_path, monkeypatch):
+    decoded = []
+
+    def counted(index, *args, **kwargs):
+        decoded.append(index.name)
+        return Pictures(index, *args, **kwargs)
+
+    monkeypatch.setattr("tracer.evaluate.Pictures", counted)
+    monkeypatch.setattr("tracer.evaluate._KEPT", {})
+    pictures = shutil.copytree(drawings, tmp_path / "drawings")
+    clip = load_clip(str(tiny_config), None)
+
+    def scores():
+        sets = [read_index(pictures / "test.csv"), read_index(pictures / "train.csv")]
+        return evaluate_zero_shot(clip, sets, class_prompts(None, sets[1].classes))
+
+    room = 16 * 3 * clip.image_size**2 * 4  # for the 16 pictures of the test set, not for 32 more
+    monkeypatch.setattr("tracer.evaluate.KEEP", room)
+    first = scores()
+    assert decoded == ["test", "train"]
+    assert scores() == first
+    assert decoded == ["test", "train", "train"]
+    Image.new("RGB", (8, 8)).save(read_index(pictures / "test.csv").images[0])
+    assert scores()["test"] != first["test"]
+    assert decoded[3:] == ["test", "train"]
 
 
 def test_prompts_come_from_the_names_or_from_a_file(tmp_path):

@@ -27,7 +27,7 @@ from tracer.adapters import fold, read_adapters
 from tracer.config import ICONS, Config, DemoConfig
 from tracer.data import Index, read_index
 from tracer.errors import UserError
-from tracer.evaluate import class_probabilities, class_prompts, evaluate_zero_shot
+from tracer.evaluate import class_probabilities, class_prompts, classifier, evaluate_zero_shot
 from tracer.files import whole_file
 from tracer.log import machine, read_log, versions
 from tracer.model import Clip, compute_device, interpolate, load_clip
@@ -243,8 +243,9 @@ def _examples(
     for key, state in states.items():
         clip.model.load_state_dict(state)
         predictions[key] = []
+        weights = classifier(clip, prompts)
         for index in samples:
-            probability, best = class_probabilities(clip, index, prompts)[0].max(1)
+            probability, best = class_probabilities(clip, index, weights).max(1)
             predictions[key].append([[names[c], float(p)] for c, p in zip(best, probability, strict=True)])
     examples = []
     for n, index in enumerate(samples):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,8 +21,11 @@ from tracer.files import whole_file
 from tracer.model import MAX_LOGIT_SCALE, Clip, compute_device, load_clip
 
 CALIBRATION_BINS = 15
+KEEP = 256 * 2**20  # bytes of decoded pictures that stay in memory for the next model
 
 Scores = dict[str, dict[str, float]]  # evaluation set → accuracy, ece, pictures
+
+_KEPT: dict[tuple, Tensor] = {}  # files and picture format → decoded pictures
 
 
 def evaluate(config: EvaluateConfig) -> Scores:
@@ -111,8 +115,10 @@ def check_labels(sets: list[Index], prompts: dict[str, list[str]]) -> None:
 
 
 @torch.inference_mode()
-def classifier(clip: Clip, prompts: dict[str, list[str]], device: torch.device) -> Tensor:
+def classifier(clip: Clip, prompts: dict[str, list[str]]) -> Tensor:
     """Zero-shot weights [C, D]: per class the normalised mean of its prompts' normalised features."""
+    clip.model.eval()
+    device = next(clip.model.parameters()).device
     texts = [text for group in prompts.values() for text in group]
     features = torch.cat(
         [
@@ -126,24 +132,34 @@ def classifier(clip: Clip, prompts: dict[str, list[str]], device: torch.device) 
 
 @torch.inference_mode()
 def class_probabilities(
-    clip: Clip, index: Index, prompts: dict[str, list[str]], *, batch_size: int = 256, workers: int = 2
-) -> tuple[Tensor, Tensor]:
-    """Probabilities [N, C] of the classes in ``prompts`` for every picture, and the true classes [N]."""
-    check_labels([index], prompts)
+    clip: Clip, index: Index, weights: Tensor, *, batch_size: int = 256, workers: int = 2
+) -> Tensor:
+    """Probabilities [N, C] of the classes of ``weights``, a :func:`classifier`, for every picture; on the CPU."""
     clip.model.eval()
-    device = next(clip.model.parameters()).device
-    weights = classifier(clip, prompts, device)
-    batches = Pictures(
-        index, clip, in_order(len(index), batch_size), batch_size, workers=workers, device=device
-    )
     scale = clip.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+    batches = _decoded(clip, index, batch_size, workers, weights.device)
     total = -(-len(index) // batch_size)
     rows = []
-    for image, _ in tqdm(batches, desc=f"evaluating {index.name}", total=total, delay=3, leave=False):
+    for image in tqdm(batches, desc=f"evaluating {index.name}", total=total, delay=3, leave=False):
         features = clip.model.encode_image(image, normalize=True)
         rows.append((scale * features @ weights.T).softmax(-1).cpu())
-    number = {name: i for i, name in enumerate(prompts)}
-    return torch.cat(rows), torch.tensor([number[label] for label in index.labels])
+    return torch.cat(rows)
+
+
+def _decoded(
+    clip: Clip, index: Index, batch_size: int, workers: int, device: torch.device
+) -> Iterator[Tensor]:
+    """The pictures in order, [≤ batch_size, 3, S, S]. Small sets stay decoded: a comparison has many models."""
+    key = (index.digest(), clip.image_size, clip.mean, clip.std, clip.interpolation, clip.squash)
+    if key not in _KEPT:
+        order = in_order(len(index), batch_size)
+        pictures = Pictures(index, clip, order, batch_size, workers=workers, device=device)
+        size = len(index) * 3 * clip.image_size**2 * 4
+        if size + sum(kept.nbytes for kept in _KEPT.values()) > KEEP:
+            yield from (image for image, _ in pictures)
+            return
+        _KEPT[key] = torch.cat([image.cpu() for image, _ in pictures])
+    yield from (image.to(device) for image in _KEPT[key].split(batch_size))
 
 
 def evaluate_zero_shot(
@@ -154,12 +170,15 @@ def evaluate_zero_shot(
     Raises:
         UserError: a label without prompts, an unreadable set.
     """
+    check_labels(sets, prompts)
+    weights = classifier(clip, prompts)
+    number = {name: i for i, name in enumerate(prompts)}
     results: Scores = {}
     for index in sets:
-        probabilities, truth = class_probabilities(clip, index, prompts, workers=workers)
-        classes = len(prompts)
-        accuracy = multiclass_accuracy(probabilities, truth, classes, average="micro")
-        error = multiclass_calibration_error(probabilities, truth, classes, n_bins=CALIBRATION_BINS)
+        probabilities = class_probabilities(clip, index, weights, workers=workers)
+        truth = torch.tensor([number[label] for label in index.labels])
+        accuracy = multiclass_accuracy(probabilities, truth, len(prompts), average="micro")
+        error = multiclass_calibration_error(probabilities, truth, len(prompts), n_bins=CALIBRATION_BINS)
         results[index.name] = {
             "accuracy": float(accuracy),
             "ece": float(error),
