@@ -9,9 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from nvidia.dali import pipeline_def
+from PIL import Image, ImageOps
+from torchvision.transforms import RandomResizedCrop
 
-from tracer.data import Pictures, TrainingBatches, check_pictures, in_order, read_index, shuffled
+from tracer.data import (
+    Crops,
+    Pictures,
+    TrainingBatches,
+    _window,
+    check_pictures,
+    fn,
+    in_order,
+    random_crops,
+    read_index,
+    shuffled,
+    types,
+)
 from tracer.errors import UserError
 from tracer.model import load_clip
 
@@ -121,6 +135,13 @@ def test_every_epoch_is_a_new_whole_permutation():
     assert (seen != other).any()
 
 
+@pytest.mark.parametrize("first", [0, 1, 2, 3, 4, 7])
+def test_order_goes_on_from_any_batch(first):
+    whole = list(shuffled(size=10, batch_size=4, steps=8, seed=3))
+    rest = list(shuffled(size=10, batch_size=4, steps=8, seed=3, first=first))
+    assert [batch.tolist() for batch in rest] == [batch.tolist() for batch in whole[first:]]
+
+
 def test_evaluation_pictures_are_what_pil_gives(drawings, clip):
     """Same pixels as open_clip's own transform, up to rounding; every picture once, in order."""
     index = read_index(drawings / "test.csv")
@@ -163,3 +184,89 @@ def test_too_few_pictures_for_a_batch_are_named(drawings, clip):
     index = read_index(drawings / "test.csv")
     with pytest.raises(UserError, match="holds 16 pictures, fewer than one batch of 32: lower --batch_size"):
         TrainingBatches(index, clip, batch_size=32, steps=1, seed=0, crop_scale=0.9)
+
+
+@pytest.mark.parametrize("first", [1, 5, 7, 11, 12])
+def test_batches_go_on_from_any_of_them(drawings, clip, monkeypatch, first):
+    """Same pictures, crops, captions and labels; what came before is not even read."""
+    index = read_index(drawings / "train.csv")
+    options = {"batch_size": 8, "steps": 12, "seed": 1, "crop_scale": 0.5}
+    whole, read = list(TrainingBatches(index, clip, **options)), []
+    monkeypatch.setattr("tracer.data.np.fromfile", lambda path, _: read.append(path) or load(path))
+    rest = TrainingBatches(index, clip, first=first, **options)
+    assert len(rest) == 12 - first
+    rest = list(rest)
+    assert len(rest) == 12 - first
+    for a, b in zip(whole[first:], rest, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(astuple(a), astuple(b), strict=True))
+    assert len(read) == 8 * (12 - first)
+
+
+def load(path: Path) -> np.ndarray:
+    return np.frombuffer(path.read_bytes(), np.uint8)
+
+
+def windows(pictures: list[np.ndarray], crops: Crops) -> tuple[np.ndarray, np.ndarray]:
+    """Corners [n, 2] of the crops of encoded pictures."""
+
+    @pipeline_def(batch_size=len(pictures), num_threads=1, device_id=None)
+    def pipeline():
+        encoded = fn.external_source(lambda: pictures, dtype=types.UINT8, ndim=1)
+        sides = fn.external_source(lambda: crops.sides, dtype=types.FLOAT, ndim=2)
+        place = fn.external_source(lambda: crops.place, dtype=types.FLOAT, ndim=1)
+        return _window(encoded, sides, place)
+
+    start, end = pipeline().run()
+    return start.as_array(), end.as_array()
+
+
+@pytest.mark.parametrize("size", [(500, 500), (3000, 2250), (300, 900), (900, 300)], ids=str)
+@pytest.mark.parametrize("smallest", [0.9, 0.1])
+def test_crops_are_distributed_as_torchvisions(tmp_path, size, smallest):
+    """Area and ratio over 4000 draws; the extreme shapes always fall back. Large: torchvision rounds."""
+    n = 4000
+    picture = Image.new("L", size)
+    picture.save(tmp_path / "a.png")
+    crops = random_crops(n, 0, 0, smallest)
+    start, end = windows([load(tmp_path / "a.png")] * n, crops)
+    np.testing.assert_allclose(start, crops.place * (1 - (end - start)), atol=1e-6)
+    assert np.quantile(crops.place, [0, 0.25, 0.5, 0.75, 1]) == pytest.approx(
+        np.arange(0, 1.1, 0.25), abs=0.02
+    )
+    assert start.min() >= 0
+    assert end.max() <= 1 + 1e-6
+    torch.manual_seed(0)
+    want = [RandomResizedCrop.get_params(picture, (smallest, 1.0), (3 / 4, 4 / 3)) for _ in range(n)]
+    h, w = np.array(want).T[2:] / np.array([[size[1]], [size[0]]])
+    height, width = (end - start).T
+
+    def below(values: np.ndarray, limits: np.ndarray) -> np.ndarray:
+        return np.searchsorted(np.sort(values), limits) / n
+
+    for mine, theirs in ((height * width, h * w), (np.log(width / height), np.log(w / h))):
+        limits = np.linspace(theirs.min() - 0.011, theirs.max() + 0.013, 200)
+        assert np.abs(below(mine, limits) - below(theirs, limits)).max() < 0.045  # Kolmogorov, Smirnov: 0.1 %
+
+
+@pytest.mark.parametrize(
+    ("name", "turned"), [("a.png", 1), ("a.jpg", 1), ("a.jpg", 6), ("a.webp", 1), ("a.bmp", 1), ("a.tif", 1)]
+)
+def test_a_crop_is_what_pil_cuts_out(clip, tmp_path, name, turned):
+    """In every format, and in the upright picture where the file says that it was taken on its side."""
+    y, x = np.mgrid[:60, :90]
+    picture = Image.fromarray(np.stack([x * 2, y * 4, (x + y) % 256], 2).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    picture.save(tmp_path / name, quality=100, exif=exif)
+    index = read_index(write_csv(tmp_path / "a.csv", ["image", "label"], [[name, "x"]] * 2))
+    crops = random_crops(2, 3, 0, 0.2)
+    ((images, _),) = Pictures(index, clip, in_order(2, 2), 2, crops=iter([crops]))
+    start, end = windows([load(tmp_path / name)] * 2, crops)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / name))
+    assert upright.size == ((90, 60) if turned == 1 else (60, 90))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (clip.mean, clip.std))
+    for got, low, high in zip(images, start, end, strict=True):
+        (top, left), (bottom, right) = (corner * upright.size[::-1] for corner in (low, high))
+        cut = upright.resize((32, 32), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+        want = torch.from_numpy(np.array(cut)).permute(2, 0, 1) / 255
+        assert ((got * std + mean) - want).abs().mean() * 255 < 3

@@ -1,7 +1,8 @@
 """Pictures with captions: an index of files, and batches of them decoded by a DALI pipeline.
 
-DALI decodes, crops and normalises (on the CPU when there is no GPU); the order of the samples and the choice
-of captions are functions of (seed, epoch), so every batch is known from the settings and the step alone.
+DALI decodes, crops and normalises (on the CPU when there is no GPU), but draws nothing at random: the order of
+the pictures is a function of (seed, epoch), their crops and captions of (seed, batch). Every batch is known from
+the settings and its number alone, so a run that was cut off goes on at any of them.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import nvidia.dali.fn
+import nvidia.dali.math
 import nvidia.dali.types
 import torch
 from nvidia.dali import pipeline_def
@@ -32,9 +35,12 @@ from tracer.model import Clip
 
 # DALI makes these modules' content at import, where a type checker does not see it.
 fn: Any = nvidia.dali.fn
+dali_math: Any = nvidia.dali.math
 types: Any = nvidia.dali.types
 
 FORMATS = {"JPEG", "PNG", "WEBP", "BMP", "TIFF"}  # what DALI decodes of what PIL reads
+ATTEMPTS, RATIO = 10, 4 / 3  # of a random crop: draws until one fits, and the largest ratio of its sides
+CROPS, CAPTIONS = 1, 2  # set apart the random numbers of a batch, and both from those of an epoch
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -183,15 +189,20 @@ class Batch:
     index: Tensor
 
 
-def shuffled(size: int, batch_size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
-    """``steps`` batches of indices; every epoch is a permutation known from (seed, epoch)."""
-    epoch, order = 0, np.empty(0, np.int64)
-    for _ in range(steps):
+def shuffled(size: int, batch_size: int, steps: int, seed: int, first: int = 0) -> Iterator[np.ndarray]:
+    """Batches ``first``, … ``steps`` − 1 of indices; every epoch is a permutation known from (seed, epoch)."""
+    epoch, done = divmod(first * batch_size, size)
+    order = _permutation(size, seed, epoch)[done:]
+    for _ in range(first, steps):
         while len(order) < batch_size:
-            order = np.concatenate([order, np.random.default_rng((seed, epoch)).permutation(size)])
             epoch += 1
+            order = np.concatenate([order, _permutation(size, seed, epoch)])
         yield order[:batch_size]
         order = order[batch_size:]
+
+
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(size)
 
 
 def in_order(size: int, batch_size: int) -> Iterator[np.ndarray]:
@@ -200,11 +211,49 @@ def in_order(size: int, batch_size: int) -> Iterator[np.ndarray]:
         yield np.arange(start, min(start + batch_size, size))
 
 
+class Crops(NamedTuple):
+    """What the random crops of a batch of n pictures are made of, float32.
+
+    ``sides`` [n, 2, ATTEMPTS]: height and width, in sides of a square as large as the picture.
+    ``place`` [n, 2]: where the crop lies between the picture's edges, from 0 to 1, downwards and to the right.
+    """
+
+    sides: np.ndarray
+    place: np.ndarray
+
+
+def random_crops(batch_size: int, seed: int, batch: int, smallest: float) -> Crops:
+    """Areas uniform in [``smallest``, 1] of the picture's, log(width / height) uniform in ±log RATIO."""
+    draw = np.random.default_rng((seed, batch, CROPS))
+    area = draw.uniform(smallest, 1, (batch_size, ATTEMPTS))
+    ratio = np.exp(draw.uniform(-math.log(RATIO), math.log(RATIO), (batch_size, ATTEMPTS)))
+    sides = np.sqrt(np.stack([area / ratio, area * ratio], 1))
+    return Crops(sides.astype(np.float32), draw.random((batch_size, 2), np.float32))
+
+
+def _window(encoded: Any, sides: Any, place: Any) -> tuple[Any, Any]:
+    """DALI nodes: corners of the crop in shares of the picture's height and width, [2] float32 each.
+
+    The first attempt that fits the picture, and where none does, as much of it as RATIO allows: the distribution
+    of DALI's and torchvision's random_resized_crop, but for their rounding to whole pixels.
+    """
+    shape = fn.peek_image_shape(encoded, dtype=types.FLOAT)[:2]
+    unit = dali_math.sqrt(shape[0] * shape[1]) / shape  # from sides of that square to shares
+    sides = sides * fn.expand_dims(unit, axes=1)
+    fits = fn.reductions.max(sides, axes=0) <= 1.0
+    rank = fits * types.Constant(np.arange(ATTEMPTS, 0, -1, dtype=np.float32))  # the first is the highest
+    best = fn.reductions.max(rank)
+    largest = dali_math.min(RATIO * unit * unit, 1.0)
+    size = fn.reductions.sum(sides * (rank == best), axes=1) * (best > 0.0) + largest * (best == 0.0)
+    start = place * (1.0 - size)
+    return start, start + size
+
+
 class Pictures:
     """Decoded pictures in the order of ``batches``: yields ``(image, index)`` tensors on ``device``.
 
-    Training takes random crops of at least ``crop_scale`` of the area; evaluation (``crop_scale=None``)
-    resizes the shorter side and crops the centre, as open_clip's own transforms do.
+    Training gives ``crops``, from :func:`random_crops` for each of the batches; evaluation (None) resizes the
+    shorter side and crops the centre, as open_clip's own transforms do.
     """
 
     def __init__(
@@ -214,31 +263,37 @@ class Pictures:
         batches: Iterator[np.ndarray],
         batch_size: int,
         *,
-        crop_scale: float | None = None,
-        seed: int = 0,
+        crops: Iterator[Crops] | None = None,
         workers: int = 2,
         device: torch.device | str = "cpu",
     ):
         self.device = torch.device(device)
         gpu: Any = self.device.index or 0 if self.device.type == "cuda" else None  # None: no CUDA at all
 
-        def read() -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
+        def read() -> Iterator[tuple[Any, ...]]:
             for rows in batches:
                 files = [np.fromfile(index.images[i], np.uint8) for i in rows]
-                yield files, list(rows[:, None])
+                yield files, list(rows[:, None]), *(next(crops) if crops else ())
 
-        @pipeline_def(batch_size=batch_size, num_threads=workers, device_id=gpu, seed=seed)
+        inputs = 4 if crops else 2
+
+        @pipeline_def(batch_size=batch_size, num_threads=workers, device_id=gpu)
         def pipeline() -> tuple[Any, Any]:
-            encoded, rows = fn.external_source(
-                read, num_outputs=2, dtype=[types.UINT8, types.INT64], ndim=[1, 1]
+            encoded, rows, *crop = fn.external_source(
+                read,
+                num_outputs=inputs,
+                dtype=[types.UINT8, types.INT64, types.FLOAT, types.FLOAT][:inputs],
+                ndim=[1, 1, 2, 1][:inputs],
             )
             decoder = "cpu" if gpu is None else "mixed"
             image = fn.decoders.image(encoded, device=decoder, output_type=types.RGB)
             kind = types.INTERP_CUBIC if clip.interpolation == "bicubic" else types.INTERP_LINEAR
             sampling = {"interp_type": kind, "antialias": True}
             side = clip.image_size
-            if crop_scale is not None:
-                image = fn.random_resized_crop(image, size=side, random_area=[crop_scale, 1.0], **sampling)
+            if crop:
+                start, end = _window(encoded, *crop)
+                window = {"roi_start": start, "roi_end": end, "roi_relative": True}
+                image = fn.resize(image, size=[side, side], **window, **sampling)
             elif clip.squash:
                 image = fn.resize(image, size=[side, side], **sampling)
             else:
@@ -261,7 +316,10 @@ class Pictures:
 
 
 class TrainingBatches:
-    """``steps`` batches of pictures, one caption of each drawn at random, and integer labels."""
+    """Batches ``first``, … ``steps`` − 1 of a run: pictures, a caption of each drawn at random, integer labels.
+
+    Pictures are random crops of at least ``crop_scale`` of their area. What comes before ``first`` is not read.
+    """
 
     def __init__(
         self,
@@ -272,6 +330,7 @@ class TrainingBatches:
         steps: int,
         seed: int,
         crop_scale: float,
+        first: int = 0,
         workers: int = 2,
         device: torch.device | str = "cpu",
     ):
@@ -280,10 +339,14 @@ class TrainingBatches:
                 f"'{index.name}' holds {len(index)} pictures, fewer than one batch of {batch_size}: "
                 "lower --batch_size or add pictures"
             )
-        self.steps, self.seed, self.device = steps, seed, torch.device(device)
-        order = shuffled(len(index), batch_size, steps, seed)
-        self.pictures = Pictures(
-            index, clip, order, batch_size, crop_scale=crop_scale, seed=seed, workers=workers, device=device
+        self.numbers, self.seed, self.device = range(first, steps), seed, torch.device(device)
+        order = shuffled(len(index), batch_size, steps, seed, first)
+        crops = (random_crops(batch_size, seed, batch, crop_scale) for batch in self.numbers)
+        # With nothing left to read there is no pipeline: it would ask for a batch at once.
+        self.pictures: Iterable[tuple[Tensor, Tensor]] = (
+            Pictures(index, clip, order, batch_size, crops=crops, workers=workers, device=device)
+            if self.numbers
+            else ()
         )
         number = {name: i for i, name in enumerate(index.classes)}
         self.labels = torch.tensor([number[label] for label in index.labels])
@@ -291,12 +354,12 @@ class TrainingBatches:
         self.tokens = clip.tokenizer([c for captions in index.captions for c in captions])
 
     def __len__(self) -> int:
-        return self.steps
+        return len(self.numbers)
 
     def __iter__(self) -> Iterator[Batch]:
-        choose = torch.Generator().manual_seed(self.seed)
-        for image, index in self.pictures:
+        for number, (image, index) in zip(self.numbers, self.pictures, strict=True):
             start, count = self.first[index], self.first[index + 1] - self.first[index]
-            row = start + (torch.rand(len(index), generator=choose) * count).long()
+            chance = np.random.default_rng((self.seed, number, CAPTIONS)).random(len(index))
+            row = start + (torch.from_numpy(chance) * count).long()
             text, label = self.tokens[row], self.labels[index]
             yield Batch(image, text.to(self.device), label.to(self.device), index)
