@@ -219,9 +219,10 @@ def small(tmp_path: Path) -> dict[str, Any]:
 def test_every_table_number_equals_the_results(written: tuple[dict[str, Any], str, Page]) -> None:
     results, _, page = written
     shifted = [d["name"] for d in results["domains"] if d["kind"] == "shifted"]
-    start = results["methods"][0]["runs"][0]["eval"]
     for table, what, source in (("accuracy",) * 2 + ("eval",), ("ece",) * 2 + ("eval",)):
         for method in results["methods"]:
+            of = method["variant_of"]
+            base = next(m for m in results["methods"] if m["key"] == (of or "zero-shot"))["runs"]
             for column, names in {
                 "in-distribution": ["gnome"],
                 "shifted": shifted,
@@ -229,14 +230,16 @@ def test_every_table_number_equals_the_results(written: tuple[dict[str, Any], st
                 **{name: [name] for name in shifted},
             }.items():
                 seeds = [statistics.fmean(run[source][n][what] for n in names) for run in method["runs"]]
-                cell = f"{table}/{method['key']}/{column}"
+                prefix = {"accuracy": "parts", "ece": "parts-ece"}[table] if of else table
+                cell = f"{prefix}/{method['key']}/{column}"
                 mean = statistics.fmean(seeds)
                 assert page.values[cell] == pytest.approx(mean, abs=1e-12)
                 text = page.cells[cell].replace("−", "-")
                 numbers = [float(v) for v in re.findall(r"[+-]?\d+\.\d", text)]
                 expected = [100 * mean]
                 if len(seeds) > 1:
-                    change = mean - statistics.fmean(start[n][what] for n in names)
+                    start = statistics.fmean(run[source][n][what] for run in base for n in names)
+                    change = mean - start
                     expected += [100 * statistics.stdev(seeds), 100 * change]
                 assert numbers == pytest.approx(expected, abs=0.0501), cell
     assert page.cells["ece/zero-shot/shifted"].startswith("best")
@@ -263,13 +266,15 @@ def test_page_tells_where_it_comes_from(written: tuple[dict[str, Any], str, Page
     assert page.tags.count("svg") >= 1 + 1 + 5 + 2 + 6 + 3  # trade-off, gap, bars, progress, terms, the rest
 
 
-def test_variants_stand_in_the_tables_and_not_in_the_figures(
+def test_variants_stand_in_a_table_of_their_own_and_not_in_the_figures(
     written: tuple[dict[str, Any], str, Page],
 ) -> None:
     results, text, page = written
     drawings = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
     for method in results["methods"]:
-        assert f"accuracy/{method['key']}/shifted" in page.values
+        of = method["variant_of"]
+        assert (f"accuracy/{method['key']}/shifted" in page.values) == (of is None)
+        assert (f"parts/{method['key']}/shifted" in page.values) == ("r-adapter" in (of, method["key"]))
         assert (f">{method['name']}<" in drawings) == (method["variant_of"] is None), method["name"]
     assert drawings.count("α from 0 to 1") == 2, "a line for each curve"
     summary = report.summarise(results)
@@ -282,17 +287,37 @@ def test_what_a_variant_changes_is_told() -> None:
     results = results_with(zero_shot=ZERO, flyp=PLAIN, r_adapter=full, other=variant)
     results["methods"][3]["variant_of"] = "r-adapter"
     found = told(results)[1]
-    assert found["Parts of R-ADAPTER"] == (
-        "Against the full method, OTHER: in distribution +2.0 points, under shift −0.5 points (within the spread)."
+    assert found["Parts of R-ADAPTER"] == "Against the full method, OTHER: in distribution +2.0 points."
+    results["methods"][3]["runs"] = copy.deepcopy(results["methods"][2]["runs"])
+    assert told(results)[1]["Parts of R-ADAPTER"] == "Within the spread of the full method: OTHER."
+    for method in results["methods"]:
+        del method["runs"][1:]  # one seed: nothing is clear, everything is told
+    assert told(results)[1]["Parts of R-ADAPTER"] == (
+        "Against the full method, OTHER: in distribution 0.0 points, under shift 0.0 points."
     )
     assert "OTHER" not in found["In distribution"] + found["Under shift"] + found["Calibration"]
 
 
 def test_what_is_kept_is_told_in_numbers(written: tuple[dict[str, Any], str, Page]) -> None:
-    assert dict(report.findings(report.summarise(written[0])))["Size"] == (
+    results, _, page = written
+    assert dict(report.findings(report.summarise(results)))["Size"] == (
         "R-Adapter trains 480,000 parameters, 10.0 % of FLYP's: optimizer state 3.84 MB against 38.4, "
-        "what a run has to keep 1.92 MB against 19.2."
+        "trained weights 1.92 MB against 19.2."
     )
+    kinds = ("parameters", "optimizer", "weights")
+    assert [page.cells[f"size/flyp/{kind}"] for kind in kinds] == ["4,800,000", "38.4", "19.2"]
+    assert [page.cells[f"size/r-adapter/{kind}"] for kind in kinds] == ["480,000", "3.84", "1.92"]
+    assert "size/r-adapter-no-drop/weights" not in page.cells
+    assert "size/flyp/checkpoint" not in page.cells, "not measured"
+    measured = copy.deepcopy(results)
+    for method, size in (("flyp", 57_600_000), ("r-adapter", 5_760_000)):
+        runs = next(m for m in measured["methods"] if m["key"] == method)["runs"]
+        runs[0]["sizes"] = runs[0]["sizes"] | {"checkpoint_bytes": size}
+    text = dict(report.findings(report.summarise(measured)))["Size"]
+    assert "a checkpoint 5.76 MB against 57.6, trained" in text
+    page = Page(report.render(measured, Path()))
+    cells = [page.cells[f"size/{key}/checkpoint"] for key in ("flyp", "r-adapter", "wma")]
+    assert cells == ["57.6", "5.76", "–"]
 
 
 def test_page_is_self_contained(written: tuple[dict[str, Any], str, Page]) -> None:

@@ -138,7 +138,7 @@ class Column:
         return statistics.fmean(cells) if cells else math.nan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
     """A row of the tables."""
 
@@ -147,9 +147,7 @@ class Method:
     name: str
     note: str
     runs: list[dict[str, Any]]
-    variant_of: str | None = (
-        None  # of an ablation: in the tables, not in the figures, in that method's colour
-    )
+    variant_of: str | None = None  # of an ablation: in a table of their own, in that method's colour
 
     @property
     def trained(self) -> bool:
@@ -176,6 +174,12 @@ class Summary:
     def main(self) -> list[Method]:
         """The methods that are compared with each other: without the variants of an ablation."""
         return [m for m in self.methods if m.variant_of is None]
+
+    @property
+    def parts(self) -> dict[Method, list[Method]]:
+        """Method → its variants, each with a part switched off, for methods that have any."""
+        variants = {full: [m for m in self.methods if m.variant_of == full.key] for full in self.main}
+        return {full: some for full, some in variants.items() if some}
 
 
 def number(value: Any) -> float:
@@ -367,7 +371,7 @@ def findings(summary: Summary) -> list[tuple[str, str]]:
     if gap:
         found.append(("Teacher–student gap", gap))
     column = summary.away or summary.home
-    found += ablations(summary) + sizes(summary)
+    found += ablations(summary) + size_sentence(summary)
     calibrated = [m for m in summary.main if math.isfinite(m.stat(column, "ece").mean)]
     if len(calibrated) > 1:
         ranked = sorted(calibrated, key=lambda m: m.stat(column, "ece").mean)
@@ -415,36 +419,72 @@ def _shift_sentence(summary: Summary, base: Method, plain: Method, away: Column)
 
 
 def ablations(summary: Summary) -> list[tuple[str, str]]:
-    """What each variant of a method changes against it."""
+    """What each variant of a method changes against it, unless that is within the spread."""
     found = []
     columns = [c for c in (summary.home, summary.away) if c is not None]
-    for full in summary.main:
-        parts = []
-        for m in summary.methods:
-            if m.variant_of == full.key:
-                changes = [f"{c.label.lower()} {change(m.stat(c), full.stat(c))}" for c in columns]
-                parts.append(f"{m.name}: {', '.join(changes)}")
-        if parts:
-            found.append((f"Parts of {full.name}", f"Against the full method, {'; '.join(parts)}."))
+    for full, variants in summary.parts.items():
+        changed: list[str] = []
+        unchanged: list[str] = []
+        for m in variants:
+            pairs = [(c, m.stat(c), full.stat(c)) for c in columns]
+            clear = [
+                f"{c.label.lower()} {change(a, b)}"
+                for c, a, b in pairs
+                if clearly_differ(a, b) or a.spread is None or b.spread is None
+            ]
+            (changed if clear else unchanged).append(f"{m.name}: {', '.join(clear)}" if clear else m.name)
+        sentences = [f"Against the full method, {'; '.join(changed)}."] if changed else []
+        if unchanged:
+            sentences.append(f"Within the spread of the full method: {listing(unchanged)}.")
+        found.append((f"Parts of {full.name}", " ".join(sentences)))
     return found
 
 
-def sizes(summary: Summary) -> list[tuple[str, str]]:
-    """What a method that trains a part of the model keeps, against the plain one."""
-    measured: dict[str, dict[str, Any]] = {
-        m.key: next((r["sizes"] for r in m.runs if r.get("sizes")), {}) for m in summary.main
-    }
-    whole = measured.get(summary.plain.key, {}) if summary.plain else {}
-    parts = []
-    for m in summary.main:
-        own = measured[m.key]
-        if summary.plain and "adapters_bytes" in own and "optimizer_bytes" in whole:
-            share = own["trained_parameters"] / whole["trained_parameters"]
+@dataclass(frozen=True)
+class Sizes:
+    """What a method trained and kept, of its first run that tells; bytes, NaN where it was not measured."""
+
+    method: Method
+    parameters: float
+    optimizer: float
+    checkpoint: float  # what a run that was cut off resumes from
+    weights: float  # what was trained, at the end: the adapters, or the whole model
+
+
+def sizes(summary: Summary) -> list[Sizes]:
+    """For every method that was trained, the plain one first."""
+    found = []
+    for m in sorted(summary.main, key=lambda m: m is not summary.plain):
+        own = next((run["sizes"] for run in m.runs if run.get("sizes")), None)
+        if own:
+            weights = own.get("adapters_bytes", own.get("student_bytes"))
+            kept = own.get("optimizer_bytes"), own.get("checkpoint_bytes"), weights
+            found.append(Sizes(m, number(own.get("trained_parameters")), *map(number, kept)))
+    return found
+
+
+def size_sentence(summary: Summary) -> list[tuple[str, str]]:
+    """How much less a method that trains a part of the model keeps than the plain one."""
+    measured = sizes(summary)
+    if not measured or measured[0].method is not summary.plain:
+        return []
+    whole, parts = measured[0], []
+    for own in measured:
+        if own.parameters < whole.parameters:
+            kinds = {
+                "optimizer state": "optimizer",
+                "a checkpoint": "checkpoint",
+                "trained weights": "weights",
+            }
+            pairs = {what: (getattr(own, kind), getattr(whole, kind)) for what, kind in kinds.items()}
+            kept = [
+                f"{what} {amount(a / 1e6)} MB against {amount(b / 1e6)}"
+                for what, (a, b) in pairs.items()
+                if math.isfinite(a) and math.isfinite(b)
+            ]
             parts.append(
-                f"{m.name} trains {own['trained_parameters']:,} parameters, {percent(share)} % of "
-                f"{summary.plain.name}'s: optimizer state {amount(own['optimizer_bytes'] / 1e6)} MB against "
-                f"{amount(whole['optimizer_bytes'] / 1e6)}, what a run has to keep "
-                f"{amount(own['adapters_bytes'] / 1e6)} MB against {amount(whole['student_bytes'] / 1e6)}."
+                f"{own.method.name} trains {own.parameters:,.0f} parameters, "
+                f"{percent(own.parameters / whole.parameters)} % of {whole.method.name}'s: {', '.join(kept)}."
             )
     return [("Size", " ".join(parts))] if parts else []
 
@@ -757,6 +797,10 @@ def render(results: dict[str, Any], folder: Path) -> str:
         accuracy=table(summary, "accuracy"),
         ece=table(summary, "ece"),
         teachers=table(summary, "accuracy", of="teacher_eval"),
+        parts={
+            full: [table(summary, what, full=full) for what in ("accuracy", "ece")] for full in summary.parts
+        },
+        sizes=sizes(summary),
         sampling=sampling_error(results, summary),
         chances=chances(results, summary),
         runs=[(m, run) for m in summary.methods for run in m.runs],
@@ -767,20 +811,23 @@ def render(results: dict[str, Any], folder: Path) -> str:
     )
 
 
-def table(summary: Summary, what: str, of: str = "eval") -> list[dict[str, Any]]:
-    """Rows of a table: for each method its cells, with the best of a column and clear changes marked."""
+def table(summary: Summary, what: str, of: str = "eval", full: Method | None = None) -> list[dict[str, Any]]:
+    """Rows of a table: for each method its cells, with the best of a column and clear changes marked.
+
+    Changes are against the baseline; of ``full``, a method with variants, against it, with its variants as rows.
+    """
     lower = what == "ece"
-    methods = [
-        m for m in summary.methods if any(math.isfinite(m.stat(c, what, of).mean) for c in summary.columns)
-    ]
+    base = full or summary.baseline
+    methods = [full, *summary.parts[full]] if full else summary.main
+    methods = [m for m in methods if any(math.isfinite(m.stat(c, what, of).mean) for c in summary.columns)]
     columns = [(c, [m.stat(c, what, of) for m in methods]) for c in summary.columns]
     rows = []
     for i, m in enumerate(methods):
         cells = []
         for c, stats in columns:
             stat, change, trend = stats[i], math.nan, ""
-            if summary.baseline is not None and m is not summary.baseline:
-                start = summary.baseline.stat(c, what)
+            if base is not None and m is not base:
+                start = base.stat(c, what)
                 change = stat.mean - start.mean
                 if clearly_differ(stat, start):
                     trend = "up" if (change < 0) == lower else "down"
@@ -914,18 +961,27 @@ def print_table(results: dict[str, Any]) -> None:
     for c in summary.columns:
         detail = c.detail if c.group == "Summary" else c.group.lower()
         shown.add_column(printable(f"{c.label}\n{detail}"), justify="right")
-    for row in table(summary, "accuracy"):
-        cells = []
-        for cell in row["cells"]:
-            text = with_spread(cell["stat"]) + (" *" if cell["best"] else "")
-            if math.isfinite(cell["change"]):
-                text += "\n" + percent(cell["change"], signed=True)
-            cells.append(printable(text, "bold" if cell["best"] else ""))
-        shown.add_row(printable(row["method"].name), *cells)
-    shown.add_section()
+
+    def add(rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            cells = []
+            for cell in row["cells"]:
+                text = with_spread(cell["stat"]) + (" *" if cell["best"] else "")
+                if math.isfinite(cell["change"]):
+                    text += "\n" + percent(cell["change"], signed=True)
+                cells.append(printable(text, "bold" if cell["best"] else ""))
+            shown.add_row(printable(row["method"].name), *cells)
+        shown.add_section()
+
+    add(table(summary, "accuracy"))
+    for full in summary.parts:
+        add(table(summary, "accuracy", full=full)[1:])
     shown.add_row("Chance", *(printable(percent(v)) for v in chances(results, summary)), style="dim")
     console.print(shown)
     start = summary.baseline.name if summary.baseline else "the start"
-    marks = f"Second line: change against {start}, in points. *: best of its column by more than the spread."
+    of_parts = "".join(f", for its parts against {full.name}" for full in summary.parts)
+    marks = f"Second line: change against {start}{of_parts}, in points. *: clearly the best of its column."
     console.print(printable(marks, "dim"))
+    for _, text in size_sentence(summary):
+        console.print(printable(text))
     console.print(printable(headline(summary), "bold"))
