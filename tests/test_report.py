@@ -277,6 +277,10 @@ def test_variants_stand_in_a_table_of_their_own_and_not_in_the_figures(
         assert (f"parts/{method['key']}/shifted" in page.values) == ("r-adapter" in (of, method["key"]))
         assert (f">{method['name']}<" in drawings) == (method["variant_of"] is None), method["name"]
     assert drawings.count("α from 0 to 1") == 2, "a line for each curve"
+    trade_off = drawings[: drawings.index("</svg>")]
+    assert [trade_off.count(f">{alpha}</text>") for alpha in (0, 0.2, 0.8, 1)] == [0, 2, 2, 0], (
+        "α on the line"
+    )
     summary = report.summarise(results)
     assert {m.index for m in summary.methods if m.variant_of} == {5}, "in the colour of the full method"
     assert "no dropping" not in report.headline(summary)

@@ -645,10 +645,14 @@ class Drawing:
                 [100 * statistics.fmean(axis) for axis in zip(*line[a], strict=True)] for a in sorted(line)
             ]
             if means:
+                tint = tints.get(str(curve["key"]), MUTED)
                 ax.plot(
-                    *zip(*means, strict=True), color=tints.get(str(curve["key"]), MUTED), linewidth=1.6,
-                    marker="|", markersize=6, zorder=2, label=f"{curve['name']}, α from 0 to 1",
+                    *zip(*means, strict=True), color=tint, linewidth=1.6, marker="|", markersize=6, zorder=2,
+                    label=f"{curve['name']}, α from 0 to 1",
                 )  # fmt: skip
+                for alpha, point in list(zip(sorted(line), means, strict=True))[1:-1]:
+                    ax.annotate(amount(alpha), point, xytext=(4, 5), textcoords="offset points", color=tint,
+                                fontsize=8, zorder=5)  # fmt: skip
         for m in summary.main:
             pairs = [
                 (100 * home.read(run.get("eval"), "accuracy"), 100 * away.read(run.get("eval"), "accuracy"))
