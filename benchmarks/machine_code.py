@@ -1,29 +1,28 @@
-"""Compile every shipped configuration of the loss kernels ahead of time and look at the machine code.
+"""Every shipped configuration of the kernels, compiled ahead of time for four architectures: its machine code.
 
-    python -m benchmarks.machine_code [--quick] [--json] [--arch sm_90 ...]
+    python -m benchmarks.machine_code
+    python -m benchmarks.machine_code --architectures '[sm_90]' --full_table true
 
 No GPU is needed: the launchers of ``kernels/contrastive.py`` run on ``meta`` tensors, which hold no data, and
 their launches are compiled for the named architecture instead of being started, so what is examined is what
 would run. Per kernel: registers per thread, bytes spilled to memory (must be 0), shared memory, tensor-core
-instructions, and how many warps of it a multiprocessor holds at once by registers and shared memory.
+instructions, and how many warps of it a multiprocessor holds at once by registers, shared and tensor memory.
+AMD's scalar registers may be parked in lanes of vector registers; that is no memory traffic and not counted as a
+spill. Compiled variants are counted of a run whose sizes, margin, smoothing, scales and temperature change.
 
 ``--quick`` leaves out the variants with fewer options and those whose width is no multiple of a block, compiles
 the combine kernel once per architecture, kind and number of products, and float32 products, exact or in TF32,
-only where their tile is not one that the same kernel has in sm_90's column. ``--variants`` prints how
-many compiled variants of each kernel a run needs whose sizes, margin, smoothing, scales and temperature
-change. AMD's scalar registers may be parked in lanes of vector registers; that is no memory traffic and not
-counted as a spill.
+only where their tile is not one that the same kernel has in sm_90's column.
+
+Roofline estimates come from these tiles, counted work and data sheets; see ``benchmarks/_roofline.py``.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -34,10 +33,15 @@ from typing import Any
 
 import torch
 import triton
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from tracer.kernels import _config, contrastive
+from benchmarks import _roofline
+from benchmarks._measure import table
+from benchmarks._part import Highlight, command_line, progress
+from benchmarks.work import ARCHITECTURES, CLIP, FULL, Architecture
+from tracer.kernels import _config, average, contrastive
 from tracer.kernels._config import Tile
 
 TARGETS = {
@@ -46,12 +50,13 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Registers of a multiprocessor per lane of a warp, shared memory in bytes, most warps, warps per scheduler.
+# Of a multiprocessor: registers per lane of a warp; shared memory, and what of it each program loses, in bytes;
+# columns of tensor memory; warps.
 LIMITS = {
-    "sm_80": (2048, 164 << 10, 64),
-    "sm_90": (2048, 228 << 10, 64),
-    "sm_100": (2048, 228 << 10, 64),
-    "gfx942": (2048, 64 << 10, 32),
+    "sm_80": (2048, 164 << 10, 1024, 0, 64),
+    "sm_90": (2048, 228 << 10, 1024, 0, 64),
+    "sm_100": (2048, 228 << 10, 1024, 512, 64),
+    "gfx942": (2048, 64 << 10, 0, 0, 32),
 }
 TENSOR_CORE = {
     "sm_80": r"\bHMMA",
@@ -60,7 +65,7 @@ TENSOR_CORE = {
     "gfx942": r"\bv_mfma",
 }
 loss: Any = contrastive  # called with unpacked arguments, which the type checker can't count
-FULL, CLIP = (True,) * 4, (True, False, False, False)
+AVERAGE = "moving average"
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a case; ``name`` is the kernel's, which for ``forward`` may be the combine."""
+    """What the compiler made of a kernel, bytes of a thread's spills and of a program's shared memory."""
 
-    case: Case
-    name: str
+    architecture: str
+    kernel: str
+    products: str  # of a tile: "one" or "several"
+    bits: int
+    tile: tuple[int, ...]  # the combine kernel's depends on it
+    warps: int
+    stages: int
+    options: str  # all of labels, margin and smoothing, or none; where the average has its weight
+    width: int
     registers: int
     spilled: int
     shared: int
@@ -157,26 +169,69 @@ def compile_case(case: Case, combine: bool = True) -> list[Report]:
         else:
             stats_on = case.kernel == "forward with stats"
             loss.forward(*arguments, margin, smoothing, enabled, stats_on, tile=case.tile)
-    return [_read(case, kernel.__name__, code) for kernel, code in compiled[:2]]
+    return [_loss_report(case, kernel, code) for kernel, code in compiled[:2]]
 
 
-def _read(case: Case, name: str, code: Any) -> Report:
+def compile_average(arch: str, on_device: bool) -> Report:
+    """Compile the moving average, its weight a number or on the device, and read the machine code."""
+    table, weight = _empty(1, 5, dtype=torch.int64), _empty() if on_device else 0.5
+    with compiling(arch):
+        code = average._average_kernel.run(
+            table, weight, ON_DEVICE=on_device, BLOCK=average.BLOCK, num_warps=average.NUM_WARPS,
+            grid=(1,), warmup=True,
+        )  # fmt: skip
+    options = "weight on the device" if on_device else "weight a number"
+    return _read(arch, code, AVERAGE, "none", 32, (average.BLOCK,), options, 0)
+
+
+def _loss_report(case: Case, kernel: Any, code: Any) -> Report:
+    name = f"combine of {case.kernel}" if kernel is contrastive._combine_kernel else case.kernel
+    return _read(
+        case.arch,
+        code,
+        name,
+        "several" if case.many else "one",
+        case.bits,
+        case.tile[:3],
+        "all" if case.options else "none",
+        case.width,
+    )
+
+
+def _read(
+    arch: str,
+    code: Any,
+    kernel: str,
+    products: str,
+    bits: int,
+    tile: tuple[int, ...],
+    options: str,
+    width: int,
+) -> Report:
     if "cubin" in code.asm:
         registers, spilled, text = _disassemble(code.asm["cubin"])
-        per_lane = -(-registers // 8) * 8
     else:
         text = code.asm["amdgcn"]
         registers = int(_find(r"\.vgpr_count:\s+(\d+)", text))
         spilled = int(_find(r"\.private_segment_fixed_size:\s+(\d+)", text))
-        per_lane = -(-registers // 8) * 8
-    shared = int(code.metadata.shared)
-    lanes, memory, most = LIMITS[case.arch]
-    warps = int(code.metadata.num_warps)
-    by_registers = lanes // per_lane // warps
-    by_memory = memory // (shared + 1024) if shared else by_registers
-    resident = min(by_registers, max(by_memory, 1), most // warps) * warps
-    count = len(re.findall(TENSOR_CORE[case.arch], text))
-    return Report(case, name, registers, spilled, shared, count, resident)
+    warps, shared = int(code.metadata.num_warps), int(code.metadata.shared)
+    count = len(re.findall(TENSOR_CORE[arch], text))
+    resident = _resident(arch, registers, shared, getattr(code.metadata, "tmem_size", None) or 0, warps)
+    return Report(
+        arch, kernel, products, bits, tile, warps, int(code.metadata.num_stages), options, width,
+        registers, spilled, shared, count, resident,
+    )  # fmt: skip
+
+
+def _resident(arch: str, registers: int, shared: int, columns: int, warps: int) -> int:
+    """Warps that a multiprocessor holds at once of programs that need so much each."""
+    lanes, memory, lost, tensor_memory, most = LIMITS[arch]
+    programs = [lanes // (-(-registers // 8) * 8) // warps, most // warps]
+    if shared:
+        programs.append(memory // (shared + lost))
+    if columns:
+        programs.append(tensor_memory // columns)
+    return min(programs) * warps
 
 
 def _find(pattern: str, text: str) -> str:
@@ -225,10 +280,12 @@ def shipped(architectures: list[str], quick: bool) -> list[Case]:
     return [case for case in cases if not known(case)]
 
 
-def reports(architectures: list[str], quick: bool = False) -> list[Report]:
-    """Compile in as many processes as there are processors; the slowest kinds first."""
+def compile_all(
+    architectures: list[str], quick: bool
+) -> tuple[list[Report], dict[str, int], list[dict[str, Any]]]:
+    """Reports of all kernels, compiled variants of a varied run, and estimates, by all processors."""
     cases = sorted(shipped(architectures, quick), key=lambda c: (c.many, c.kernel == "forward with stats"))
-    cases.reverse()
+    cases.reverse()  # the slowest kinds first
     seen: set[tuple[str, str, bool]] = set()
     combine = []
     for case in cases:  # what the combine kernel computes depends on these, beside the tile's sides
@@ -236,7 +293,15 @@ def reports(architectures: list[str], quick: bool = False) -> list[Report]:
         combine.append(not quick or key not in seen)
         seen.add(key)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        return [report for found in pool.map(compile_case, cases, combine) for report in found]
+        estimated = pool.submit(_roofline.estimates, architectures)
+        counted = pool.submit(variants)
+        compiled = pool.map(compile_case, cases, combine)
+        averages = [
+            pool.submit(compile_average, arch, where) for arch in architectures for where in (False, True)
+        ]
+        bar = tqdm(compiled, total=len(cases), desc="compiling", unit="case")
+        found = [report for reports in bar for report in reports]
+        return found + [a.result() for a in averages], counted.result(), estimated.result()
 
 
 def variants() -> dict[str, int]:
@@ -266,46 +331,195 @@ def variants() -> dict[str, int]:
     return {kernel.__name__: len(kernel.device_caches[str(TARGETS["sm_90"])][0]) for kernel in kernels}
 
 
-def table(found: list[Report]) -> str:
-    """The reports as a Markdown table."""
-    lines = [
-        "| architecture | kernel | products | bits | options | tile | warps | registers | spilled bytes "
-        "| shared KiB | tensor-core instructions | resident warps |",
-        "|" + "---|" * 12,
-    ]
-    for r in sorted(found, key=lambda r: (r.case.arch, r.name, str(r.case))):
-        c = r.case
-        tile = "×".join(map(str, c.tile[:3])) if r.name != "_combine_kernel" else "–"
-        cells = [
-            c.arch, c.kernel if tile != "–" else f"combine of {c.kernel}", "several" if c.many else "one", c.bits,
-            "all" if c.options else "none", tile, c.tile.num_warps if tile != "–" else _config.COMBINE.num_warps,
-            r.registers, r.spilled, f"{r.shared / 1024:.0f}", r.tensor_core, r.resident_warps,
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+def measure(
+    *, quick: bool = False, architectures: list[Architecture] | None = None, full_table: bool = False
+) -> dict[str, Any]:
+    """Compile the shipped configurations of the loss and of the moving average, and read their machine code.
 
+    Args:
+        quick: only what differs most; see the top of this file.
+        architectures: these only.
+        full_table: print a row for every configuration too.
 
-def main() -> None:
-    """Print the table; exit with an error if any kernel spills."""
-    parser = argparse.ArgumentParser(description="Registers, spills and tensor-core use of the loss kernels.")
-    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS), help="architectures")
-    parser.add_argument("--quick", action="store_true", help="only the variants with all options")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument(
-        "--variants", action="store_true", help="count compiled variants of a varied run instead"
-    )
-    chosen = parser.parse_args()
+    Raises:
+        SystemExit: Triton is interpreting, or a kernel spills registers.
+    """
     if triton.knobs.runtime.interpret:
-        sys.exit("TRITON_INTERPRET is set: unset it, kernels can only be compiled or interpreted")
-    if chosen.variants:
-        print(json.dumps(variants()))
-        return
-    found = reports(chosen.arch, chosen.quick)
-    print(json.dumps([asdict(r) for r in found]) if chosen.json else table(found))
-    spilling = [r for r in found if r.spilled]
-    if spilling:
-        sys.exit(f"{len(spilling)} kernels spill: " + "; ".join(str(r) for r in spilling))
+        raise SystemExit("TRITON_INTERPRET is set: unset it, kernels can only be compiled or interpreted")
+    chosen = [str(arch) for arch in architectures or ARCHITECTURES]
+    found, counted, estimated = compile_all(chosen, quick)
+    found.sort(
+        key=lambda r: (r.architecture, r.kernel, r.products, r.bits, r.options, r.width, r.tile, r.warps)
+    )
+    rows = [asdict(r) for r in found]
+    refuse_spills(rows)
+    return {
+        "triton": triton.__version__,
+        "kernels": rows,
+        "variants": counted,
+        "estimates": estimated,
+        "average_estimates": _roofline.average_estimates(chosen),
+        "full_table": full_table,
+    }
+
+
+def refuse_spills(rows: list[dict[str, Any]]) -> None:
+    """Show the kernels that spill, and raise SystemExit if there are any."""
+    if spilling := [row for row in rows if row["spilled"]]:
+        progress(_every(spilling))
+        raise SystemExit(f"{len(spilling)} kernels spill registers to memory: give them smaller tiles")
+
+
+def report(results: dict[str, Any]) -> str:
+    """The tables, as Markdown: the worst of each kind, and roofline estimates."""
+    parts = [
+        f"Compiled with Triton {results['triton']}, not run. The worst of each kind of kernel; registers are per "
+        "thread, spilled bytes are registers that went to memory, resident warps are what a multiprocessor holds:",
+        _summary(results["kernels"]),
+        "Compiled variants of a run whose sizes, margin, smoothing, scales and temperature change: "
+        + ", ".join(f"{count} of `{name}`" for name, count in results["variants"].items())
+        + ".",
+        "### Roofline: estimate, not measured",
+        "The least time by data sheet that bfloat16 inputs allow, and what sets it: counted products on tensor "
+        "cores, counted elementwise operations and exponentials, or bytes of memory. In brackets: if every visit "
+        "of a tile read its operands from memory; otherwise caches keep them within a launch. Perfect overlap, "
+        "no cost of launches. Products: the matrix products that finish the backward pass.",
+        _estimates(results["estimates"]),
+        f"Moving average, {_roofline.AVERAGE_BYTES} bytes per parameter at the memory's bandwidth: estimate, not "
+        "measured.",
+        _average_estimates(results["average_estimates"]),
+    ]
+    if results["full_table"]:
+        parts += ["### Every configuration", _every(results["kernels"])]
+    return "\n\n".join(parts)
+
+
+def _kind(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Kernels that share a row of the summary: architecture, kernel, operands."""
+    name, operands = row["kernel"], "16 bits"
+    if name == AVERAGE or name.startswith("combine"):
+        name, operands = name.split(" of ")[0], ""
+    elif row["bits"] == 16:
+        name += f", {row['products']} product{'' if row['products'] == 'one' else 's'}"
+    else:
+        name, operands = "all of these", "float32, TF32" if row["bits"] == 19 else "float32, exact"
+    return row["architecture"], name, operands
+
+
+def _summary(rows: list[dict[str, Any]]) -> str:
+    kinds: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault(_kind(row), []).append(row)
+    header = ["architecture", "kernel", "operands", "configurations", "most registers", "spilled bytes"]
+    header += ["most shared KiB", "fewest tensor-core instructions", "fewest resident warps"]
+    lines = []
+    for kind, same in sorted(
+        kinds.items(), key=lambda item: (ARCHITECTURES.index(item[0][0]), item[0][2] != "16 bits")
+    ):
+        most = {name: max(row[name] for row in same) for name in ("registers", "spilled", "shared")}
+        fewest = {name: min(row[name] for row in same) for name in ("tensor_core", "resident_warps")}
+        lines.append(
+            [
+                *kind,
+                str(len(same)),
+                str(most["registers"]),
+                str(most["spilled"]),
+                f"{most['shared'] / 1024:.0f}",
+                str(fewest["tensor_core"]),
+                str(fewest["resident_warps"]),
+            ]
+        )
+    return table(header, lines)
+
+
+def _every(rows: list[dict[str, Any]]) -> str:
+    header = ["architecture", "kernel", "products", "bits", "options", "D", "tile", "warps", "stages"]
+    header += ["registers", "spilled bytes", "shared KiB", "tensor-core instructions", "resident warps"]
+    return table(
+        header,
+        [
+            [
+                row["architecture"],
+                row["kernel"],
+                row["products"],
+                str(row["bits"]),
+                row["options"],
+                str(row["width"] or "any"),
+                "×".join(map(str, row["tile"])),
+                str(row["warps"]),
+                str(row["stages"]),
+                str(row["registers"]),
+                str(row["spilled"]),
+                f"{row['shared'] / 1024:.0f}",
+                str(row["tensor_core"]),
+                str(row["resident_warps"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}"
+
+
+def _estimates(rows: list[dict[str, Any]]) -> str:
+    header = ["estimate for", "objective", "N", "D", "forward ms", "backward ms", "products ms", "sum ms"]
+    lines = []
+    for row in rows:
+        seconds, bound = row["estimate_seconds"], row["estimate_bound_by"]
+        uncached = row["estimate_seconds_if_nothing_were_cached"]
+        cells = [
+            f"{_milliseconds(seconds[when])}, {bound[when]}"
+            + (f" ({_milliseconds(uncached[when])})" if when in uncached else "")
+            for when in seconds
+        ]
+        where = f"{row['card']} ({row['architecture']})"
+        sum_ = _milliseconds(sum(seconds.values()))
+        lines.append([where, row["objective"], str(row["rows"]), str(row["width"]), *cells, sum_])
+    return table(header, lines)
+
+
+def _average_estimates(rows: list[dict[str, Any]]) -> str:
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    cards: dict[str, list[str]] = {}
+    for row in rows:
+        where = f"{row['card']} ({row['architecture']})"
+        cards.setdefault(where, [where]).append(_milliseconds(row["estimate_seconds"]))
+    return table(["estimate for", *(f"{model}, ms" for model in models)], list(cards.values()))
+
+
+def highlights(results: dict[str, Any]) -> list[Highlight]:
+    """No spills, anywhere."""
+    rows = results["kernels"]
+    architectures = sorted({row["architecture"] for row in rows})
+    what = f"registers spilled by {len(rows)} compiled kernels ({', '.join(architectures)})"
+    return [Highlight(what, f"{sum(row['spilled'] for row in rows)} bytes", "", "")]
+
+
+def figures(results: dict[str, Any]) -> dict[str, Any]:
+    """None: the tables say it."""
+    return {}
+
+
+def exact(results: dict[str, Any]) -> dict[str, float]:
+    """Registers, spills and shared memory of every kernel: a compiler of one version repeats them."""
+    found: dict[str, float] = {}
+    for row in results["kernels"]:
+        name = (
+            f"machine code {row['architecture']} {row['kernel']}, {row['products']}, {row['bits']} bits, "
+            f"{'x'.join(map(str, row['tile']))}, {row['warps']} warps, {row['stages']} stages, "
+            f"options {row['options']}, D {row['width']}:"
+        )
+        for what in ("registers", "spilled", "shared"):
+            found[f"{name} {what}"] = row[what]
+    return found | {f"compiled variants of {name}": count for name, count in results["variants"].items()}
+
+
+def ratios(results: dict[str, Any]) -> dict[str, float]:
+    """None: nothing is timed."""
+    return {}
 
 
 if __name__ == "__main__":
-    main()
+    command_line(measure, report)

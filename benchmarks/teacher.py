@@ -1,45 +1,54 @@
 """The teacher's update: one pass over all parameters, against what people use today.
 
-    python -m benchmarks.teacher                    # ViT-B/32, RN50 and ViT-L/14 parameter sets, on the GPU if any
-    python -m benchmarks.teacher --models RN50 --repeats 9 --json teacher.json
+    python -m benchmarks.teacher                    ViT-B/32, RN50 and ViT-L/14 parameter sets, on the GPU if any
+    python -m benchmarks.teacher --models '[RN50]' --repeats 9
 
 Competitors, all moving float32 averages towards the same parameters with the same weight:
 
 * published loop: the formula of the WMA's published code, tensor by tensor, with three temporaries each;
 * lerp_ loop: the same loop in place;
-* torch._foreach_lerp_, torch.optim.swa_utils.AveragedModel, ema-pytorch (with use_foreach), as they come;
+* torch foreach (``torch._foreach_lerp_``), ``torch.optim.swa_utils.AveragedModel``, ema-pytorch (with
+  use_foreach), as they come;
 * tracer average_: the operation alone, on the lists that torch's foreach gets;
 * tracer: ``MovingAverageTeacher.update``, all of its Python and the model's buffers included;
-* floor: ``lerp_`` of one flat tensor of the same size, what the memory alone takes.
+* floor: ``lerp_`` of one flat tensor of the same size, what the memory alone takes;
+* on a GPU, copy: ``copy_`` of one flat float32 tensor of the same size, whose bandwidth the others' is a share of
+  (on a CPU a copy also reads what it overwrites, and is no measure).
 
-Launches and bytes are counted from the operations that torch really dispatches (views apart) and the
-kernel launches of ``average_``; times are interleaved medians, and the results are compared first.
+Launches and bytes are counted from the operations that torch really dispatches, views apart, a multi-tensor
+call as one, and from the table of each kernel launch of ``average_``; times are interleaved medians, and the
+results are compared first.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import open_clip
 import torch
 from ema_pytorch import EMA as EmaPytorch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from benchmarks._measure import environment, interleaved, plain, require_close, table
+from benchmarks._measure import Timing, interleaved, require_close, table
+from benchmarks._part import Highlight, command_line, progress
+from tracer.kernels import average as kernel
 from tracer.ops import average_
 from tracer.teacher import MovingAverageTeacher, Schedule
 
+Mode = Literal["fp32", "fp32 + bf16 copy", "bf16 + bf16 copy"]  # the student's dtype, and the teacher's own
+MODES: tuple[Mode, ...] = ("fp32", "fp32 + bf16 copy", "bf16 + bf16 copy")
 MODELS = ("ViT-B-32", "RN50", "ViT-L-14")
 WEIGHT = 0.01
+PUBLISHED = "published loop"
+LOOP = "lerp_ loop"
 OURS = "tracer"
 FLOOR = "floor: one flat lerp_"
+COPY = "copy of one flat tensor"
 
 
 class Constant(Schedule):
@@ -76,6 +85,37 @@ class Counter(TorchDispatchMode):
         read = [v for name, v in named.items() if not ("copy_" in str(func) and name == "self")]
         self.bytes += _bytes(read) + _bytes(written)
         return out
+
+
+@contextmanager
+def counting() -> Iterator[Counter]:
+    """Count what torch dispatches within, and the launches of the moving average's kernel, which it does not."""
+    shipped, tables = kernel._average_kernel, []
+
+    class Launches:
+        def __getitem__(self, grid: Any) -> Callable[..., Any]:
+            def launch(chunks: Tensor, *args: Any, **options: Any) -> Any:
+                tables.append(chunks)
+                with _disable_current_modes():  # what Triton's interpreter does with torch is no launch
+                    return shipped[grid](chunks, *args, **options)
+
+            return launch
+
+    kernel._average_kernel = Launches()
+    try:
+        with Counter() as counter:
+            yield counter
+    finally:
+        kernel._average_kernel = shipped
+    counter.launches += len(tables)
+    counter.bytes += sum(map(moved_bytes, tables))
+
+
+def moved_bytes(chunks: Tensor) -> int:
+    """Bytes that a launch with this table reads and writes, the table included."""
+    *_, elements, code = chunks.cpu().T
+    size = torch.tensor([4, 2, 2, 0])  # of an element by dtype code; 0 where there is no copy
+    return int((elements * (8 + size[code & 3] + size[code >> 2 & 3])).sum()) + _bytes(chunks)
 
 
 def _bytes(value: Any) -> int:
@@ -132,22 +172,25 @@ def competitors(model: nn.Module, low: bool) -> dict[str, tuple[Callable[[], obj
         averaged.module = teacher.module
         averaged.n_averaged.fill_(1)
         ema = EmaPytorch(model, ema_model=teacher.module, use_foreach=True, include_online_model=False)
-        calls["published loop"] = lambda: published_loop(anew, params)
+        calls[PUBLISHED] = lambda: published_loop(anew, params)
         calls["AveragedModel"] = lambda: averaged.update_parameters(model)
         calls["ema-pytorch"] = lambda: ema.update_moving_average(ema.ema_model, model, 1 - WEIGHT)
-    calls["lerp_ loop"] = lambda: lerp_loop(averages, params, copies)
+    calls[LOOP] = lambda: lerp_loop(averages, params, copies)
     calls["torch foreach"] = lambda: foreach(averages, params, copies)
     calls["tracer average_"] = lambda: average_(averages, params, WEIGHT, copies=copies or None)
     calls[OURS] = lambda: teacher.update(next(steps))
+    size = sum(p.numel() for p in params)
+    flat = torch.zeros(size, device=params[0].device), torch.zeros(size, device=params[0].device)
+    if flat[0].is_cuda:
+        lists[COPY] = []
+        calls[COPY] = lambda: flat[0].copy_(flat[1])
     if not low:
-        size = sum(p.numel() for p in params)
-        flat = torch.zeros(size, device=params[0].device), torch.zeros(size, device=params[0].device)
         calls[FLOOR] = lambda: flat[0].lerp_(flat[1], WEIGHT)
-        lists = {"published loop": anew, FLOOR: []}
+        lists |= {PUBLISHED: anew, FLOOR: []}
     return {name: (call, lists.get(name, averages)) for name, call in calls.items()}
 
 
-def measure(name: str, mode: str, device: str, repeats: int, budget: float) -> list[dict[str, Any]]:
+def compare(name: str, mode: Mode, device: str, repeats: int, budget: float) -> list[dict[str, Any]]:
     """One table: every competitor on one parameter set."""
     model = build(name, device, torch.bfloat16 if mode == "bf16 + bf16 copy" else torch.float32)
     params = [p.detach() for p in model.parameters()]
@@ -156,8 +199,9 @@ def measure(name: str, mode: str, device: str, repeats: int, budget: float) -> l
     entrants = competitors(model, low=mode != "fp32")
     counts = {}
     for label, (call, averages) in entrants.items():
+        call()  # builds what later calls keep
         want = torch.lerp(averages[largest], params[largest].float(), WEIGHT) if averages else None
-        with Counter() as counts[label]:
+        with counting() as counts[label]:
             call()
         if want is not None:
             require_close(f"{name}, {mode}: {label}", averages[largest], want, 1e-6)
@@ -174,57 +218,141 @@ def measure(name: str, mode: str, device: str, repeats: int, budget: float) -> l
             "launches": counts[label].launches,
             "bytes_per_parameter": counts[label].bytes / numel,
             "time": times[label],
-            "ratio": times[label].median / times[OURS].median,
+            "bytes_per_second": counts[label].bytes / times[label].median,
         }
         for label in entrants
     ]
 
 
-MODES = ("fp32", "fp32 + bf16 copy", "bf16 + bf16 copy")
+def measure(
+    *,
+    quick: bool = False,
+    models: list[str] | None = None,
+    modes: list[Mode] | None = None,
+    repeats: int = 15,
+    budget: float = 20.0,
+) -> dict[str, Any]:
+    """Time one update of whole models' averages, each in turn with the others.
 
+    Args:
+        quick: ViT-B/32 only, five repeats.
+        models: open_clip model names instead.
+        modes: dtype of the student and of the teacher's low-precision copies; all three if not given.
+        repeats: turns of each update.
+        budget: seconds of timing per model and mode, at most, after three turns.
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", default=MODELS, help="open_clip model names")
-    parser.add_argument(
-        "--modes", nargs="+", default=MODES, choices=MODES, help="dtype of the student, copies"
-    )
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds of timing per table, at most")
-    parser.add_argument("--json", type=Path, help="write the results here too")
-    args = parser.parse_args()
+    Raises:
+        SystemExit: an update's result differs from the others'.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(" ".join(f"{k}={v};" for k, v in environment().items()))
-    results: list[dict[str, Any]] = []
-    for name in args.models:
-        for mode in args.modes:
-            rows = measure(name, mode, device, args.repeats, args.budget)
-            results += rows
-            print(
-                f"\n{name}: {rows[0]['parameters'] / 1e6:.1f} M parameters, {rows[0]['tensors']} tensors, {mode}"
+    rows: list[dict[str, Any]] = []
+    for name in models or (MODELS[:1] if quick else MODELS):
+        for mode in modes or MODES:
+            progress(f"{name}, {mode}")
+            rows += compare(name, mode, device, min(repeats, 5) if quick else repeats, budget)
+    return {"device": device, "updates": rows}
+
+
+Group = dict[str, dict[str, Any]]
+
+
+def _groups(results: dict[str, Any]) -> dict[tuple[str, str], Group]:
+    """(model, mode) → rows by update."""
+    groups: dict[tuple[str, str], Group] = {}
+    for row in results["updates"]:
+        groups.setdefault((row["model"], row["mode"]), {})[row["update"]] = row
+    return groups
+
+
+def _time(row: dict[str, Any]) -> Timing:
+    return Timing(**row["time"])
+
+
+def _ratio(group: Group, other: str) -> float:
+    return _time(group[other]).median / _time(group[OURS]).median
+
+
+def report(results: dict[str, Any]) -> str:
+    """A table per model and mode, as Markdown."""
+    parts = []
+    for (name, mode), group in _groups(results).items():
+        first = group[OURS]
+        parts.append(
+            f"{name}, {first['parameters'] / 1e6:.1f} M parameters in {first['tensors']} tensors, {mode}:"
+        )
+        header = ["update", "launches", "bytes per parameter", "time (p20–p80)", "GB/s", "time / ours"]
+        lines = []
+        for update, row in group.items():
+            rate = f"{row['bytes_per_second'] / 1e9:.1f}"
+            if COPY in group:
+                rate += f" ({row['bytes_per_second'] / group[COPY]['bytes_per_second']:.0%} of a copy's)"
+            moved = f"{row['bytes_per_parameter']:.1f}"
+            lines.append(
+                [update, str(row["launches"]), moved, str(_time(row)), rate, f"{_ratio(group, update):.2f}"]
             )
-            header = ["update", "launches", "bytes/parameter", "time (p20–p80)", "GB/s", "time / ours"]
-            lines = [
-                [
-                    row["update"],
-                    str(row["launches"]),
-                    f"{row['bytes_per_parameter']:.1f}",
-                    str(row["time"]),
-                    f"{row['bytes_per_parameter'] * row['parameters'] / row['time'].median / 1e9:.1f}",
-                    f"{row['ratio']:.2f}",
-                ]
-                for row in rows
-            ]
-            print(table(header, lines), flush=True)
-    if args.json:
-        data = {
-            "environment": environment(),
-            "results": [{k: plain(v) for k, v in r.items()} for r in results],
-        }
-        args.json.write_text(json.dumps(data, indent=1))
+        parts.append(table(header, lines))
+    return "\n\n".join(parts)
+
+
+def highlights(results: dict[str, Any]) -> list[Highlight]:
+    """ViT-B/32 in float32 against the published loop."""
+    group = _groups(results).get(("ViT-B-32", "fp32"))
+    if group is None:
+        return []
+    ours, theirs = (f"{1e3 * _time(group[who]).median:.3g} ms" for who in (OURS, PUBLISHED))
+    what = f"teacher update, ViT-B/32, {group[OURS]['parameters'] / 1e6:.0f} M parameters"
+    return [Highlight(what, ours, f"{theirs} (published loop)", f"{_ratio(group, PUBLISHED):.1f}×")]
+
+
+def figures(results: dict[str, Any]) -> dict[str, Any]:
+    """Bars of the first model's times, one panel per mode, ours in colour."""
+    from matplotlib import pyplot
+
+    groups = _groups(results)
+    model = next(iter(groups))[0]
+    modes = {mode: group for (name, mode), group in groups.items() if name == model}
+    figure, panels = pyplot.subplots(
+        len(modes), 1, sharex=True, squeeze=False, layout="constrained",
+        height_ratios=[len(group) for group in modes.values()],
+        figsize=(8, 0.9 + 0.27 * sum(len(group) + 1 for group in modes.values())),
+    )  # fmt: skip
+    for panel, (mode, group) in zip(panels[:, 0], modes.items(), strict=True):
+        updates = sorted(group, key=lambda update: -_time(group[update]).median)
+        times = [_time(group[update]) for update in updates]
+        colours = [
+            "#0072b2" if u.startswith(OURS) else "#d9d9d9" if u in (FLOOR, COPY) else "#8c8c8c"
+            for u in updates
+        ]
+        bars = panel.barh(updates, [1e3 * t.median for t in times], color=colours)
+        panel.bar_label(bars, [f"{1e3 * t.median:.3g}" for t in times], padding=3)
+        panel.set_title(
+            mode.replace(" + ", " student, ") + ("" if "+" in mode else " student and teacher"), loc="left"
+        )
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(x=0.08)
+    panels[-1, 0].set_xlabel(f"milliseconds per update of {model}")
+    return {"update": figure}
+
+
+def exact(results: dict[str, Any]) -> dict[str, float]:
+    """Launches and bytes of our update; they depend on the kind of device alone."""
+    found: dict[str, float] = {}
+    for (name, mode), group in _groups(results).items():
+        for what in ("launches", "bytes_per_parameter"):
+            label = f"teacher {name}, {mode}, {results['device']}: {what.replace('_', ' ')}"
+            found[label] = group[OURS][what]
+    return found
+
+
+def ratios(results: dict[str, Any]) -> dict[str, float]:
+    """The published loop's time divided by ours; the loop in place where copies are written."""
+    return {
+        f"teacher {name}, {mode}: {other} / ours": _ratio(group, other)
+        for (name, mode), group in _groups(results).items()
+        for other in (PUBLISHED, LOOP)
+        if other in group and (other == PUBLISHED or PUBLISHED not in group)
+    }
 
 
 if __name__ == "__main__":
-    main()
+    command_line(measure, report)
