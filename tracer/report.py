@@ -651,7 +651,7 @@ class Drawing:
                     label=f"{curve['name']}, α from 0 to 1",
                 )  # fmt: skip
                 for alpha, point in list(zip(sorted(line), means, strict=True))[1:-1]:
-                    ax.annotate(amount(alpha), tuple(point), xytext=(4, 5), textcoords="offset points", color=tint,
+                    ax.annotate(amount(alpha), (point[0], point[1]), xytext=(4, 5), textcoords="offset points", color=tint,
                                 fontsize=8, zorder=5)  # fmt: skip
         for m in summary.main:
             pairs = [
