@@ -9,6 +9,8 @@ row, fused ``cross_entropy`` and ``log_softmax``, teacher logits without graph.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -101,6 +103,19 @@ def mpm_nce_loss(
     per_image = logit_scale * (image @ text.T + margin * negatives)
     per_text = logit_scale * (text @ image.T + margin * negatives)
     return (F.cross_entropy(per_image, target) + F.cross_entropy(per_text, target)) / 2
+
+
+def inf_cl_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """The CLIP loss by Inf-CL's Triton kernels (arXiv 2410.17243, package inf-cl): 2 products forward, 8 backward.
+
+    They multiply float32 features in TF32, whatever is asked for, and need an NVIDIA GPU.
+    """
+    from inf_cl import cal_flash_loss
+
+    head = math.gcd(image.shape[1], 256)  # it takes the width in parts of at most 256, a power of two
+    per_image = cal_flash_loss(image, text, scale=logit_scale, head_dim=head)
+    per_text = cal_flash_loss(text, image, scale=logit_scale, head_dim=head)
+    return (per_image.mean() + per_text.mean()) / 2
 
 
 def _kl(student: Tensor, teacher: Tensor) -> Tensor:

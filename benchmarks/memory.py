@@ -1,0 +1,139 @@
+"""Memory of the loss, counted: bytes that torch hands out at the peak of forward and backward, beyond the inputs.
+
+    python -m benchmarks.memory
+
+The numbers come from the allocator's record of a step on the CPU with one thread, so they are the same at every
+run and on every machine, a processor with bfloat16 products being assumed. Gradients that are returned
+are part of them; scratch that a matrix product's library takes and gives back is not. Of the GPU kernels the
+launchers run without their kernels, in float32, with the tiles and the 132 multiprocessors of an H100: what they
+allocate does not depend on what is in it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks import losses
+from benchmarks._measure import allocated, table
+from benchmarks._part import Highlight, command_line, progress
+from tracer.kernels import blocked
+
+BLOCKED, TRITON = "ours (blocked)", "ours (triton)"
+SIZES = (512, 1024, 2048, 4096)
+PRECISIONS = ("fp32", "bf16")
+
+
+def measure(*, quick: bool = False, width: int = 512) -> dict[str, Any]:
+    """Count allocated bytes as the batch doubles.
+
+    Args:
+        quick: ours up to N 2048 instead of 4096, what stores N×N matrices at N 512 only.
+        width: D.
+    """
+    found = []
+    with one_thread(), patch.object(blocked, "_cpu_has_bfloat16", lambda: True):
+        for case in losses.CASES:
+            for precision in PRECISIONS:
+                progress(f"memory: {case}, {precision}")
+                for who, most in ((BLOCKED, 4096), (losses.EAGER, 1024), (losses.theirs(case), 4096)):
+                    most = min(most, (2048 if who == BLOCKED else 512) if quick else most)
+                    sizes = [n for n in SIZES if n <= most]
+                    found.append(_row(case, precision, who, _count(case, precision, who, sizes, width)))
+            with launches_left_out():
+                counts = {
+                    n: allocated(_step(case, "fp32", TRITON, n, width)) for n in SIZES[: 3 if quick else 4]
+                }
+            found.append(_row(case, "fp32", TRITON, counts))
+    return {"width": width, "rows": found}
+
+
+def _row(case: str, precision: str, who: str, counts: dict[int, int]) -> dict[str, Any]:
+    return {"case": case, "precision": precision, "who": who, "bytes": {str(n): b for n, b in counts.items()}}
+
+
+def _step(case: str, precision: str, who: str, pairs: int, width: int) -> losses.Step:
+    return losses.Problem(pairs, width, device="cpu").step(case, who, precision)
+
+
+def _count(case: str, precision: str, who: str, sizes: Sequence[int], width: int) -> dict[int, int]:
+    """Bytes by N, after a small step was found right."""
+    small = _step(case, precision, who, 512, width)
+    small()
+    losses.check(case, who, precision, small.result(), 512, width)
+    return {n: allocated(_step(case, precision, who, n, width)) for n in sizes}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Each thread of a sum has a partial result of its own."""
+    kept = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(kept)
+
+
+@contextmanager
+def launches_left_out() -> Iterator[None]:
+    """The GPU implementation on CPU tensors, with the tiles of an H100, up to the launch of its kernels."""
+    with patch.dict(os.environ, TRITON_INTERPRET="1"):  # CPU tensors are allowed to the interpreter only
+        from tracer.kernels import _config, contrastive
+
+        with (
+            patch.object(contrastive, "_launch", lambda *args, **constants: None),
+            patch.object(contrastive, "require_device", lambda tensor: None),
+            patch.object(_config, "architecture", lambda device: "sm_90"),
+            patch.object(_config, "_multiprocessors", lambda device: 132),
+        ):
+            yield
+
+
+def report(results: dict[str, Any]) -> str:
+    """The table: MiB by batch size, and what the last doubling of N made of them."""
+    rows = results["rows"]
+    sizes = sorted({int(n) for row in rows for n in row["bytes"]})
+    lines = []
+    for row in rows:
+        counts = row["bytes"]
+        cells = [f"{counts[str(n)] / 2**20:.1f}" if str(n) in counts else "" for n in sizes]
+        *_, before, last = counts.values()
+        lines.append(
+            [losses.CASES[row["case"]], row["precision"], row["who"], *cells, f"×{last / before:.2f}"]
+        )
+    header = ["", "", "", *(f"N {n}" for n in sizes), "last doubling"]
+    return f"MiB at the peak, D {results['width']}\n\n{table(header, lines)}"
+
+
+def highlights(results: dict[str, Any]) -> list[Highlight]:
+    """None: the table of times has the memory beside them."""
+    return []
+
+
+def figures(results: dict[str, Any]) -> dict[str, Any]:
+    """None: the picture of the batch size shows it."""
+    return {}
+
+
+def exact(results: dict[str, Any]) -> dict[str, float]:
+    """Bytes of every row and size."""
+    return {
+        f"{row['case']} {row['precision']} N {n} D {results['width']}: {row['who']}, bytes": count
+        for row in results["rows"]
+        for n, count in row["bytes"].items()
+    }
+
+
+def ratios(results: dict[str, Any]) -> dict[str, float]:
+    """None: nothing here was timed."""
+    return {}
+
+
+if __name__ == "__main__":
+    command_line(measure, report)
