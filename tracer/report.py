@@ -651,8 +651,8 @@ class Drawing:
                     label=f"{curve['name']}, α from 0 to 1",
                 )  # fmt: skip
                 for alpha, point in list(zip(sorted(line), means, strict=True))[1:-1]:
-                    ax.annotate(amount(alpha), (point[0], point[1]), xytext=(4, 5), textcoords="offset points", color=tint,
-                                fontsize=8, zorder=5)  # fmt: skip
+                    ax.annotate(amount(alpha), (point[0], point[1]), xytext=(4, 5), color=tint,
+                                textcoords="offset points", fontsize=8, zorder=5)  # fmt: skip
         for m in summary.main:
             pairs = [
                 (100 * home.read(run.get("eval"), "accuracy"), 100 * away.read(run.get("eval"), "accuracy"))
