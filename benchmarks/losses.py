@@ -414,7 +414,8 @@ def rates(precisions: Sequence[str]) -> dict[str, Any]:
         with float32_products(precision):
             # on a CPU float32 goes to the library that our loss takes there
             product = partial(torch.mm if DEVICE == "cuda" else blocked._product, a, b)
-            found[precision] = 2 * side**3 / _measure.interleaved({"": product}, repeats=9)[""].median
+            times = _measure.interleaved({"matrix product": product}, repeats=9)
+            found[precision] = 2 * side**3 / times["matrix product"].median
     return {"copy": 2 * size / copy, "matrix": found}
 
 
