@@ -45,6 +45,7 @@ setup(
             "hypothesis>=6.100",
             "pandas>=2",  # these two for open_clip's own training script
             "webdataset>=0.2.86",
+            "transformers>=4.57",  # open_clip's text towers from Hugging Face
         ],
         "bench": ["pytest-benchmark>=5", "ema-pytorch>=0.7"],
         "dev": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-tqdm"],

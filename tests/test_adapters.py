@@ -9,6 +9,8 @@ import json
 import open_clip
 import pytest
 import torch
+import transformers
+from open_clip.hf_model import HFTextEncoder
 from safetensors import SafetensorError
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -83,8 +85,30 @@ TRUNKS = {
     "swin_v2": lambda: SwinTransformerV2(**SWIN, num_classes=DIM),
     "vitamin": lambda: VisionTransformer(**TINY_VIT, mlp_layer=GeGluMlp),
 }
-KINDS = [*CONFIGS, *TRUNKS]
-LAYERS = {"siglip": 9 + 1, "swin": 3 + 1, "swin_v2": 3 + 1}  # the others: 2 + 1
+# … and Hugging Face's text towers, in a model that is otherwise "siglip".
+HF = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+      "intermediate_size": 32, "max_position_embeddings": 16,
+      "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+T5 = {
+    "vocab_size": 64,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "dropout_rate": 0.0,
+}
+M2M = {"vocab_size": 64, "d_model": 16, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0,
+       "encoder_layerdrop": 0.0, **{f"{side}_{name}": n for side in ("encoder", "decoder")
+       for name, n in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 32))}}  # fmt: skip
+TEXTS = {
+    "bert": lambda: transformers.BertConfig(**HF),
+    "xlm_roberta": lambda: transformers.XLMRobertaConfig(**HF),
+    "mt5": lambda: transformers.MT5Config(**T5),
+    "nllb": lambda: transformers.M2M100Config(**M2M),
+}
+KINDS = [*CONFIGS, *TRUNKS, *TEXTS]
+LAYERS = {"siglip": 9 + 1, "swin": 3 + 1, "swin_v2": 3 + 1} | dict.fromkeys(TEXTS, 9 + 2)  # the others: 2 + 1
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,11 +124,16 @@ def configs(tmp_path_factory):
 def build(kind: str = "openai") -> nn.Module:
     """A tiny model whose every tensor, biases and gains too, is large enough to matter."""
     torch.manual_seed(0)
-    name = kind if kind in CONFIGS else "openai"
+    name = kind if kind in CONFIGS else "siglip" if kind in TEXTS else "openai"
     model = open_clip.create_model(f"adapters_{name}", nonscalar_logit_scale=True)
     if kind in TRUNKS:
         model.visual = TRUNKS[kind]()
         model.visual.image_size = (SWIN if "swin" in kind else TINY_VIT)["img_size"]
+    if kind in TEXTS:
+        text = HFTextEncoder("", 96, TEXTS[kind](), pooler_type="mean_pooler", proj_type="linear")
+        if text.config.is_encoder_decoder:  # as open_clip does for one that it loads by name
+            text.transformer = text.transformer.encoder
+        model.text = text
     with torch.no_grad():
         for parameter in model.parameters():
             parameter[parameter.abs() >= 10] = 0.0  # CoCa's decoder has a projection that nothing initialises
@@ -521,7 +550,7 @@ def without(state: dict, end: str) -> dict:
 
 
 def foreign() -> nn.Module:
-    """A text tower of transformer layers that no name here fits, as Hugging Face's are."""
+    """A text tower of transformer layers that no name here fits."""
     model = build("siglip")
     model.text.transformer = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 2)
     return model

@@ -39,6 +39,9 @@ _LAYERS = (
     ("attn.out_proj", "mlp.c_proj"),  # open_clip's own towers
     ("attn.proj", "mlp.fc2"),  # timm: ViT, SigLIP, EVA, PE, Swin
     ("attn.proj", "mlp.w2"),  # timm: ViTamin
+    ("attention.output.dense", "output.dense"),  # Hugging Face's text towers: BERT, RoBERTa, XLM-RoBERTa
+    ("layer.0.SelfAttention.o", "layer.1.DenseReluDense.wo"),  # … T5, mT5
+    ("self_attn.out_proj", "fc2"),  # … M2M100, NLLB
 )
 _MARK = ".adapter."
 TOWERS = ("visual", "text")
