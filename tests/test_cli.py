@@ -53,6 +53,26 @@ def test_each_method_has_its_published_recipe(options, recipe):
     assert parse(["finetune", "--train_data", "x.csv", *options.split()])[1].recipe == recipe
 
 
+def test_epochs_stand_in_place_of_steps():
+    for command, steps in (("finetune", 2000), ("demo", 100)):
+        options = [command, *(["--train_data", "x.csv"] if command == "finetune" else [])]
+        assert parse(options)[1].steps == steps
+        config = parse([*options, "--epochs", "3"])[1]
+        config.validate()  # the warm-up is compared with the steps that they make
+        assert (config.steps, config.epochs) == (None, 3)
+
+
+def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
+    def interrupt(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tracer.cli.run", interrupt)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == (
+        "tracer: stopped; the same command goes on from the last whole checkpoint, if any\n"
+    )
+
+
 def test_the_demo_reaches_every_setting_of_a_run():
     assert {f.name for f in dataclasses.fields(Config)} < {f.name for f in dataclasses.fields(DemoConfig)}
     config = parse(["demo", "--seeds", "1", "--wma_beta", "0.3", "--margin", "0.05"])[1]
@@ -73,6 +93,15 @@ R_ADAPTER = ["finetune", "--train_data", "x.csv", "--method", "r-adapter", "--pr
         (["finetune", "--train_data", "x.csv", "--teacher", "sma"], "Got value: sma"),
         (["finetune", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["finetune", "--train_data", "x.csv", "--steps", "0"], "--steps is 0: it must be at least 1"),
+        (
+            ["finetune", "--train_data", "x.csv", "--steps", "9", "--epochs", "2"],
+            "--steps 9 and --epochs 2 exclude each other: give one of them",
+        ),
+        (["demo", "--epochs", "0"], "--epochs is 0: it must be at least 1"),
+        (
+            ["finetune", "--train_data", "x.csv", "--save_every", "0"],
+            "--save_every is 0: it must be at least 1",
+        ),
         (["finetune", "--train_data", "x.csv", "--batch_size", "1"], "needs at least 2 pairs"),
         (
             ["finetune", "--train_data", "x.csv", "--steps", "9"],

@@ -237,15 +237,20 @@ def test_learning_rate_rises_then_falls_to_zero(config):
     assert adam.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
 
 
-def test_a_failed_run_leaves_nothing_that_looks_whole(config, monkeypatch):
+@pytest.mark.parametrize(("place", "left"), [("objective", []), ("save_weights", ["checkpoint-6"])])
+def test_a_failed_run_leaves_nothing_that_looks_whole(config, monkeypatch, place, left):
+    """And nothing at all before the first checkpoint."""
+
     def full_disk(*_args, **_kwargs):
         raise OSError(28, "No space left on device", "student.safetensors")
 
-    monkeypatch.setattr("tracer.train.save_weights", full_disk)
+    monkeypatch.setattr(f"tracer.train.{place}", full_disk)
     with pytest.raises(OSError, match="No space left"):
         finetune(config)
     assert not config.output.exists()
-    assert not config.output.with_name("run.part").exists()
+    part = config.output.with_name("run.part")
+    assert [p.name for p in part.glob("checkpoint*")] == left
+    assert part.exists() == bool(left)
 
 
 def test_an_existing_run_is_not_overwritten(config):

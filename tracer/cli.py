@@ -43,7 +43,10 @@ def main(argv: list[str] | None = None) -> int:
         )
         return _refuse(f"{error.strerror or error}: '{error.filename or os.getcwd()}': {remedy}")
     except KeyboardInterrupt:
-        print("tracer: stopped; nothing half-written is left", file=sys.stderr)
+        print(
+            "tracer: stopped; the same command goes on from the last whole checkpoint, if any",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

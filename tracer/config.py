@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import yaml
 
@@ -15,6 +15,7 @@ from tracer.errors import UserError
 
 ICONS = Path("runs/data/icons")  # where the demo keeps its data
 KINDS = ("in-distribution", "near", "shifted")  # of evaluation sets, as seen from the training data
+AnyConfig = TypeVar("AnyConfig", bound="Config")
 
 
 # What a number must be, in the words of the message.
@@ -53,7 +54,7 @@ class Config:
     """Fine-tune an open_clip model; defaults are the published settings for ViT-B/16.
 
     Except for three: steps (published: 10 epochs, so it depends on the data), clip_grad and crop_scale, which
-    no paper gives; to train 10 epochs, set steps to 10 times the pictures divided by the pairs of a step.
+    no paper gives; --epochs 10 trains as long as published.
 
     Args:
         train_data: CSV with the columns image, label and/or captions (several divided by '|'), or a folder
@@ -88,7 +89,8 @@ class Config:
         cross: α of the cross term XKD.
         projection_product: λ_F, weight of ‖Wv Wtᵀ‖_F on the two projection matrices.
         projection_orthogonal: λ_O, weight of ‖Wvᵀ Wv − I‖_F.
-        steps: optimizer steps.
+        steps: optimizer steps; default: 2000, in the demo 100.
+        epochs: passes over the training pictures, in place of steps; rounded down to whole optimizer steps.
         batch_size: pairs per optimizer step that the loss sees together on one rank.
         accumulation: micro-batches of batch_size accumulated into one optimizer step.
         lr: peak learning rate of AdamW; default: 5e-4 where adapters train, else 1e-5.
@@ -100,6 +102,8 @@ class Config:
         precision: fp32; amp_bf16 (fp32 weights, products in bf16); bf16 (weights and activations bf16, master
             weights and teacher fp32); auto: amp_bf16 where the hardware multiplies bf16, else fp32.
         zero_stage: DeepSpeed ZeRO stage; bf16 needs at least 1.
+        save_every: optimizer steps between two checkpoints, from which the same command goes on after it was cut
+            off; one more follows the last step. Only the newest is kept, until the run is complete.
         workers: threads that decode pictures.
         cache: folder where it is remembered which pictures were found whole.
         check_images: decode every picture once up front, so that none ends the run later.
@@ -139,7 +143,8 @@ class Config:
     projection_product: float = 0.05
     projection_orthogonal: float = 0.0
 
-    steps: int = 2000
+    steps: int | None = None
+    epochs: int | None = None
     batch_size: int = 512
     accumulation: int = 1
     lr: float | None = None
@@ -149,10 +154,40 @@ class Config:
     crop_scale: float = 0.9
     precision: Literal["auto", "fp32", "amp_bf16", "bf16"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 1
+    save_every: int = 500
     workers: int = 2
     check_images: bool = True
     cache: Path = Path("runs/cache")
     seed: int = 0
+
+    default_steps: ClassVar[int] = 2000
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.epochs is None:
+            self.steps = self.default_steps
+
+    def resolve(self: AnyConfig, pictures: int) -> AnyConfig:
+        """The same settings with steps in place of epochs, for so many training pictures.
+
+        Raises:
+            UserError: the steps are too few for the warm-up.
+        """
+        if self.epochs is None:
+            return self
+        steps = max(1, self.epochs * pictures // (self.batch_size * self.accumulation))
+        if self.warmup >= steps:
+            raise UserError(
+                f"--warmup is {self.warmup}: it must be below the {steps} steps that --epochs {self.epochs} makes "
+                f"of {pictures} pictures"
+            )
+        return dataclasses.replace(self, steps=steps, epochs=None)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps; a ValueError where they are still given as epochs."""
+        if self.steps is None:
+            raise ValueError("the settings give epochs: resolve() them first")
+        return self.steps
 
     @property
     def adapted(self) -> bool:
@@ -173,7 +208,7 @@ class Config:
         check_ranges(
             self,
             {
-                "at least 1": "steps batch_size accumulation teacher_every workers adapter_rank",
+                "at least 1": "steps epochs batch_size accumulation teacher_every save_every workers adapter_rank",
                 "above 0": "lr wma_beta",
                 "at least 0": "weight_decay warmup clip_grad margin distill_weight relational feature interactive "
                 "cross projection_product projection_orthogonal",
@@ -185,7 +220,11 @@ class Config:
         )
         if self.batch_size < 2:
             raise UserError("--batch_size is 1: a contrastive loss needs at least 2 pairs to compare")
-        if self.warmup >= self.steps:
+        if self.steps is not None and self.epochs is not None:
+            raise UserError(
+                f"--steps {self.steps} and --epochs {self.epochs} exclude each other: give one of them"
+            )
+        if self.steps is not None and self.warmup >= self.steps:
             raise UserError(f"--warmup is {self.warmup}: it must be below --steps {self.steps}")
         if self.precision == "bf16" and self.zero_stage == 0:
             raise UserError("--precision bf16 needs --zero_stage 1 or more: stage 0 keeps no fp32 weights")
@@ -230,11 +269,12 @@ class DemoConfig(Config):
     kinds: dict[str, str] = field(default_factory=dict)
 
     teacher_every: int | None = 1
-    steps: int = 100
     batch_size: int = 128
     lr: float | None = 3e-4
     warmup: int = 10
     adapter_momentum: float = 0.98  # a run is short
+
+    default_steps: ClassVar[int] = 100
 
     def validate(self) -> None:
         """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""

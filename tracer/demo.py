@@ -24,15 +24,16 @@ from tqdm import tqdm
 
 from tracer import icons
 from tracer.adapters import fold, read_adapters
+from tracer.checkpoint import belongs
 from tracer.config import ICONS, Config, DemoConfig
 from tracer.data import Index, read_index
 from tracer.errors import UserError
 from tracer.evaluate import class_probabilities, class_prompts, classifier, evaluate_zero_shot
-from tracer.files import whole_file
+from tracer.files import aside, whole_file
 from tracer.log import machine, read_log, versions
 from tracer.model import Clip, compute_device, interpolate, load_clip
 from tracer.report import print_table, write_report
-from tracer.train import adapt, finetune, is_run_of
+from tracer.train import adapt, finetune, fingerprint, is_run_of
 
 # key → name, note, and what the method changes in the common settings.
 METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -76,7 +77,9 @@ def demo(config: DemoConfig) -> Path:
         raise UserError(
             "there is nothing to evaluate on: give --eval_data.NAME=<csv or folder> at least once"
         )
-    prompts = class_prompts(config.classes, read_index(config.train_data).classes)
+    pictures = read_index(config.train_data)
+    config = config.resolve(len(pictures))
+    prompts = class_prompts(config.classes, pictures.classes)
     adapt(config, load_clip(config.model, config.pretrained).model)  # if refused, then before an hour's work
     clock.lap("data")
 
@@ -180,17 +183,22 @@ def _with_icons(config: DemoConfig) -> DemoConfig:
 
 
 def _finetune_once(config: DemoConfig, key: str, changes: dict[str, Any], seed: int) -> Path:
-    """One run, or the folder of an earlier one with the same settings, data, start and version."""
+    """One run, or the folder of an earlier one with the same settings, data, start and version.
+
+    An unfinished one goes on; with other settings it is trained anew, as a finished one is.
+    """
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)} | changes
     run = Config(**settings | {"seed": seed, "output": config.output / f"{key}-{seed}"})
     if run.adapted:
         run.lr = config.adapter_lr
+    part = aside(run.output)
     if run.output.exists():
         if is_run_of(run, run.output):
             return run.output
-        old = run.output.with_name(run.output.name + ".part")  # never half deleted under its own name
-        shutil.rmtree(old, ignore_errors=True)
-        run.output.rename(old)
+        shutil.rmtree(part, ignore_errors=True)
+        run.output.rename(part)  # never half deleted under its own name
+    if part.exists() and not belongs(part, fingerprint(run)):
+        shutil.rmtree(part, ignore_errors=True)
     return finetune(run)
 
 

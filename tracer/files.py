@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
+def aside(path: Path) -> Path:
+    """Where ``path`` is written before it is whole."""
+    return path.with_name(path.name + ".part")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to; rename it to ``path`` on success, remove it on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = aside(path)
     try:
         yield part
         part.replace(path)
@@ -21,13 +27,32 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder. What an earlier, killed attempt left aside is removed first."""
-    part = path.with_name(path.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+def whole_folder(path: Path, keep: str | None = None) -> Iterator[Path]:
+    """The same for a folder. What an earlier, killed attempt left aside is removed first.
+
+    Unless it holds something that matches the pattern ``keep``: then the attempt is taken up as it is, and a
+    failure leaves it for the next.
+    """
+    part = aside(path)
+    _remove(part, keep)
+    part.mkdir(parents=True, exist_ok=True)
     try:
         yield part
         part.replace(path)
     finally:
+        _remove(part, keep)
+
+
+def _remove(part: Path, keep: str | None) -> None:
+    if not (keep and any(part.glob(keep))):
         shutil.rmtree(part, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder with all that it holds, would survive a loss of power."""
+    for entry in (*(path.rglob("*") if path.is_dir() else ()), path):
+        handle = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 import tracer
+from tracer.errors import UserError
+from tracer.files import whole_file
 
 PACKAGES = (
     "torch",
@@ -32,13 +34,31 @@ class StepLog:
 
     Device tensors stay on the device until ``every`` steps have gathered, so that logging does not make the
     host wait for the GPU at each step.
+
+    Args:
+        folder: of the run; an earlier attempt's log in it is taken up.
+        after: steps of that log that still hold; later ones are dropped, in TensorBoard too.
+        every: steps between two writes.
+
+    Raises:
+        UserError: the earlier log has fewer rows than ``after``.
     """
 
-    def __init__(self, folder: Path, every: int = 25):
+    def __init__(self, folder: Path, after: int = 0, every: int = 25):
         self.every = every
         self._rows: list[tuple[int, dict[str, Tensor | float]]] = []
-        self._file = (folder / "log.jsonl").open("w")
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        path = folder / "log.jsonl"
+        rows = path.read_text().splitlines(keepends=True)[:after] if after and path.exists() else []
+        if len(rows) < after:
+            raise UserError(
+                f"'{path}' has lost rows: {len(rows)} of the {after} until the last checkpoint are there; "
+                f"remove '{folder}' to start anew, or choose another --output"
+            )
+        with whole_file(path) as part:
+            part.write_text("".join(rows))
+        self._file = path.open("a")
+        purge = {"purge_step": after + 1} if after else {}
+        self._board = SummaryWriter(str(folder / "tensorboard"), **purge)
 
     def write(self, step: int, **values: Tensor | float) -> None:
         """Note the values of one step; scalars, or tensors of one element."""
@@ -54,6 +74,12 @@ class StepLog:
                 self._board.add_scalar(name, value, step)
         self._rows.clear()
         self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until all rows so far are on the disk, in both places."""
+        self.flush()
+        self._board.flush()
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> StepLog:
         return self

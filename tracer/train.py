@@ -5,6 +5,7 @@
 A run is a folder that appears only when it is whole: ``config.yaml``, ``log.jsonl`` (a line per step),
 ``tensorboard/``, ``student.safetensors`` and ``teacher.safetensors`` (plain open_clip checkpoints),
 ``metrics.json`` (zero-shot accuracy and calibration per evaluation set) and ``run.json`` (versions, time, sizes).
+Until then it is ``<output>.part``, and the same call goes on from the checkpoint in it (tracer/checkpoint.py).
 Where adapters trained, also ``adapters.safetensors``, which the student is folded from, and
 ``adapters_last.safetensors``, the same without the moving average: with them any α costs no training.
 """
@@ -15,10 +16,12 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,11 +39,12 @@ from tqdm import tqdm
 
 from tracer import icons
 from tracer.adapters import TOWERS, Share, accumulation, adapter_state, add_adapters, fold, save_adapters
+from tracer.checkpoint import WHOLE, Checkpoints
 from tracer.config import Config
 from tracer.data import Index, TrainingBatches, check_pictures, read_index
 from tracer.errors import UserError
 from tracer.evaluate import check_labels, class_prompts, evaluate_zero_shot
-from tracer.files import whole_folder
+from tracer.files import sync, whole_folder
 from tracer.log import StepLog, versions
 from tracer.losses import TracerLoss
 from tracer.model import DEMO, Clip, compute_device, encode, load_clip, projections, save_weights
@@ -55,6 +59,8 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 def finetune(config: Config) -> Path:
     """Fine-tune as ``config`` says, evaluate, and return the folder of the run.
 
+    A run that was cut off goes on from its last checkpoint, and ends as if it had not been.
+
     Raises:
         UserError: anything in the settings or the data that the user can mend.
     """
@@ -62,27 +68,33 @@ def finetune(config: Config) -> Path:
     if config.output.exists():
         raise UserError(f"'{config.output}' exists: choose another --output or remove it")
     started = time.perf_counter()
+    torch.manual_seed(config.seed)  # of weights without a start, and of adapters with a rank
     clip = load_clip(config.model, config.pretrained)
     start = clip.model.state_dict()  # stays float32, whatever the engine does to the model
     if config.adapted:
         tqdm.write(str(adapt(config, clip.model)))
-        reached = 1 - config.adapter_momentum**config.steps
-        if reached < 0.8:
-            tqdm.write(
-                f"the adapters' average will hold {reached:.0%} of them: with so few steps, "
-                f"choose an --adapter_momentum below {config.adapter_momentum:g}"
-            )
     index = read_index(config.train_data)
+    config = config.resolve(len(index))
+    reached = 1 - config.adapter_momentum**config.total_steps
+    if config.adapted and reached < 0.8:
+        tqdm.write(
+            f"the adapters' average will hold {reached:.0%} of them: with so few steps, "
+            f"choose an --adapter_momentum below {config.adapter_momentum:g}"
+        )
     tests = [read_index(path, name) for name, path in config.eval_data.items()]
     prompts = class_prompts(config.classes, index.classes) if tests else {}
     check_labels(tests, prompts)
-    if config.check_images:
-        for data in (index, *tests):
-            check_pictures(data, config.cache, config.workers)
-    with whole_folder(config.output) as folder:
+    identity = fingerprint(config)
+    with whole_folder(config.output, keep=WHOLE) as folder:
+        checkpoints = Checkpoints(folder, decisive(config), identity, started)
+        if checkpoints.step:
+            tqdm.write(f"'{folder}': going on after step {checkpoints.step} of {config.steps}")
+        if config.check_images:
+            for data in (index, *tests):
+                check_pictures(data, config.cache, config.workers)
         (folder / "config.yaml").write_text(config.to_yaml())
-        with StepLog(folder) as log:
-            trained, sizes = _train(config, clip, index, log)
+        with StepLog(folder, after=checkpoints.step) as log:
+            trained, sizes = _train(config, clip, index, log, checkpoints)
 
         clip = load_clip(config.model, config.pretrained)  # the trained one may be bf16, or in shards
         clip.model.to(compute_device())
@@ -98,18 +110,20 @@ def finetune(config: Config) -> Path:
                 clip.model.load_state_dict(state)
                 metrics[name] = evaluate_zero_shot(clip, tests, prompts, workers=config.workers)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        seconds = time.perf_counter() - started
         about = {
-            "seconds": seconds,
+            "seconds": checkpoints.seconds,
             "precision": resolve_precision(config.precision),
             "sizes": sizes | {f"{p.stem}_bytes": p.stat().st_size for p in folder.glob("*.safetensors")},
             "versions": versions(),
-            "fingerprint": fingerprint(config),
+            "fingerprint": identity,
         }
         if config.adapted:
             megabytes = {p.name: p.stat().st_size / 1e6 for p in sorted(folder.glob("*.safetensors"))}
             tqdm.write(", ".join(f"{name} {size:.3g} MB" for name, size in megabytes.items()))
         (folder / "run.json").write_text(json.dumps(about, indent=1))
+        sync(folder)
+    for needless in config.output.glob("checkpoint-*"):
+        shutil.rmtree(needless)
     return config.output
 
 
@@ -122,15 +136,21 @@ def adapt(config: Config, model: nn.Module) -> Share:
         raise UserError(f"{error} (--adapter_towers, --adapter_rank, --method)") from error
 
 
+def decisive(config: Config) -> dict[str, Any]:
+    """The settings that decide a run's result."""
+    settings = yaml.safe_load(config.to_yaml()) | {"precision": resolve_precision(config.precision)}
+    free = ("output", "save_every", "cache", "workers", "check_images")
+    return {name: value for name, value in settings.items() if name not in free}
+
+
 def fingerprint(config: Config) -> str:
     """A digest of all that decides a run's result: settings, version, and the files that it reads."""
-    settings = yaml.safe_load(config.to_yaml())
-    for free in ("output", "cache", "workers", "check_images"):
-        del settings[free]
+    index = read_index(config.train_data)
+    settings = decisive(config.resolve(len(index)))
     start = icons.CHECKPOINT if config.model == DEMO and not config.pretrained else config.pretrained
     files = [Path(name) for name in (config.model, config.classes, start) if name]
     content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
-    data = [read_index(path).digest() for path in (config.train_data, *config.eval_data.values())]
+    data = [index.digest(), *(read_index(path).digest() for path in config.eval_data.values())]
     return hashlib.sha256(json.dumps([settings, content, data, versions()]).encode()).hexdigest()
 
 
@@ -142,9 +162,9 @@ def is_run_of(config: Config, folder: Path) -> bool:
 
 
 def _train(
-    config: Config, clip: Clip, index: Index, log: StepLog
+    config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: Checkpoints
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
-    """Train ``clip.model``; returns float32 weights by role, and how much was trained and kept for it.
+    """Train ``clip.model`` from the last checkpoint on; returns float32 weights by role, and sizes.
 
     Roles: student; teacher, if there was one; with adapters also last, the student without their average.
     """
@@ -152,24 +172,30 @@ def _train(
     engine = start_engine(config, clip.model)
     device, precision = engine.device, resolve_precision(config.precision)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    teacher = build_teacher(engine, schedule(config)) if config.method == "tracer" else None
-    average = None
+    averages = {}
+    if config.method == "tracer":
+        averages["teacher"] = build_teacher(engine, schedule(config))
     if config.adapted and config.adapter_momentum:
-        average = build_teacher(engine, accumulation(config.steps, config.adapter_momentum))
+        momentum = accumulation(config.total_steps, config.adapter_momentum)
+        averages["student"] = build_teacher(engine, momentum)
+    teacher = averages.get("teacher")
+    checkpoints.resume(engine, averages)
+    done = checkpoints.step * config.accumulation
     loss_fn = objective(config)
     batches = TrainingBatches(
         index,
         clip,
         batch_size=config.batch_size,
-        steps=config.steps * config.accumulation,
+        steps=config.total_steps * config.accumulation,
+        first=done,
         seed=config.seed,
         crop_scale=config.crop_scale,
         workers=config.workers,
         device=device,
     )
     engine.train()
-    progress = tqdm(batches, desc=config.output.name, unit="step")
-    for micro_step, batch in enumerate(progress, 1):
+    progress = tqdm(batches, desc=config.output.name, unit="step", initial=done, total=done + len(batches))
+    for micro_step, batch in enumerate(progress, done + 1):
         started = time.perf_counter()
         image = batch.image.to(dtype)
         with mixed_precision(device, precision):
@@ -187,9 +213,8 @@ def _train(
         if micro_step % config.accumulation:
             continue
         step = micro_step // config.accumulation
-        for moving in (teacher, average):
-            if moving:
-                moving.update(step)
+        for average in averages.values():
+            average.update(step)
         gap = {}
         if teacher and config.zero_stage < 3 and (step % GAP_EVERY == 0 or step == config.steps):
             gap["kl"] = teacher_gap(engine, teacher, image, batch.text)
@@ -202,13 +227,14 @@ def _train(
             lr=lr,
             step_seconds=time.perf_counter() - started,
         )
+        if step % config.save_every == 0 or step == config.steps:
+            log.sync()  # the log first: a checkpoint relies on its rows
+            checkpoints.save(step)
     last = full_weights(engine)
-    weights = {"student": average.gather() if average else last}
+    weights = {"student": last} | {name: average.gather() for name, average in averages.items()}
     if config.adapted:
         weights["last"] = last
-    if teacher:
-        weights["teacher"] = teacher.gather()
-    return weights, optimizer_sizes(engine)
+    return weights, optimizer_sizes(engine) | {"checkpoint_bytes": checkpoints.nbytes()}
 
 
 @torch.no_grad()
@@ -306,8 +332,8 @@ def mixed_precision(device: torch.device, precision: str) -> Iterator[None]:
 
 
 def lr_schedule(config: Config, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """Linear warm-up over ``config.warmup`` steps, then cosine to 0 at ``config.steps``."""
-    cosine = CosineAnnealingLR(optimizer, max(1, config.steps - config.warmup))
+    """Linear warm-up over ``config.warmup`` steps, then cosine to 0 at ``config.total_steps``."""
+    cosine = CosineAnnealingLR(optimizer, max(1, config.total_steps - config.warmup))
     if not config.warmup:
         return cosine
     rise = LinearLR(optimizer, 1 / config.warmup, 1.0, total_iters=config.warmup)
@@ -318,9 +344,9 @@ def schedule(config: Config) -> Schedule:
     """The teacher's schedule that ``config`` names."""
     every = config.teacher_every or (500 if config.teacher == "ema" else 1)
     if config.teacher == "wma":
-        return WMA(config.steps, config.wma_beta, every)
+        return WMA(config.total_steps, config.wma_beta, every)
     if config.teacher == "ema":
-        return EMA(config.steps, config.ema_start, config.ema_end, config.ema_warmup, every)
+        return EMA(config.total_steps, config.ema_start, config.ema_end, config.ema_warmup, every)
     return Uniform(every) if config.teacher == "uniform" else Frozen()
 
 
