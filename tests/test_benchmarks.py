@@ -220,7 +220,19 @@ def test_slow_competitors_and_large_batches_are_left_out_by_name():
     assert losses._left_out(left_out) == "* CLIP loss, fp32, D 16: N 4096 (about 40 s)"
     rows, left_out = losses._sweep(bench, [small], main_width=512, seconds=1)
     assert not left_out
-    assert rows[0]["competitors"][losses.OPEN_CLIP] == {"note": "left out: about 2 s a step"}
+    assert rows[0]["competitors"][losses.OPEN_CLIP] == {"note": "left out: 2.0 s a step by its pace so far"}
+
+
+def test_every_size_is_compiled_not_just_the_first_eight():
+    """torch.compile falls back to the uncompiled function after as many recompilations of one code."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter, compiled = CompileCounter(), torch.compile
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "compile", lambda call, **options: compiled(call, backend=counter, **options))
+        for n in range(2, 13):
+            losses.Problem(n, 8).loss("clip", losses.OPEN_CLIP + losses.COMPILED)()
+    assert counter.frame_count == 11
 
 
 def test_a_compiler_that_fails_is_a_note(monkeypatch):
