@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracer.teacher import EMA, WMA, Frozen, MovingAverageTeacher, Uniform, build_teacher
 
@@ -169,6 +170,32 @@ def test_teacher_runs_without_autograd_in_eval_mode():
     assert not any(p.requires_grad for p in teacher.module.parameters())
     assert model.training, "the student was put into eval mode"
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_attention_of_the_teacher_is_not_multiplied_position_by_position():
+    """On a CPU torch would copy the weights of a frozen attention once for each position in the sequence."""
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.bmm.default:
+                shapes.append(tuple(args[1].shape))
+            return func(*args, **(kwargs or {}))
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.attention = nn.Linear(8, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            x = self.embed(x)  # bfloat16 under autocast
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    shapes: list[tuple[int, ...]] = []
+    teacher = build_teacher(Block(), Uniform())
+    with Products(), torch.autocast("cpu", torch.bfloat16):
+        teacher.encode(torch.randn(3, 5, 8))  # 3 sequences of 5 positions
+    assert (5, 8, 24) not in shapes
+    assert not any(p.requires_grad for p in teacher.module.parameters())
 
 
 def test_low_precision_teacher_takes_float32_inputs():

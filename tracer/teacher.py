@@ -290,7 +290,18 @@ class MovingAverageTeacher:
         return self._outputs
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._module(*args, **kwargs)
+        # torch multiplies transposed activations [L, B, D] by a matrix in one product only where the matrix asks
+        # for gradients. Otherwise it repeats the matrix, on a CPU in bfloat16 as L copies in memory: a ViT-B/32's
+        # forward pass then takes several times as long. Under encode's no_grad the flag takes no gradient.
+        frozen = [p for p in self._module.parameters() if p.is_floating_point() and not p.requires_grad]
+        weights = [p for p in frozen if p.device.type == "cpu"]
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            return self._module(*args, **kwargs)
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
 
     def wait(self) -> None:
         """Make the current stream wait for the last ``encode``; nothing to do without ``own_stream``."""
