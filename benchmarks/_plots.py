@@ -87,7 +87,7 @@ def _draw_lines(axes: Axes, panel: Panel) -> None:
     for (x, y, text, colour), shift in zip(ends, _apart(axes, ends), strict=True):
         axes.annotate(
             text, (x, y), xytext=(7, shift), textcoords="offset points", color=colour, fontsize=8.5,
-            va="center", linespacing=1.05,
+            va="center", linespacing=1.05, bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5},
         )  # fmt: skip
 
 
