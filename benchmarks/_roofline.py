@@ -89,10 +89,10 @@ def _busy(N: int, M: int, tile: _config.Tile, places: int) -> float:
     return tiles_n * tiles_m / (places * waves * rows * cols)
 
 
-def _strips(objective: str, N: int, tile: _config.Tile) -> tuple[int, int]:
+def _strips(objective: str, N: int, D: int, tile: _config.Tile) -> tuple[int, int]:
     """Rows of a gradient strip and number of strips, as ``contrastive.backward`` cuts them."""
     row_bytes = gradient_bytes(objective, N) // N
-    height = max(1, contrastive.STRIP_BYTES // row_bytes // tile.block_n) * tile.block_n
+    height = max(1, contrastive.strip_bound(N, N, D) // row_bytes // tile.block_n) * tile.block_n
     return min(height, N), -(-N // height)
 
 
@@ -104,7 +104,7 @@ def estimate(work: dict[str, Any], N: int, D: int) -> dict[str, Any]:
     objective, architecture = work["objective"], work["architecture"]
     card, tile = CARDS[architecture], tiles(architecture, objective)
     operands = 1 + (OBJECTIVES[objective][0] == FULL)  # student, and teacher
-    height, strips = _strips(objective, N, tile["backward"])
+    height, strips = _strips(objective, N, D, tile["backward"])
     product, features = 2 * N * N * D, N * D * 2 * operands  # FLOP of one, bytes of one side's operands
     visited = work["units"]["forward"]  # the backward pass visits again, then multiplies
     finished = work["units"]["backward"] - visited

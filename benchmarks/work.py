@@ -373,7 +373,8 @@ def report(results: dict[str, Any]) -> str:
             "Moving average, launches and bytes per parameter:",
             _average_table(results["average"]),
             "Memory that the launchers allocate, bfloat16, gradients of the features included, beside one matrix "
-            f"of logits in 16 bits; D = {MEMORY_WIDTH}, strips of at most {contrastive.STRIP_BYTES >> 20} MiB:",
+            f"of logits in 16 bits; D = {MEMORY_WIDTH}, strips of {contrastive.STRIP_BYTES >> 20} MiB or, where "
+            "these are larger, as large as the gradients:",
             _memory_table(results["memory"]),
         ]
     )

@@ -665,9 +665,18 @@ def _backward_kernel(
 # Launchers
 # --------------------------------------------------------------------------------------------------
 
-# Bound on the gradient strips of the backward pass, in bytes. Larger strips make fewer, fuller matrix
+# Least bound on the gradient strips of the backward pass, in bytes. Larger strips make fewer, fuller matrix
 # products; below the size of a GPU's second-level cache they need not reach its memory.
 STRIP_BYTES = 64 << 20
+
+
+def strip_bound(N: int, M: int, D: int) -> int:
+    """Default bound in bytes: as large as the float32 gradients of the features, where that is more.
+
+    ∂L/∂v is summed over strips, so each strip reads and writes all of it. With a fixed bound their number would
+    grow by N², and that traffic by N³.
+    """
+    return max(STRIP_BYTES, 4 * (N + M) * D)
 
 
 class _Flags(NamedTuple):
@@ -862,7 +871,7 @@ def backward(
     needs: Sequence[bool],
     *,
     tile: Tile | None = None,
-    strip_bytes: int = STRIP_BYTES,
+    strip_bytes: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of ``dot(grad_terms, terms)``; arguments as in :func:`forward`, and
 
@@ -870,7 +879,8 @@ def backward(
         grad_terms: [4], on the device; nothing here waits for its values.
         row_stats, col_stats: what :func:`forward` returned.
         needs: which of image, text and logit_scale need a gradient; no others are computed.
-        strip_bytes: bound on the scratch for gradient strips (one row of tiles is the least).
+        strip_bytes: bound on the scratch for gradient strips (one row of tiles is the least); default:
+            :func:`strip_bound`.
 
     Returns:
         ``(d_image [N, D], d_text [M, D], d_scale [])``, None where not needed.
@@ -879,6 +889,7 @@ def backward(
     if not any(needs):
         return None, None, None
     N, M, D = image.shape[0], text.shape[0], image.shape[1]
+    strip_bytes = strip_bound(N, M, D) if strip_bytes is None else strip_bytes
     contrastive, relational, interactive, cross = enabled
     operands = _operands(
         image, text, logit_scale, labels, text_labels, teacher_image, teacher_text, teacher_scale

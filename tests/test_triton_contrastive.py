@@ -413,6 +413,26 @@ def test_memory_grows_with_rows_not_with_their_square(monkeypatch):
     assert small < 8192 * 8192 * 4 / 3  # one third of one N×N matrix
 
 
+def test_strips_grow_with_the_batch_not_with_its_square(monkeypatch):
+    """Every strip reads and writes the whole sum of the texts' gradients; kernels are not run."""
+    launches = []
+    monkeypatch.setattr(contrastive, "_launch", lambda *args, **kwargs: launches.append(args))
+    monkeypatch.setattr(contrastive, "require_device", lambda tensor: None)
+
+    def strips(n: int) -> int:
+        feature, scale = torch.empty(n, 768, device="meta"), torch.empty((), device="meta")
+        stats = torch.empty(contrastive.STAT_ROWS, n, device="meta")
+        launches.clear()
+        contrastive.backward(
+            torch.empty(4, device="meta"), feature, feature, scale, None, None, feature, feature, scale,
+            stats, stats, 0.0, 0.0, FULL, ALL,
+        )  # fmt: skip
+        return len(launches)
+
+    assert strips(16384) > 1
+    assert strips(32768) <= 2 * strips(16384) + 1
+
+
 def test_refusals(monkeypatch):
     with pytest.raises(ValueError, match=r"multiples of 8, got 12: use impl='eager'"):
         contrastive.forward(*to_device(problem(4, 4, 12)), 0.0, 0.0, CLIP, False)
