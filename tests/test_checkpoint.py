@@ -23,7 +23,7 @@ from tracer.config import Config, DemoConfig
 from tracer.data import TrainingBatches
 from tracer.demo import _finetune_once
 from tracer.errors import UserError
-from tracer.files import aside
+from tracer.files import aside, whole_folder
 from tracer.log import read_log
 from tracer.model import load_clip, save_weights
 from tracer.train import finetune, fingerprint
@@ -246,6 +246,26 @@ def test_an_unfinished_run_with_other_settings_is_refused_and_stays(config, monk
     with pytest.raises(UserError, match="holds an unfinished run with other data or versions: give"):
         finetune(config)
     assert content(part) == before
+
+
+def test_two_processes_do_not_write_the_same_run(config, monkeypatch):
+    """With a checkpoint and before the first one; the lock ends with its holder."""
+    with whole_folder(config.output, keep=WHOLE) as part:
+        (part / "log.jsonl").write_text("of the first process")
+        with pytest.raises(UserError, match=f"another process is writing '{part}': wait until it has ended"):
+            finetune(config)
+        assert [p.name for p in part.iterdir()] == ["log.jsonl"]
+    shutil.rmtree(config.output)
+    part = cut(config, monkeypatch, 3)
+    before = content(part)
+    with (
+        whole_folder(config.output, keep=WHOLE),
+        pytest.raises(UserError, match="another process is writing"),
+    ):
+        finetune(config)
+    config.output.rename(part)
+    assert content(part) == before
+    assert finetune(config).exists()
 
 
 def test_what_does_not_decide_the_result_may_change(config, tmp_path, monkeypatch):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from tracer.errors import UserError
 
 
 def aside(path: Path) -> Path:
@@ -32,20 +35,37 @@ def whole_folder(path: Path, keep: str | None = None) -> Iterator[Path]:
 
     Unless it holds something that matches the pattern ``keep``: then the attempt is taken up as it is, and a
     failure leaves it for the next.
+
+    Raises:
+        UserError: another process is at it.
     """
     part = aside(path)
-    _remove(part, keep)
     part.mkdir(parents=True, exist_ok=True)
+    with _alone(part):
+        if not (keep and any(part.glob(keep))):
+            for entry in part.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        try:
+            yield part
+            part.replace(path)
+        finally:
+            if not (keep and any(part.glob(keep))):
+                shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a lock on ``folder`` that ends with the process, however that ends."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        yield part
-        part.replace(path)
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another process is writing '{folder}': wait until it has ended") from error
+        yield
     finally:
-        _remove(part, keep)
-
-
-def _remove(part: Path, keep: str | None) -> None:
-    if not (keep and any(part.glob(keep))):
-        shutil.rmtree(part, ignore_errors=True)
+        os.close(handle)
 
 
 def sync(path: Path) -> None:
