@@ -129,6 +129,15 @@ def test_blocked_equals_the_definition(n, m, d, classes, options, dtype):
     assert_same("blocked", problem(n, m, d, classes, dtype=dtype) | options, TOLERANCE[dtype], upstream=3.0)
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("mkl", [True, False])
+def test_blocked_with_either_library_of_products(mkl, monkeypatch):
+    """A machine takes one of the two for float32; both must be right on all."""
+    monkeypatch.setattr(blocked, "_mkl_knows_this_processor", lambda: mkl)
+    kwargs = problem(45, 33, 16, 5, dtype=torch.float32) | OPTIONS["all"]
+    assert_same("blocked", kwargs, TOLERANCE[torch.float32], upstream=3.0)
+
+
 @pytest.mark.parametrize("options", [OPTIONS["clip"], OPTIONS["all"]], ids=["clip", "all"])
 @pytest.mark.parametrize(("n", "m", "classes"), [(33, 45, 5), (24, 24, 0)])
 def test_triton_through_the_same_call(n, m, classes, options):
