@@ -7,6 +7,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from nvidia.dali import pipeline_def
@@ -153,6 +154,17 @@ def test_evaluation_pictures_are_what_pil_gives(drawings, clip):
         pil = Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
         want = (torch.from_numpy(np.array(pil)).permute(2, 0, 1) / 255 - mean) / std
         assert (got[n] - want).abs().mean() * 255 * 0.27 < 2
+
+
+@pytest.mark.parametrize("size", [(64, 48), (48, 64)], ids=str)
+def test_an_oblong_picture_is_evaluated_as_open_clip_does(tmp_path, clip, size):
+    """Its longer side becomes 42.67 pixels: 42, not 43, or the centre is another one."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    index = read_index(write_csv(tmp_path / "a.csv", ["image", "label"], [["a.png", "x"]]))
+    ((images, _),) = Pictures(index, clip, in_order(1, 1), 1)
+    want = open_clip.image_transform(32, False, clip.mean, clip.std)(Image.open(tmp_path / "a.png"))
+    assert (images[0] - want).abs().mean() * 255 * 0.27 < 1
 
 
 def test_training_batches_pair_each_picture_with_its_own_caption_and_label(drawings, clip):

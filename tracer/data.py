@@ -297,7 +297,9 @@ class Pictures:
             elif clip.squash:
                 image = fn.resize(image, size=[side, side], **sampling)
             else:
-                image = fn.resize(image, resize_shorter=side, **sampling)
+                shape = fn.peek_image_shape(encoded, dtype=types.FLOAT)[:2]
+                size = dali_math.floor(shape * side / fn.reductions.min(shape))  # down, as torchvision rounds
+                image = fn.resize(image, size=size, **sampling)
             image = fn.crop_mirror_normalize(
                 image,
                 crop=(side, side),
