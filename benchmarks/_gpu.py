@@ -5,8 +5,8 @@ Everything goes through ``torch.cuda``, which is CUDA's and ROCm's alike, and ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +17,11 @@ _HIDDEN_CACHE = 256 << 20
 
 
 class EventClock:
-    """Device time between marks in a stream. Its start is a device that is idle and has cold caches."""
+    """Device time between marks in a stream, from cold caches.
+
+    While the device empties its caches the host runs ahead, so launching is hidden where it is the shorter of the
+    two; where a phase is still bound by Python its time is the host's, and replayed graphs tell the device's.
+    """
 
     def __init__(self) -> None:
         cache = max(torch.cuda.get_device_properties().L2_cache_size, _HIDDEN_CACHE)
@@ -25,7 +29,7 @@ class EventClock:
 
     def start(self) -> torch.cuda.Event:
         torch.cuda.synchronize()
-        self._other.zero_()  # whatever the caches held is replaced by this
+        self._other.zero_()  # whatever the caches held is replaced by this, a fifth of a millisecond or so
         return self.mark()
 
     def mark(self) -> torch.cuda.Event:
@@ -45,23 +49,41 @@ def captured(phases: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], 
     A replay launches all kernels of a phase at once, so the time of small ones is the device's alone and not
     that of Python launching them. Later phases may use what earlier ones left in memory.
     """
+    current = torch.cuda.current_stream()
     side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what a first call on a stream allocates must not be part of the graph
-        for phase in phases.values():
-            phase()
-    torch.cuda.current_stream().wait_stream(side)
-    pool = torch.cuda.graph_pool_handle()
+    side.wait_stream(current)
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
-    try:
-        for name, phase in phases.items():
-            graphs[name] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[name], pool=pool):
-                phase()
-    except RuntimeError:  # it waits for the device, or does what no graph may hold
-        torch.cuda.synchronize()
-        return None
+    pool = torch.cuda.graph_pool_handle()
+    # A capture that fails leaves its own stream current and the allocator's pool open: so what waits for the
+    # device is found before, and the stream is put back whatever happens.
+    with torch.cuda.stream(current):
+        try:
+            with (
+                torch.cuda.stream(side),
+                _no_waiting(),
+            ):  # and what a first call allocates is no part of the graph
+                for phase in phases.values():
+                    phase()
+            current.wait_stream(side)
+            for name, phase in phases.items():
+                graphs[name] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graphs[name], pool=pool):
+                    phase()
+        except RuntimeError:  # it waits for the device, or does what no graph may hold
+            torch.cuda.synchronize()
+            return None
     return {name: graph.replay for name, graph in graphs.items()}
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Within, a torch operation that waits for the device raises RuntimeError."""
+    kept = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(kept)
 
 
 def named(name: str) -> AbstractContextManager[Any]:

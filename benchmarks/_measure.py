@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -218,12 +218,16 @@ def _changes(events: Sequence[Any]) -> list[int]:
     return found
 
 
+class WrongResult(SystemExit):
+    """Something that was to be timed computes something else."""
+
+
 def require_close(what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Stop the benchmark unless ‖got − expected‖ <= tolerance · ‖expected‖."""
+    """Stop the benchmark, by WrongResult, unless ‖got − expected‖ <= tolerance · ‖expected‖."""
     got, expected = got.double(), expected.double()
     error = float((got - expected).norm() / expected.norm())
     if not error <= tolerance:
-        raise SystemExit(
+        raise WrongResult(
             f"no speed without a right result: {what} is off by {error:.1e}, allowed {tolerance:.0e}"
         )
 
@@ -270,8 +274,3 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(
         "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines
     )
-
-
-def plain(value: Any) -> Any:
-    """Timings as dictionaries, for JSON."""
-    return asdict(value) if isinstance(value, Timing) else value

@@ -3,7 +3,8 @@
     python -m benchmarks.memory
 
 The numbers come from the allocator's record of a step on the CPU with one thread, so they are the same at every
-run and on every machine, a processor with bfloat16 products being assumed. Gradients that are returned
+run and on every machine: products in bfloat16, and of float32 in oneDNN, are assumed, whatever this processor is
+fastest with (MKL, on Intel's, needs a tile less). Gradients that are returned
 are part of them; scratch that a matrix product's library takes and gives back is not. Of the GPU kernels the
 launchers run without their kernels, in float32, with the tiles and the 132 multiprocessors of an H100: what they
 allocate does not depend on what is in it.
@@ -19,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks import losses
+from benchmarks._competitors import CASES, EAGER, Problem, Step, check, theirs
 from benchmarks._measure import allocated, table
 from benchmarks._part import Highlight, command_line, progress
 from tracer.kernels import blocked
@@ -37,11 +38,11 @@ def measure(*, quick: bool = False, width: int = 512) -> dict[str, Any]:
         width: D.
     """
     found = []
-    with one_thread(), patch.object(blocked, "_cpu_has_bfloat16", lambda: True):
-        for case in losses.CASES:
+    with one_thread(), any_processor():
+        for case in CASES:
             for precision in PRECISIONS:
                 progress(f"memory: {case}, {precision}")
-                for who, most in ((BLOCKED, 4096), (losses.EAGER, 1024), (losses.theirs(case), 4096)):
+                for who, most in ((BLOCKED, 4096), (EAGER, 1024), (theirs(case), 4096)):
                     most = min(most, (2048 if who == BLOCKED else 512) if quick else most)
                     sizes = [n for n in SIZES if n <= most]
                     found.append(_row(case, precision, who, _count(case, precision, who, sizes, width)))
@@ -57,15 +58,15 @@ def _row(case: str, precision: str, who: str, counts: dict[int, int]) -> dict[st
     return {"case": case, "precision": precision, "who": who, "bytes": {str(n): b for n, b in counts.items()}}
 
 
-def _step(case: str, precision: str, who: str, pairs: int, width: int) -> losses.Step:
-    return losses.Problem(pairs, width, device="cpu").step(case, who, precision)
+def _step(case: str, precision: str, who: str, pairs: int, width: int) -> Step:
+    return Problem(pairs, width, device="cpu").step(case, who, precision)
 
 
 def _count(case: str, precision: str, who: str, sizes: Sequence[int], width: int) -> dict[int, int]:
     """Bytes by N, after a small step was found right."""
     small = _step(case, precision, who, 512, width)
     small()
-    losses.check(case, who, precision, small.result(), 512, width)
+    check(case, who, precision, small.result(), 512, width)
     return {n: allocated(_step(case, precision, who, n, width)) for n in sizes}
 
 
@@ -78,6 +79,16 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(kept)
+
+
+@contextmanager
+def any_processor() -> Iterator[None]:
+    """The CPU implementation takes the same products whatever the processor."""
+    with (
+        patch.object(blocked, "_cpu_has_bfloat16", lambda: True),
+        patch.object(blocked, "_mkl_knows_this_processor", lambda: False),
+    ):
+        yield
 
 
 @contextmanager
@@ -104,9 +115,7 @@ def report(results: dict[str, Any]) -> str:
         counts = row["bytes"]
         cells = [f"{counts[str(n)] / 2**20:.1f}" if str(n) in counts else "" for n in sizes]
         *_, before, last = counts.values()
-        lines.append(
-            [losses.CASES[row["case"]], row["precision"], row["who"], *cells, f"×{last / before:.2f}"]
-        )
+        lines.append([CASES[row["case"]], row["precision"], row["who"], *cells, f"×{last / before:.2f}"])
     header = ["", "", "", *(f"N {n}" for n in sizes), "last doubling"]
     return f"MiB at the peak, D {results['width']}\n\n{table(header, lines)}"
 

@@ -9,16 +9,16 @@ import time
 import pytest
 import torch
 
-from benchmarks import _gpu, _measure, losses, memory, published
+from benchmarks import _competitors, _gpu, _losses_page, _measure, _page, losses, memory, published
 from benchmarks._part import command_line, plain
-from tracer.kernels import contrastive
+from tracer.kernels import blocked, contrastive
 
 MIB = 2**20
 
 
 def allocate(mebibytes):
     """For ``peak_memory``: a call that holds, for a moment, so many MiB."""
-    return lambda: torch.ones(mebibytes * MIB, dtype=torch.uint8, device=losses.DEVICE)[0].item()
+    return lambda: torch.ones(mebibytes * MIB, dtype=torch.uint8, device=_competitors.DEVICE)[0].item()
 
 
 def test_peak_memory_sees_what_is_freed_again():
@@ -39,9 +39,9 @@ def test_memory_of_the_loss_is_linear():
 
     On a GPU the backward pass may also hold one strip of gradient tiles, of a fixed size.
     """
-    fixed = contrastive.STRIP_BYTES if losses.DEVICE == "cuda" else 0
+    fixed = contrastive.STRIP_BYTES if _competitors.DEVICE == "cuda" else 0
     small, large = (
-        losses.peak(losses.Size("full", "fp32", pairs, 64), losses.OURS) for pairs in (2048, 4096)
+        losses.peak(_competitors.Size("full", "fp32", pairs, 64), _competitors.OURS) for pairs in (2048, 4096)
     )
     assert large < 64 * MIB + fixed
     assert large < 2.5 * small + fixed
@@ -86,6 +86,16 @@ def test_counted_memory_repeats_on_any_number_of_threads(case):
     assert counts[0] == counts[1]
 
 
+def test_counted_memory_is_the_same_on_any_processor(monkeypatch):
+    """MKL's products go to the tile itself, oneDNN's come in memory of their own."""
+    counts = []
+    for intel in (False, True):
+        monkeypatch.setattr(blocked, "_mkl_knows_this_processor", lambda: intel)  # noqa: B023
+        with memory.one_thread(), memory.any_processor():
+            counts.append(memory._count("clip", "fp32", memory.BLOCKED, [1024], 64))
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("who", [memory.BLOCKED, memory.TRITON])
 def test_counted_memory_of_ours_holds_no_matrix(who):
     """At N 4096, D 8: one float32 matrix would be 64 MiB. The strip of gradients has a fixed bound."""
@@ -96,7 +106,7 @@ def test_counted_memory_of_ours_holds_no_matrix(who):
 
 def test_counted_memory_of_the_definition_holds_matrices():
     with memory.one_thread():
-        small, large = memory._count("clip", "fp32", losses.EAGER, [512, 1024], 8).values()
+        small, large = memory._count("clip", "fp32", _competitors.EAGER, [512, 1024], 8).values()
     assert large > 8 * 4 * 1024**2
     assert 3.9 < large / small < 4.1
 
@@ -143,56 +153,102 @@ def test_no_speed_without_a_right_result():
             _measure.require_close("sum", wrong, torch.ones(3), 1e-6)
 
 
-@pytest.mark.parametrize("case", losses.CASES)
+@pytest.mark.parametrize("case", _competitors.CASES)
 def test_every_gradient_is_taken_and_checked(case):
     """That of the scale too: a competitor that left it out would be spared work."""
-    step = losses.Problem(32, 16).step(case, losses.OURS, "fp32")
+    step = _competitors.Problem(32, 16).step(case, _competitors.OURS, "fp32")
     step()
     result = step.result()
-    losses.check(case, losses.OURS, "fp32", result, 32, 16)
+    _competitors.check(case, _competitors.OURS, "fp32", result, 32, 16)
     for place, what in enumerate(("loss", "image gradient", "text gradient", "scale gradient")):
         wrong = [x * 1.01 if i == place else x for i, x in enumerate(result)]
         with pytest.raises(SystemExit, match=f"{what} of ours"):
-            losses.check(case, losses.OURS, "fp32", wrong, 32, 16)
+            _competitors.check(case, _competitors.OURS, "fp32", wrong, 32, 16)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("case", losses.CASES)
+@pytest.mark.parametrize("case", _competitors.CASES)
 def test_everyone_is_right(case, precision):
     """In float16 too, whose gradients need a scale."""
-    for who in losses.everyone(case):
-        if not who.endswith(losses.COMPILED) and losses.lacks_package(who) is None:
-            step = losses.Problem(64, 32).step(case, who, precision)
+    for who in _competitors.everyone(case):
+        if not who.endswith(_competitors.COMPILED) and _competitors.lacks_package(who) is None:
+            step = _competitors.Problem(64, 32).step(case, who, precision)
             step()
-            losses.check(case, who, precision, step.result(), 64, 32)
+            _competitors.check(case, who, precision, step.result(), 64, 32)
 
 
 @pytest.mark.parametrize("case", ["full", "clip"])
 def test_right_result_of_repeated_pairs_follows_from_one_copy(case, monkeypatch):
-    monkeypatch.setattr(losses, "DISTINCT", 16)
-    losses._reference.cache_clear()
+    monkeypatch.setattr(_competitors, "DISTINCT", 16)
+    _competitors._reference.cache_clear()
     try:
-        step = losses.Problem(48, 24).step(case, losses.theirs(case), "fp32")
+        step = _competitors.Problem(48, 24).step(case, _competitors.theirs(case), "fp32")
         step()
-        for got, right in zip(step.result(), losses.expected(case, 48, 24), strict=True):
+        for got, right in zip(step.result(), _competitors.expected(case, 48, 24), strict=True):
             torch.testing.assert_close(got.cpu(), right)
     finally:
-        losses._reference.cache_clear()
+        _competitors._reference.cache_clear()
+
+
+def test_another_package_that_is_wrong_gets_no_speed_and_ours_goes_on(monkeypatch):
+    monkeypatch.setattr(losses, "lacks_package", lambda who: None)
+    right = published.clip_loss
+    monkeypatch.setattr(published, "inf_cl_loss", lambda *inputs: 1.01 * right(*inputs))
+    bench = losses.Bench(budget=60, repeats=3, patience=15)
+    row = bench.row(_competitors.Size("clip", "fp32", 40, 16), [_competitors.OURS, _competitors.INF_CL], 1)
+    assert "no speed without a right result" in row["competitors"][_competitors.INF_CL]["note"]
+    assert "time" not in row["competitors"][_competitors.INF_CL]
+    assert "time" in row["competitors"][_competitors.OURS]
+
+
+def test_another_loss_is_checked_by_its_own_definition(monkeypatch):
+    step = _competitors.Problem(40, 16).step("clip", _competitors.OPEN_CLIP, "fp32")
+    step()
+    with pytest.raises(_measure.WrongResult, match="loss of SigLIP"):
+        _competitors.check("clip", _competitors.SIGLIP, "fp32", step.result(), 40, 16)
+
+
+def test_replays_take_turns_and_are_checked(monkeypatch):
+    """With graphs that are the calls themselves, on any machine."""
+    order = []
+
+    def captured(phases):
+        place = len(order)
+        order.append([])
+        return {
+            name: lambda call=call: (order[place].append(time.perf_counter()), call())
+            for name, call in phases.items()
+        }
+
+    monkeypatch.setattr(_gpu, "captured", captured)
+    size = _competitors.Size("clip", "fp32", 40, 16)
+    steps = {
+        who: _competitors.Problem(40, 16).step("clip", who, "fp32")
+        for who in (_competitors.OURS, _competitors.OPEN_CLIP)
+    }
+    found = {who: {} for who in steps}
+    losses.Bench(budget=60, repeats=1, patience=15).replay(size, steps, found)
+    ours, theirs = (times[2:] for times in order)  # the warm-up apart
+    assert len(ours) == len(theirs) == 8
+    assert max(ours[:2]) < min(theirs[:2]) < min(ours[2:4])
+    assert all(set(entry["replay"]) == {"forward", "backward", _measure.TOTAL} for entry in found.values())
+    with pytest.raises(_measure.WrongResult):
+        losses.Bench(budget=60, repeats=1, patience=15).replay(size._replace(pairs=20), steps, found)
 
 
 def test_batches_that_repeat_unevenly_are_refused():
     with pytest.raises(SystemExit, match="must be a multiple of 4096"):
-        losses.Problem(5000, 8)
+        _competitors.Problem(5000, 8)
 
 
 def test_a_wrong_competitor_ends_the_benchmark(monkeypatch):
     right = published.tracer_loss
     bench = losses.Bench(budget=60, repeats=3, patience=15)
-    size = losses.Size("full", "fp32", 40, 16)
-    losses.expected("full", 40, 16)  # before the published loss goes wrong
+    size = _competitors.Size("full", "fp32", 40, 16)
+    _competitors.expected("full", 40, 16)  # before the published loss goes wrong
     monkeypatch.setattr(published, "tracer_loss", lambda *inputs, **weights: 1.01 * right(*inputs, **weights))
     with pytest.raises(SystemExit, match="of published is off"):
-        bench.row(size, [losses.OURS, losses.PUBLISHED], seconds=1)
+        bench.row(size, [_competitors.OURS, _competitors.PUBLISHED], seconds=1)
 
 
 # Who takes part.
@@ -201,26 +257,30 @@ def test_a_wrong_competitor_ends_the_benchmark(monkeypatch):
 def test_what_does_not_fit_is_said_and_ours_is_timed(monkeypatch):
     monkeypatch.setattr(_measure, "available_memory", lambda: 50 * MIB)
     bench = losses.Bench(budget=60, repeats=3, patience=15)
-    row = bench.row(losses.Size("full", "fp32", 1024, 8), [losses.OURS, losses.PUBLISHED], seconds=1)
-    assert row["competitors"][losses.PUBLISHED]["note"].startswith(
+    row = bench.row(
+        _competitors.Size("full", "fp32", 1024, 8), [_competitors.OURS, _competitors.PUBLISHED], seconds=1
+    )
+    assert row["competitors"][_competitors.PUBLISHED]["note"].startswith(
         "does not fit: about 0 GiB of N×N matrices"
     )
-    assert set(row["competitors"][losses.OURS]["time"]) == {"forward", "backward", _measure.TOTAL}
+    assert set(row["competitors"][_competitors.OURS]["time"]) == {"forward", "backward", _measure.TOTAL}
 
 
 def test_slow_competitors_and_large_batches_are_left_out_by_name():
     bench = losses.Bench(budget=30, repeats=3, patience=1)
-    small, large = (losses.Size("clip", "fp32", n, 16) for n in (64, 4096))
+    small, large = (_competitors.Size("clip", "fp32", n, 16) for n in (64, 4096))
     bench.pace = {
-        ("clip", "fp32", losses.OURS): 10 / large.work,  # 40 s for a row at N 4096, more than there is
-        ("clip", "fp32", losses.OPEN_CLIP): 2 / small.work,  # 2 s at N 64, longer than the patience
+        ("clip", "fp32", _competitors.OURS): 10 / large.work,  # 40 s for a row at N 4096, more than there is
+        ("clip", "fp32", _competitors.OPEN_CLIP): 2 / small.work,  # 2 s at N 64, longer than the patience
     }
     _, left_out = losses._sweep(bench, [large], main_width=512, seconds=1)
     assert [(size["pairs"], size["seconds"]) for size in left_out] == [(4096, pytest.approx(40))]
-    assert losses._left_out(left_out) == "* CLIP loss, fp32, D 16: N 4096 (about 40 s)"
+    assert _losses_page._left_out(left_out) == "* CLIP loss, fp32, D 16: N 4096 (about 40 s)"
     rows, left_out = losses._sweep(bench, [small], main_width=512, seconds=1)
     assert not left_out
-    assert rows[0]["competitors"][losses.OPEN_CLIP] == {"note": "left out: 2.0 s a step by its pace so far"}
+    assert rows[0]["competitors"][_competitors.OPEN_CLIP] == {
+        "note": "left out: 2.0 s a step by its pace so far"
+    }
 
 
 def test_every_size_is_compiled_not_just_the_first_eight():
@@ -231,8 +291,20 @@ def test_every_size_is_compiled_not_just_the_first_eight():
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch, "compile", lambda call, **options: compiled(call, backend=counter, **options))
         for n in range(2, 13):
-            losses.Problem(n, 8).loss("clip", losses.OPEN_CLIP + losses.COMPILED)()
+            _competitors.Problem(n, 8).loss("clip", _competitors.OPEN_CLIP + _competitors.COMPILED)()
     assert counter.frame_count == 11
+
+
+def test_memory_of_what_is_compiled_is_without_the_compiler():
+    from torch._dynamo.testing import CompileCounter
+
+    counter, compiled = CompileCounter(), torch.compile
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "compile", lambda call, **options: compiled(call, backend=counter, **options))
+        step = losses.memory_call("clip", _competitors.OPEN_CLIP + _competitors.COMPILED, "fp32", 24, 8)
+        assert counter.frame_count == 1
+        step()
+    assert counter.frame_count == 1
 
 
 def test_a_compiler_that_fails_is_a_note(monkeypatch):
@@ -244,8 +316,8 @@ def test_a_compiler_that_fails_is_a_note(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     bench = losses.Bench(budget=60, repeats=3, patience=15)
-    compiled = losses.PUBLISHED + losses.COMPILED
-    row = bench.row(losses.Size("full", "fp32", 32, 16), [losses.OURS, compiled], seconds=1)
+    compiled = _competitors.PUBLISHED + _competitors.COMPILED
+    row = bench.row(_competitors.Size("full", "fp32", 32, 16), [_competitors.OURS, compiled], seconds=1)
     assert row["competitors"][compiled] == {"note": "failed: RuntimeError: no g++ here"}
 
 
@@ -267,9 +339,9 @@ def test_losses_in_miniature(small, capsys):
     document = json.loads(capsys.readouterr().out)
     assert document["versions"]["torch"] == torch.__version__.split("+")[0]
     results = document["results"]
-    precisions = losses.precisions_here()
+    precisions = _competitors.precisions_here()
     assert [(r["case"], r["precision"]) for r in results["rows"] if r["main"]] == list(
-        itertools.product(losses.CASES, precisions)
+        itertools.product(_competitors.CASES, precisions)
     )
     assert sorted((r["case"], r["pairs"]) for r in results["rows"] if not r["main"]) == sorted(
         [(case, n) for case in ("full", "clip") for n in (8, 16)] * len(precisions)
@@ -288,16 +360,19 @@ def test_losses_in_miniature(small, capsys):
     assert rows[0].ours.endswith(" ms, 3 MiB")
     assert len(rows) == 4
     pictures = losses.figures(results)
-    assert min(pictures) == "batch-size"  # the README shows the first
+    assert _page.IN_README["losses"] in pictures
     assert [axes.get_title(loc="left") for axes in pictures["batch-size"].axes[:2]] == [
         "Whole objective, fp32, D 16", "CLIP loss, fp32, D 16"
     ]  # fmt: skip
 
 
 def test_quick_losses_have_the_main_rows(small, monkeypatch):
-    monkeypatch.setattr(losses, "DISTINCT", 64)
+    monkeypatch.setattr(_competitors, "DISTINCT", 64)
     results = json.loads(json.dumps(losses.measure(quick=True, pairs=64, width=16), default=plain))
-    assert {"full fp32 64x16 vs published", "clip fp32 64x16 vs open_clip"} <= set(losses.ratios(results))
+    here = itertools.product(_competitors.CASES, _competitors.precisions_here())
+    assert set(losses.ratios(results)) == {
+        f"{case} {precision} 64x16 vs {_competitors.theirs(case)}" for case, precision in here
+    }
     assert "Whole objective" in losses.report(results)
     assert losses.figures(results)
 
@@ -313,7 +388,7 @@ def test_memory_in_miniature(monkeypatch):
 if torch.cuda.is_available():
 
     def test_replayed_graphs_compute_what_the_calls_do():
-        step = losses.Problem(256, 64).step("full", losses.OURS, "fp32")
+        step = _competitors.Problem(256, 64).step("full", _competitors.OURS, "fp32")
         step()
         expected = [x.clone() for x in step.result()]
         graphs = _gpu.captured(step.phases)
