@@ -20,7 +20,10 @@ from benchmarks._part import Highlight, heading
 from tracer.errors import UserError
 
 BEGIN, END = "<!-- make bench: begin -->", "<!-- make bench: end -->"
-IN_README = ("losses", "step")  # the parts whose first picture the README shows
+IN_README = {
+    "losses": "batch-size",
+    "step": "where-time-goes",
+}  # parts, and the picture that the README shows
 
 
 def slug(machine: dict[str, Any]) -> str:
@@ -75,8 +78,8 @@ def readme_section(document: dict[str, Any], page: Path, root: Path) -> str:
         module = load(name)
         rows += [list(Highlight(*row)) for row in module.highlights(part["results"])]
         if name in IN_README:
-            first = sorted(page.parent.glob(f"{page.stem}-{name}-*.png"))[:1]
-            pictures += [f"![{_first_sentence(module)}]({file.relative_to(root)})" for file in first]
+            file = page.with_name(f"{page.stem}-{name}-{IN_README[name]}.png")
+            pictures.append(f"![{_first_sentence(module)}]({file.relative_to(root)})")
     commits = sorted({f"{part['date']}, commit {part['commit']}" for part in document["parts"].values()})
     head = f"Measured on {describe(document['machine'])} ({'; '.join(commits)}), by `make bench`:"
     link = f"[{page.stem}]({page.relative_to(root)})"

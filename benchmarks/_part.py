@@ -18,7 +18,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
@@ -56,8 +57,23 @@ def command_line(
     about = environment()
     if not as_json:
         print(heading(about), flush=True)
-    results = json.loads(json.dumps(measure(**options), default=plain))
+    with results_alone():
+        results = json.loads(json.dumps(measure(**options), default=plain))
     print(json.dumps({**about, "results": results}) if as_json else "\n" + report(results))
+
+
+@contextmanager
+def results_alone() -> Iterator[None]:
+    """What libraries and their processes print meanwhile goes to the standard error."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _program(measure: Callable[..., Any]) -> str:
