@@ -26,9 +26,8 @@ from __future__ import annotations
 
 import os
 
-if (
-    __name__ == "__main__"
-):  # only the process that counts interprets, and it decides before Triton is imported
+# Only the process that counts interprets, and it decides before Triton is imported.
+if __name__ == "__main__":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Callable, Iterator
