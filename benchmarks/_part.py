@@ -109,7 +109,7 @@ def heading(about: dict[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """For JSON: timings and other tuples of numbers as dictionaries."""
+    """For JSON: a timing as a dictionary."""
     if isinstance(value, Timing):
         return value.__dict__
     raise TypeError(f"{type(value).__name__} has no place in a benchmark's results")
