@@ -23,7 +23,7 @@ from tracer.config import Config, DemoConfig
 from tracer.data import TrainingBatches
 from tracer.demo import _finetune_once
 from tracer.errors import UserError
-from tracer.files import aside, whole_folder
+from tracer.files import aside, whole_file, whole_folder
 from tracer.log import read_log
 from tracer.model import load_clip, save_weights
 from tracer.train import finetune, fingerprint
@@ -354,17 +354,48 @@ def test_epochs_are_steps(config, tmp_path):
     assert not aside(few.output).exists()
 
 
-def test_the_demo_goes_on_with_its_own_run_and_trains_another_anew(config, monkeypatch, capsys, tmp_path):
+def run_by_the_demo(config: Config) -> Path:
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
-    settings = DemoConfig(**settings | {"output": tmp_path / "demo"})
-    run = Config(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(Config)})
-    run = dataclasses.replace(run, method="flyp", output=tmp_path / "demo/flyp-0")
+    demo = DemoConfig(**settings | {"output": config.output.parent})
+    return _finetune_once(demo, "flyp", {"method": "flyp"}, seed=0)
 
-    def says(run: Config) -> str:
-        part = cut(run, monkeypatch, 3)
+
+def test_the_demo_goes_on_with_its_own_run_and_trains_another_anew(config, monkeypatch, capsys):
+    run = dataclasses.replace(config, method="flyp", output=config.output / "flyp-0")
+
+    def says(cut_off: Config) -> str:
+        part = cut(cut_off, monkeypatch, 3)
         assert any(part.glob(WHOLE))
-        shutil.rmtree(_finetune_once(settings, "flyp", {"method": "flyp"}, seed=0))
+        shutil.rmtree(run_by_the_demo(run))
         return capsys.readouterr().out
 
     assert "going on after step 2 of 5" in says(run)
     assert "going on" not in says(dataclasses.replace(run, lr=2e-2))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_the_demo_leaves_what_another_process_is_writing(config, monkeypatch, finished, checkpoint):
+    """With other settings, and with the same ones as long as there is no checkpoint."""
+    run = dataclasses.replace(config, method="flyp", output=config.output / "flyp-0")
+    part = aside(run.output)
+    if checkpoint:
+        cut(dataclasses.replace(run, lr=2e-2), monkeypatch, 3)
+    if finished:
+        run.output.mkdir(parents=True)
+        (run.output / "run.json").write_text("of an earlier run")
+    with whole_folder(run.output, keep=WHOLE):
+        (part / "log.jsonl").write_text("of the first process")
+        before = content(part)
+        with pytest.raises(UserError, match=f"another process is writing '{part}': wait until it has ended"):
+            run_by_the_demo(run)
+        assert content(part) == before
+        shutil.rmtree(run.output, ignore_errors=True)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "a.json", []
+    monkeypatch.setattr("os.fsync", lambda handle: synced.append((os.fstat(handle).st_ino, path.exists())))
+    with whole_file(path) as part:
+        part.write_text("{}")
+    assert synced == [(path.stat().st_ino, False)]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +28,7 @@ from tracer.config import ICONS, Config, DemoConfig
 from tracer.data import Index, read_index
 from tracer.errors import UserError
 from tracer.evaluate import class_probabilities, class_prompts, classifier, evaluate_zero_shot
-from tracer.files import aside, whole_file
+from tracer.files import aside, remove_folder, whole_file
 from tracer.log import machine, read_log, versions
 from tracer.model import Clip, compute_device, interpolate, load_clip
 from tracer.report import print_table, write_report
@@ -195,10 +194,11 @@ def _finetune_once(config: DemoConfig, key: str, changes: dict[str, Any], seed: 
     if run.output.exists():
         if is_run_of(run, run.output):
             return run.output
-        shutil.rmtree(part, ignore_errors=True)
+        if part.exists():
+            remove_folder(part)
         run.output.rename(part)  # never half deleted under its own name
     if part.exists() and not belongs(part, fingerprint(run)):
-        shutil.rmtree(part, ignore_errors=True)
+        remove_folder(part)
     return finetune(run)
 
 

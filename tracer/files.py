@@ -24,6 +24,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     part = aside(path)
     try:
         yield part
+        sync(part)  # else a loss of power could leave the new name on an empty file
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -51,6 +52,16 @@ def whole_folder(path: Path, keep: str | None = None) -> Iterator[Path]:
         finally:
             if not (keep and any(part.glob(keep))):
                 shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder that an earlier attempt left.
+
+    Raises:
+        UserError: another process is at it.
+    """
+    with _alone(path):
+        shutil.rmtree(path)
 
 
 @contextmanager
