@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import shutil
+import weakref
 
 import open_clip
 import pytest
@@ -251,6 +253,26 @@ def test_a_failed_run_leaves_nothing_that_looks_whole(config, monkeypatch, place
     part = config.output.with_name("run.part")
     assert [p.name for p in part.glob("checkpoint*")] == left
     assert part.exists() == bool(left)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_engine_is_gone_when_the_run_is_evaluated(config, monkeypatch, stage):
+    engines, alive = [], []
+
+    def start(*args):
+        engine = start_engine(*args)
+        engines.append(weakref.ref(engine))
+        return engine
+
+    def save(*args):
+        gc.collect()
+        alive.append(engines[0]() is not None)
+        save_weights(*args)
+
+    monkeypatch.setattr("tracer.train.start_engine", start)
+    monkeypatch.setattr("tracer.train.save_weights", save)
+    finetune(dataclasses.replace(config, zero_stage=stage))
+    assert alive == [False, False]  # student and teacher
 
 
 def test_an_existing_run_is_not_overwritten(config):

@@ -3,7 +3,7 @@
     checkpoints = Checkpoints(folder, settings, fingerprint, started)  # refuses another run's folder
     checkpoints.resume(engine, {"teacher": teacher})  # to checkpoints.step, 0 where there is none
     ...  # train from there
-    checkpoints.save(step)
+    checkpoints.save(step, engine, {"teacher": teacher})
 
 In the folder of the run stands ``checkpoint-<step>``, of which only the newest is kept:
 
@@ -86,14 +86,11 @@ class Checkpoints:
         return time.perf_counter() - self._started
 
     def resume(self, engine: Any, averages: Mapping[str, MovingAverageTeacher]) -> None:
-        """Bring the engine, its averages and the random generators to ``step``; they are what is saved later.
-
-        Under ZeRO this is collective, as :meth:`save`: call it on every rank.
+        """Bring the engine, its averages and the random generators to ``step``.
 
         Raises:
             UserError: the checkpoint is damaged.
         """
-        self._engine, self._averages = engine, averages
         for other in self._folder.glob("checkpoint-*"):  # older, or half written
             if other != self._last:
                 shutil.rmtree(other)
@@ -115,7 +112,7 @@ class Checkpoints:
         except Exception as error:  # zip, pickle, torch and DeepSpeed each raise their own for damaged files
             raise _damaged(self._last, error) from error
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, engine: Any, averages: Mapping[str, MovingAverageTeacher]) -> None:
         """Write the checkpoint of ``step``; once it is whole and on the disk, remove the one before.
 
         Raises:
@@ -123,17 +120,17 @@ class Checkpoints:
         """
         folder = self._folder / f"checkpoint-{step}"
         random = {"cpu": torch.get_rng_state()}
-        if self._engine.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self._engine.device)
-        averages = {name: _to_cpu(average.state_dict()) for name, average in self._averages.items()}
+        if engine.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(engine.device)
+        states = {name: _to_cpu(average.state_dict()) for name, average in averages.items()}
         try:
             with whole_folder(folder) as part:
-                self._engine.save_checkpoint(
+                engine.save_checkpoint(
                     str(part), tag="engine", save_latest=False, exclude_frozen_parameters=True
                 )
                 for script in part.glob("zero_to_*.py"):  # DeepSpeed's tools; nothing here needs them
                     script.unlink()
-                torch.save({"averages": averages, "random": random}, part / _rank_file())
+                torch.save({"averages": states, "random": random}, part / _rank_file())
                 about = self._about | {"step": step, "seconds": self.seconds}
                 (part / "checkpoint.json").write_text(json.dumps(about, indent=1))
                 sync(part)
@@ -144,7 +141,7 @@ class Checkpoints:
             raise UserError(
                 f"'{folder}' could not be written: free some space there and start again"
             ) from error
-        if self._last not in (None, folder):
+        if self._last is not None:
             shutil.rmtree(self._last)
         self._last, self.step = folder, step
 

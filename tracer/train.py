@@ -229,12 +229,14 @@ def _train(
         )
         if step % config.save_every == 0 or step == config.steps:
             log.sync()  # the log first: a checkpoint relies on its rows
-            checkpoints.save(step)
+            checkpoints.save(step, engine, averages)
     last = full_weights(engine)
     weights = {"student": last} | {name: average.gather() for name, average in averages.items()}
     if config.adapted:
         weights["last"] = last
-    return weights, optimizer_sizes(engine) | {"checkpoint_bytes": checkpoints.nbytes()}
+    sizes = optimizer_sizes(engine) | {"checkpoint_bytes": checkpoints.nbytes()}
+    engine.destroy()  # its hooks would keep model and optimizer in memory, in a comparison for every run
+    return weights, sizes
 
 
 @torch.no_grad()
