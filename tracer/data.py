@@ -235,7 +235,7 @@ def _window(encoded: Any, sides: Any, place: Any) -> tuple[Any, Any]:
     """DALI nodes: corners of the crop in shares of the picture's height and width, [2] float32 each.
 
     The first attempt that fits the picture, and where none does, as much of it as RATIO allows: the distribution
-    of DALI's and torchvision's random_resized_crop, but for their rounding to whole pixels.
+    of torchvision's RandomResizedCrop, but for its rounding to whole pixels, and that it centres the latter.
     """
     shape = fn.peek_image_shape(encoded, dtype=types.FLOAT)[:2]
     unit = dali_math.sqrt(shape[0] * shape[1]) / shape  # from sides of that square to shares

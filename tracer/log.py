@@ -76,7 +76,7 @@ class StepLog:
         self._file.flush()
 
     def sync(self) -> None:
-        """Wait until all rows so far are on the disk, in both places."""
+        """Wait until all rows so far are on the disk, and in TensorBoard's file."""
         self.flush()
         self._board.flush()
         os.fsync(self._file.fileno())
