@@ -3,11 +3,11 @@
     python -m benchmarks.memory
 
 The numbers come from the allocator's record of a step on the CPU with one thread, so they are the same at every
-run and on every machine: products in bfloat16, and of float32 in oneDNN, are assumed, whatever this processor is
-fastest with (MKL, on Intel's, needs a tile less). Gradients that are returned
-are part of them; scratch that a matrix product's library takes and gives back is not. Of the GPU kernels the
-launchers run without their kernels, in float32, with the tiles and the 132 multiprocessors of an H100: what they
-allocate does not depend on what is in it.
+run and on every machine: products of bfloat16, and of float32 in oneDNN, are assumed, whatever this processor is
+fastest with (with MKL's, on Intel's, a peak is lower by up to a tile). Gradients that are returned are part of
+them; scratch that a matrix product's library takes and gives back is not. Of the GPU kernels the launchers run
+without their kernels, in float32, with the tiles and the 132 multiprocessors of an H100: what they allocate does
+not depend on what is in it.
 """
 
 from __future__ import annotations
