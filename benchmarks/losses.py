@@ -26,6 +26,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from benchmarks import _competitors, _gpu, _measure
 from benchmarks._competitors import (
@@ -176,6 +177,14 @@ def add_peaks(row: dict[str, Any]) -> None:
             entry["memory"] = peak(size_of(row), name)
 
 
+def _matrix_product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+    """a @ b.T again and again into the same memory; on a CPU by the library that our loss takes there."""
+    out = a.new_empty(len(a), len(b))
+    if DEVICE == "cuda":
+        return partial(torch.mm, a, b.T, out=out)
+    return lambda: blocked._product(a, b, lambda: out)
+
+
 def rates(precisions: Sequence[str]) -> dict[str, Any]:
     """What this machine's copy and matrix product reach: bytes/s read and written, operations/s."""
     size = min(COPY_BYTES, _measure.available_memory() // 16)
@@ -187,9 +196,7 @@ def rates(precisions: Sequence[str]) -> dict[str, Any]:
     for precision in precisions:
         a, b = torch.randn(2, side, side, device=DEVICE).to(HALF.get(precision, torch.float32)).unbind()
         with float32_products(precision):
-            # on a CPU float32 goes to the library that our loss takes there
-            out = a.new_empty(side, side)
-            product = partial(torch.mm, a, b) if DEVICE == "cuda" else partial(blocked._product, a, b, out)
+            product = _matrix_product(a, b)
             times = _measure.interleaved({"matrix product": product}, repeats=9)
             found[precision] = 2 * side**3 / times["matrix product"].median
     return {"copy": 2 * size / copy, "matrix": found}

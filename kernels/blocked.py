@@ -34,8 +34,8 @@ Layout of the statistics, base-2 logarithms, float32 (float64 for float64 featur
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -238,7 +238,7 @@ class _Logits:
         if key not in self._block[1]:
             block = self.operands[left][at_rows]
             self._block[1][key] = (block.to(self.dtype) * kappa).to(block.dtype)
-        room = self._room(name, at_rows, at_cols)
+        room = partial(self._room, name, at_rows, at_cols)
         return _product(self._block[1][key], self.operands[right][at_cols], room)
 
     def _room(self, name: str, at_rows: slice, at_cols: slice) -> Tensor:
@@ -723,13 +723,12 @@ def _if_same(out: Tensor, e: Tensor) -> Tensor:
 # Helpers.
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Write a @ b.T to ``out``, for a [m, k] and b [n, k], both row-contiguous or transposes of such."""
-    if _mkldnn_is_faster(a):
-        return out.copy_(torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
-    if out.dtype != a.dtype:
-        return out.copy_(a @ b.T)
-    return torch.mm(a, b.T, out=out)
+def _product(a: Tensor, b: Tensor, room: Callable[[], Tensor]) -> Tensor:
+    """a @ b.T, in ``room()`` if that saves memory; a [m, k] and b [n, k] row-contiguous or transposes of such."""
+    if _mkldnn_is_faster(a):  # which can't write into memory that is there
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    out = room()
+    return torch.mm(a, b.T, out=out) if out.dtype == a.dtype else out.copy_(a @ b.T)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
