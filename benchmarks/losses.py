@@ -214,7 +214,7 @@ def measure(
     repeats: int = 7,
     seconds: float = 20.0,
     patience: float = 15.0,
-    budget: float = 480.0,
+    budget: float = 300.0,
 ) -> dict[str, Any]:
     """Time and memory of the loss.
 
