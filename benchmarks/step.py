@@ -51,7 +51,7 @@ from tracer.teacher import WMA, build_teacher
 from tracer.train import mixed_precision, resolve_precision
 
 HEADS = "projections"  # of the towers' stored features: nothing but the last layer of a CLIP is trained
-CASES = ("ViT-B-32:16", "tracer-demo:128", "tracer-demo:2048", f"{HEADS}:4096")
+CASES = ("ViT-B-32:32", "tracer-demo:128", "tracer-demo:1024", f"{HEADS}:4096")
 QUICK = ("tracer-demo:128", f"{HEADS}:4096")
 PLAIN, OURS, PUBLISHED = "plain", "tracer", "published"
 BARE_OURS, BARE_PUBLISHED = "tracer, no diagnostics", "published, no diagnostics"
@@ -349,7 +349,7 @@ def memory(case: Case, trainer: Trainer) -> dict[str, Any]:
 
 def loading(case: Case, clip: Clip, folder: Path) -> Timing:
     """Seconds to load one batch, nothing else running."""
-    count = max(2, 512 // case.pairs)
+    count = max(2, 256 // case.pairs)
 
     def epoch() -> None:
         for _ in batches(clip, case.pairs, count, folder):
@@ -407,7 +407,7 @@ def measure(
     cases: list[str] | None = None,
     precision: str = "auto",
     repeats: int | None = None,
-    budget: float = 40.0,
+    budget: float = 20.0,
 ) -> dict[str, Any]:
     """Time the steps of each case in turns, phase by phase.
 
