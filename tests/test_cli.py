@@ -73,6 +73,27 @@ def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
     )
 
 
+def test_a_missing_set_is_named_before_any_weights_are_fetched(capsys, tmp_path, monkeypatch):
+    from tracer import train
+
+    monkeypatch.setattr(train, "load_clip", lambda *args: pytest.fail("the model was loaded first"))
+    line = refused(capsys, "finetune", "--train_data", tmp_path / "nope.csv", "--output", tmp_path / "run")
+    assert "nope.csv' does not exist" in line
+
+
+def test_finetune_prints_the_accuracy_on_every_set(capsys, tiny_config, drawings, tmp_path):
+    options = {
+        "train_data": drawings / "train.csv", "eval_data.held_out": drawings / "test.csv", "model": tiny_config,
+        "pretrained": "null", "output": tmp_path / "run", "cache": tmp_path / "cache", "method": "flyp",
+        "steps": 1, "warmup": 0, "batch_size": 8,
+    }  # fmt: skip
+    assert main(["finetune", *(str(x) for name, value in options.items() for x in (f"--{name}", value))]) == 0
+    out = capsys.readouterr().out
+    assert "held_out" in out
+    assert "student" in out
+    assert f"run: {tmp_path / 'run'}" in out
+
+
 def test_the_demo_reaches_every_setting_of_a_run():
     assert {f.name for f in dataclasses.fields(Config)} < {f.name for f in dataclasses.fields(DemoConfig)}
     config = parse(["demo", "--seeds", "1", "--wma_beta", "0.3", "--margin", "0.05"])[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from tracer.adapters import fold, read_adapters
 from tracer.config import DemoConfig
 from tracer.data import read_index
-from tracer.demo import demo
+from tracer.demo import _command, demo
 from tracer.errors import UserError
 from tracer.evaluate import class_prompts, evaluate_zero_shot
 from tracer.model import interpolate, load_clip, save_weights
@@ -133,6 +134,21 @@ def test_a_model_without_transformers_is_refused_before_any_training(config, tmp
     with pytest.raises(UserError, match=r"ModifiedResNet.*adapt the 'text' tower alone.*--adapter_towers"):
         demo(dataclasses.replace(config, model="RN50", pretrained=None, output=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "make demo"),
+        ({"ablate": True, "seeds": 1}, 'make demo ARGS="--seeds 1 --ablate true"'),
+        (
+            {"eval_data": {"a b": Path("x y.csv")}, "alphas": (0.5,), "lr": None},
+            "make demo ARGS=\"'--eval_data.a b' 'x y.csv' --lr null --alphas '[0.5]'\"",
+        ),
+    ],
+)
+def test_the_report_says_how_to_repeat_it(changes, line):
+    assert _command(DemoConfig(**changes)) == line
 
 
 def test_demo_needs_something_to_evaluate_on(config):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import sys
 import threading
@@ -88,9 +89,13 @@ def run(command: str, config: Any) -> None:
 
         print(f"report: {demo(config)}")
     elif command == "finetune":
+        from tracer.evaluate import print_scores
         from tracer.train import finetune
 
-        print(f"run: {finetune(config)}")
+        folder = finetune(config)
+        if scores := json.loads((folder / "metrics.json").read_text()):
+            print_scores(scores)
+        print(f"run: {folder}")
     elif command == "evaluate":
         from tracer.evaluate import evaluate
 

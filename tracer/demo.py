@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shlex
 import time
 from collections.abc import Callable
 from functools import partial
@@ -68,6 +69,7 @@ def demo(config: DemoConfig) -> Path:
     """
     clock = Clock()
     config.validate()
+    command = _command(config)
     if config.train_data == ICONS / "train.csv":
         config = _with_icons(config)
         config.validate()  # now that the sets have names
@@ -140,6 +142,7 @@ def demo(config: DemoConfig) -> Path:
 
     results = {
         "title": "Robust fine-tuning, compared",
+        "command": command,
         "start": {
             "model": config.model,
             "pretrained": config.pretrained or "shipped with tracer",
@@ -168,6 +171,23 @@ def demo(config: DemoConfig) -> Path:
     report = write_report(results, config.output / "report.html")
     print_table(results)
     return report
+
+
+def _command(config: DemoConfig) -> str:
+    """The line that repeats this comparison: what differs from the defaults."""
+    options = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value == getattr(DemoConfig(), field.name):
+            continue
+        named = value.items() if isinstance(value, dict) else [("", value)]
+        for key, item in named:
+            text = (
+                json.dumps(item) if isinstance(item, tuple | bool) else str("null" if item is None else item)
+            )
+            option = f"--{field.name}.{key}" if key else f"--{field.name}"
+            options.append(f"{shlex.quote(option)} {shlex.quote(text)}")
+    return f'make demo ARGS="{" ".join(options)}"' if options else "make demo"
 
 
 def _with_icons(config: DemoConfig) -> DemoConfig:

@@ -68,22 +68,22 @@ def finetune(config: Config) -> Path:
     if config.output.exists():
         raise UserError(f"'{config.output}' exists: choose another --output or remove it")
     started = time.perf_counter()
+    index = read_index(config.train_data)  # first, for a mistake here is the likeliest
+    tests = [read_index(path, name) for name, path in config.eval_data.items()]
+    prompts = class_prompts(config.classes, index.classes) if tests else {}
+    check_labels(tests, prompts)
+    config = config.resolve(len(index))
     torch.manual_seed(config.seed)  # of weights without a start, and of adapters with a rank
     clip = load_clip(config.model, config.pretrained)
     start = clip.model.state_dict()  # stays float32, whatever the engine does to the model
     if config.adapted:
         tqdm.write(str(adapt(config, clip.model)))
-    index = read_index(config.train_data)
-    config = config.resolve(len(index))
     reached = 1 - config.adapter_momentum**config.total_steps
     if config.adapted and reached < 0.8:
         tqdm.write(
             f"the adapters' average will hold {reached:.0%} of them: with so few steps, "
             f"choose an --adapter_momentum below {config.adapter_momentum:g}"
         )
-    tests = [read_index(path, name) for name, path in config.eval_data.items()]
-    prompts = class_prompts(config.classes, index.classes) if tests else {}
-    check_labels(tests, prompts)
     identity = fingerprint(config)
     with whole_folder(config.output, keep=WHOLE) as folder:
         checkpoints = Checkpoints(folder, decisive(config), identity, started)
@@ -118,8 +118,9 @@ def finetune(config: Config) -> Path:
             "fingerprint": identity,
         }
         if config.adapted:
-            megabytes = {p.name: p.stat().st_size / 1e6 for p in sorted(folder.glob("*.safetensors"))}
-            tqdm.write(", ".join(f"{name} {size:.3g} MB" for name, size in megabytes.items()))
+            kept = {"optimizer state": sizes["optimizer_bytes"], "checkpoint": sizes["checkpoint_bytes"]}
+            kept |= {p.name: p.stat().st_size for p in sorted(folder.glob("*.safetensors"))}
+            tqdm.write(", ".join(f"{name} {size / 1e6:.3g} MB" for name, size in kept.items()))
         (folder / "run.json").write_text(json.dumps(about, indent=1))
         sync(folder)
     for needless in config.output.glob("checkpoint-*"):
