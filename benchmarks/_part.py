@@ -14,6 +14,7 @@ All but the first take results as they come back from JSON.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from benchmarks._measure import ROOT, Timing, describe, environment
 
@@ -46,7 +47,8 @@ def command_line(
     argv: list[str] | None = None,
 ) -> None:
     """Run a part alone: its tables, or with ``--json`` one JSON document, go to the standard output."""
-    parser = ArgumentParser(description=sys.modules[measure.__module__].__doc__, prog=_program(measure))
+    about_part = sys.modules[measure.__module__].__doc__
+    parser = ArgumentParser(description=about_part, prog=_program(measure), formatter_class=_Help)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
         "--quick", action="store_true", help="smaller sizes, fewer repeats: a look, not a result"
@@ -74,6 +76,10 @@ def results_alone() -> Iterator[None]:
         sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
+
+
+class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Leaves the lines of a part's description as they are."""
 
 
 def _program(measure: Callable[..., Any]) -> str:

@@ -114,8 +114,9 @@ def report(results: dict[str, Any]) -> str:
     for row in rows:
         counts = row["bytes"]
         cells = [f"{counts[str(n)] / 2**20:.1f}" if str(n) in counts else "" for n in sizes]
-        *_, before, last = counts.values()
-        lines.append([CASES[row["case"]], row["precision"], row["who"], *cells, f"×{last / before:.2f}"])
+        *before, last = counts.values()
+        grown = f"×{last / before[-1]:.2f}" if before else ""
+        lines.append([CASES[row["case"]], row["precision"], row["who"], *cells, grown])
     header = ["", "", "", *(f"N {n}" for n in sizes), "last doubling"]
     return f"MiB at the peak, D {results['width']}\n\n{table(header, lines)}"
 

@@ -383,6 +383,7 @@ def test_memory_in_miniature(monkeypatch):
     assert memory.exact(quick).items() <= memory.exact(whole).items()
     assert memory.exact(whole)["clip fp32 N 256 D 8: open_clip, bytes"] > 4 * 4 * 256**2
     assert "×" in memory.report(whole)
+    assert "128" in memory.report(quick)  # one size: nothing doubles
 
 
 if torch.cuda.is_available():
