@@ -212,9 +212,10 @@ def measure(
     sweep: list[int] | None = None,
     widths: list[int] | None = None,
     repeats: int = 7,
-    seconds: float = 20.0,
+    seconds: float = 8.0,
     patience: float = 15.0,
     budget: float = 300.0,
+    sweep_budget: float = 210.0,
 ) -> dict[str, Any]:
     """Time and memory of the loss.
 
@@ -227,9 +228,10 @@ def measure(
         sweep: the N of the second table; 512 to 65536 by default.
         widths: the D of the second table; 512, 768 and 1280 by default.
         repeats: most turns of a row; three at least.
-        seconds: for the turns of a row of the main table, a quarter of it for others.
+        seconds: for the turns of a row of the main table, half of it for others.
         patience: seconds a step may take before a competitor of ours is left out.
-        budget: seconds for everything; rows that would take longer are left out, the largest first.
+        budget: seconds for the main table; competitors that would take longer are left out.
+        sweep_budget: seconds for the second table; sizes that would take longer are left out, the largest first.
     """
     cases, precisions = list(cases or CASES), list(precisions or precisions_here())
     if unknown := [*({*cases} - CASES.keys()), *({*precisions} - TOLERANCE.keys())]:
@@ -251,7 +253,7 @@ def measure(
         for size in mains:
             progress(f"losses: {size}")
             who = [OURS, theirs(size.case)] if quick else everyone(size.case)
-            rows.append(bench.row(size, who, seconds / 4 if quick else seconds, main=True))
+            rows.append(bench.row(size, who, seconds / 2 if quick else seconds, main=True))
         for row in rows[:1] if quick else rows:
             progress(f"losses: memory of {row['case']}, {row['precision']}")
             add_peaks(row)
@@ -265,7 +267,8 @@ def measure(
                 for n in sweep or SWEEP
                 for d in widths or WIDTHS
             ]
-            more, left_out = _sweep(bench, [s for s in sizes if s not in mains], width, seconds / 4)
+            bench.deadline = time.monotonic() + sweep_budget
+            more, left_out = _sweep(bench, [s for s in sizes if s not in mains], width, seconds / 2)
             rows += more
     return {
         "device": DEVICE,
