@@ -571,9 +571,9 @@ def figures(results: dict[str, Any]) -> dict[str, Any]:
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    found = {"phases-in-time": figure}
+    found = {"where-time-goes": figure}
     if measured := [case for case in cases if case["memory"]]:
-        found["what-memory-holds"] = _memory_figure(measured)
+        found["where-memory-goes"] = _memory_figure(measured)
     return found
 
 
