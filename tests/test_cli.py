@@ -100,7 +100,8 @@ def test_the_demo_reaches_every_setting_of_a_run():
     assert (config.seeds, config.wma_beta, config.margin) == (1, 0.3, 0.05)
 
 
-R_ADAPTER = ["finetune", "--train_data", "x.csv", "--method", "r-adapter", "--pretrained", "null"]
+WHOLE = "train.csv"  # the data set that is there; x.csv is not
+R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pretrained", "null"]
 
 
 @pytest.mark.parametrize(
@@ -158,12 +159,12 @@ R_ADAPTER = ["finetune", "--train_data", "x.csv", "--method", "r-adapter", "--pr
             [*R_ADAPTER, "--model", "ViT-S-32", "--adapter_rank", "385"],
             "adapter rank is 385: it must be from 1 to 384",
         ),
-        (["finetune", "--train_data", "x.csv", "--model", "ViT-Z-32"], "unknown model 'ViT-Z-32'"),
+        (["finetune", "--train_data", WHOLE, "--model", "ViT-Z-32"], "unknown model 'ViT-Z-32'"),
         (
-            ["finetune", "--train_data", "x.csv", "--model", "ViT-B-32", "--pretrained", "opnai"],
+            ["finetune", "--train_data", WHOLE, "--model", "ViT-B-32", "--pretrained", "opnai"],
             "'opnai' is neither a local file nor a pretrained tag of ViT-B-32",
         ),
-        (["finetune", "--train_data", "x.csv", "--pretrained", "no.pt"], "checkpoint 'no.pt' does not exist"),
+        (["finetune", "--train_data", WHOLE, "--pretrained", "no.pt"], "checkpoint 'no.pt' does not exist"),
         (["evaluate", "--eval_data.a", "nothing.csv"], "data 'nothing.csv' does not exist"),
         (["evaluate", "--eval_data.a", "x.csv", "--workers", "0"], "--workers is 0: it must be at least 1"),
         (["finetune", "--train_data", "x.csv", "--lr", "-1"], "--lr is -1.0: it must be above 0"),
@@ -186,9 +187,9 @@ R_ADAPTER = ["finetune", "--train_data", "x.csv", "--method", "r-adapter", "--pr
         ),
     ],
 )
-def test_a_mistake_is_one_line_that_names_it(capsys, tmp_path, monkeypatch, argv, says):
+def test_a_mistake_is_one_line_that_names_it(capsys, drawings, tmp_path, monkeypatch, argv, says):
     monkeypatch.chdir(tmp_path)
-    assert says in refused(capsys, *argv)
+    assert says in refused(capsys, *(drawings / WHOLE if a == WHOLE else a for a in argv))
     assert not list(tmp_path.iterdir())
 
 
