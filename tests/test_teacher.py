@@ -172,8 +172,10 @@ def test_teacher_runs_without_autograd_in_eval_mode():
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_attention_of_the_teacher_is_not_multiplied_position_by_position():
+def test_attention_of_the_teacher_is_not_multiplied_position_by_position(monkeypatch):
     """On a CPU torch would copy the weights of a frozen attention once for each position in the sequence."""
+    # DeepSpeed puts its own in this place at ZeRO stage 3, in an earlier test, and leaves it there.
+    monkeypatch.setattr(nn.functional, "linear", torch._C._nn.linear)
 
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
