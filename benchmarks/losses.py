@@ -2,7 +2,7 @@
 
     python -m benchmarks.losses                     tables for people
     python -m benchmarks.losses --json              the same for machines
-    python -m benchmarks.losses --quick             the main table's sizes, in two minutes
+    python -m benchmarks.losses --quick             the main table's sizes alone
     python -m benchmarks.losses --cases "[full, clip]" --precisions "[bf16]" --pairs 8192
 
 Competitors take turns in one process: medians with the 20th and 80th percentile, forward (with what backward
