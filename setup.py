@@ -7,6 +7,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "tracer/__init__.py").read_text())[1]
+ROOMS = ["models", "data", "evaluation", "train", "report", "demo"]  # folders of tracer/
 
 DATA = ["Pillow>=10", "tqdm>=4.66"]
 TRAIN = [
@@ -32,9 +33,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["tracer", "tracer.kernels"],
+    packages=["tracer", "tracer.kernels", *(f"tracer.{room}" for room in ROOMS)],
     package_dir={"tracer.kernels": "kernels"},
-    package_data={"tracer": ["assets/*"]},
+    package_data={"tracer.demo": ["assets/*"], "tracer.report": ["page.html.j2"]},
     install_requires=["torch>=2.9", "numpy>=1.26"],
     extras_require={
         "train": TRAIN,

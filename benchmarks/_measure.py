@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import _gpu
-from tracer import log
-from tracer.log import versions
+from tracer import machine as this_machine
+from tracer.machine import versions
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("kernels", "tracer", "benchmarks/*.py", "requirements.lock")  # what a number depends on
@@ -246,7 +246,7 @@ def environment() -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and GPU, and what the processor multiplies bfloat16 with."""
     amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
-    return log.machine() | {"bf16": "AMX" if amx else "AVX-512" if avx512 else None}
+    return this_machine.machine() | {"bf16": "AMX" if amx else "AVX-512" if avx512 else None}
 
 
 def describe(machine: Mapping[str, Any]) -> str:

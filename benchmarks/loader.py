@@ -37,9 +37,12 @@ from torchvision.transforms import v2
 
 from benchmarks._measure import Timing, interleaved, table
 from benchmarks._part import Highlight, command_line, progress
-from tracer.config import ICONS
-from tracer.data import Index, Pictures, TrainingBatches, in_order, shuffled
-from tracer.model import Clip
+from tracer.data.batches import TrainingBatches
+from tracer.data.dali import Pictures
+from tracer.data.index import Index
+from tracer.data.order import in_order, shuffled
+from tracer.demo.config import ICONS
+from tracer.models.clip import Clip
 
 fn: Any = nvidia.dali.fn
 types: Any = nvidia.dali.types

@@ -43,12 +43,15 @@ from benchmarks._measure import (
     table,
 )
 from benchmarks._part import Highlight, command_line, progress
-from tracer.data import Index, TrainingBatches
+from tracer.data.batches import TrainingBatches
+from tracer.data.index import Index
 from tracer.losses import TracerLoss
-from tracer.model import Clip, compute_device, encode, load_clip, projections
+from tracer.machine import compute_device, resolve_precision
+from tracer.models.clip import Clip, encode, load_clip, projections
 from tracer.ops import contrastive_loss, sampled_diagnostics
-from tracer.teacher import WMA, build_teacher
-from tracer.train import mixed_precision, resolve_precision
+from tracer.schedules import WMA
+from tracer.teacher import build_teacher
+from tracer.train.engine import mixed_precision
 
 HEADS = "projections"  # of the towers' stored features: nothing but the last layer of a CLIP is trained
 CASES = ("ViT-B-32:32", "tracer-demo:128", "tracer-demo:1024", f"{HEADS}:4096")
@@ -379,8 +382,8 @@ def measure_case(case: Case, precision: str, repeats: int, budget: float, quick:
 
 def deepspeed_step(case: Case, precision: Any, repeats: int) -> dict[str, Timing]:
     """The plain step in bare torch and in the trainer's DeepSpeed engine (ZeRO 1, gradients clipped)."""
-    from tracer.config import Config
-    from tracer.train import start_engine
+    from tracer.train.config import Config
+    from tracer.train.engine import start_engine
 
     config = Config(
         Path(), batch_size=case.pairs, steps=LENGTH, warmup=1, precision=precision, lr=LR, weight_decay=0.1

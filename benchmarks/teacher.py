@@ -38,7 +38,8 @@ from benchmarks._measure import Timing, interleaved, require_close, table
 from benchmarks._part import Highlight, command_line, progress
 from tracer.kernels import average as kernel
 from tracer.ops import average_
-from tracer.teacher import MovingAverageTeacher, Schedule
+from tracer.schedules import Schedule
+from tracer.teacher import MovingAverageTeacher
 
 Mode = Literal["fp32", "fp32 + bf16 copy", "bf16 + bf16 copy"]  # the student's dtype, and the teacher's own
 MODES: tuple[Mode, ...] = ("fp32", "fp32 + bf16 copy", "bf16 + bf16 copy")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import step
-from tracer.train import resolve_precision
+from tracer.machine import resolve_precision
 
 
 @pytest.fixture(scope="module")

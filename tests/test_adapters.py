@@ -29,12 +29,14 @@ from tracer.adapters import (
     read_adapters,
     save_adapters,
 )
-from tracer.config import Config
 from tracer.errors import UserError
 from tracer.losses import MPMNCELoss
-from tracer.model import encode, save_weights
-from tracer.teacher import WMA, build_teacher
-from tracer.train import start_engine
+from tracer.models.clip import encode
+from tracer.models.weights import save_weights
+from tracer.schedules import WMA
+from tracer.teacher import build_teacher
+from tracer.train.config import Config
+from tracer.train.engine import start_engine
 
 DIM = 16
 VISION = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
@@ -532,7 +534,7 @@ def test_a_full_disk_is_an_error_of_the_operating_system(tmp_path, monkeypatch):
     def full_disk(*_args, **_kwargs):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("tracer.model.save_file", full_disk)
+    monkeypatch.setattr("tracer.models.weights.save_file", full_disk)
     with pytest.raises(OSError, match="No space left") as error:
         save_adapters(adapted().state_dict(), tmp_path / "adapters.safetensors", "openai")
     assert error.value.errno == 28

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from tracer.cli import main, parse
-from tracer.config import Config, DemoConfig, EvaluateConfig, PretrainConfig
+from tracer.demo.config import DemoConfig, PretrainConfig
 from tracer.errors import UserError
+from tracer.evaluation.config import EvaluateConfig
+from tracer.train.config import Config
 
 
 def refused(capsys, *argv: str) -> str:
@@ -74,9 +76,9 @@ def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
 
 
 def test_a_missing_set_is_named_before_any_weights_are_fetched(capsys, tmp_path, monkeypatch):
-    from tracer import train
+    from tracer.train import run
 
-    monkeypatch.setattr(train, "load_clip", lambda *args: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(run, "load_clip", lambda *args: pytest.fail("the model was loaded first"))
     line = refused(capsys, "finetune", "--train_data", tmp_path / "nope.csv", "--output", tmp_path / "run")
     assert "nope.csv' does not exist" in line
 

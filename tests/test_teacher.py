@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tracer.teacher import EMA, WMA, Frozen, MovingAverageTeacher, Uniform, build_teacher
+from tracer.schedules import EMA, WMA, Frozen, Uniform
+from tracer.teacher import MovingAverageTeacher, build_teacher
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 

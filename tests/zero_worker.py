@@ -20,7 +20,8 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tracer.teacher import WMA, MovingAverageTeacher, Uniform, build_teacher
+from tracer.schedules import WMA, Uniform
+from tracer.teacher import MovingAverageTeacher, build_teacher
 
 # Otherwise compiled at the first start, for a minute; only inference uses it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

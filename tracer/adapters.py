@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tracer.errors import UserError
-from tracer.model import save_weights
-from tracer.teacher import EMA
+from tracer.models.weights import save_weights
+from tracer.schedules import EMA
 
 # Where a layer keeps the last linear map of its attention and of its MLP.
 _LAYERS = (

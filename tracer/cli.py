@@ -18,8 +18,10 @@ from typing import Any
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from tracer import __version__
-from tracer.config import Config, DemoConfig, EvaluateConfig, PretrainConfig
+from tracer.demo.config import DemoConfig, PretrainConfig
 from tracer.errors import UserError
+from tracer.evaluation.config import EvaluateConfig
+from tracer.train.config import Config
 
 COMMANDS: dict[str, tuple[type, str]] = {
     "demo": (DemoConfig, "fine-tune a small CLIP in several ways on real pictures and compare them"),
@@ -84,24 +86,27 @@ def run(command: str, config: Any) -> None:
     config.validate()
     for category in (UserWarning, FutureWarning, DeprecationWarning):  # of libraries to each other
         warnings.filterwarnings("ignore", category=category, module="(deepspeed|nvidia|torch|open_clip).*")
+    import tracer.demo.small_clip  # noqa: F401 (registers the demo's model)
+
     if command == "demo":
-        from tracer.demo import demo
+        from tracer.demo.compare import demo
 
         print(f"report: {demo(config)}")
     elif command == "finetune":
-        from tracer.evaluate import print_scores
-        from tracer.train import finetune
+        from tracer.report.terminal import print_scores
+        from tracer.train.run import finetune
 
         folder = finetune(config)
         if scores := json.loads((folder / "metrics.json").read_text()):
             print_scores(scores)
         print(f"run: {folder}")
     elif command == "evaluate":
-        from tracer.evaluate import evaluate
+        from tracer.evaluation.zero_shot import evaluate
+        from tracer.report.terminal import print_scores
 
-        evaluate(config)
+        print_scores({config.pretrained or config.model: evaluate(config)})
     else:
-        from tracer.pretrain import pretrain
+        from tracer.demo.pretrain import pretrain
 
         print(f"checkpoint: {pretrain(config)}")
 

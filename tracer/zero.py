@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tracer.teacher import MovingAverageTeacher, Schedule, cast_rule, is_shared
+from tracer.schedules import Schedule
+from tracer.teacher import MovingAverageTeacher, cast_rule, is_shared
 
 # What is read of each kind of optimizer that deepspeed.initialize may return. The first names the
 # float32 masters, the second the parameters that they belong to, the third their flat buffers.

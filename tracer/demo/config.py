@@ -1,0 +1,111 @@
+"""Settings of the commands ``demo`` and ``pretrain``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from tracer.errors import UserError
+from tracer.settings import check_ranges
+from tracer.train.config import Config
+
+ICONS = Path("runs/data/icons")  # where the demo keeps its data
+
+KINDS = ("in-distribution", "near", "shifted")  # of evaluation sets, as seen from the training data
+
+
+@dataclass
+class DemoConfig(Config):
+    """Settings of the demo: those of a fine-tuning run, and what is compared.
+
+    Args:
+        seeds: runs of each method.
+        alphas: interpolation weights at which WiSE-FT and R-Adapter are measured, besides 0 and 1.
+        wise_alpha: the one at which WiSE-FT stands in the table; R-Adapter's is adapter_alpha.
+        ablate: also train R-Adapter with InfoNCE and without dropping, and fold it without each self-ensemble.
+        adapter_lr: peak learning rate where adapters train; lr is that of the whole models.
+        kinds: evaluation set → in-distribution, near or shifted; default: the first is in-distribution, the
+            others are shifted.
+    """
+
+    train_data: Path = ICONS / "train.csv"
+    model: str = "tracer-demo"
+    pretrained: str | None = None
+    output: Path = Path("runs/demo")
+    seeds: int = 3
+    alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
+    wise_alpha: float = 0.5
+    ablate: bool = False
+    adapter_lr: float = 5e-4
+    kinds: dict[str, str] = field(default_factory=dict)
+
+    teacher_every: int | None = 1
+    batch_size: int = 128
+    lr: float | None = 3e-4
+    warmup: int = 10
+    adapter_momentum: float = 0.98  # a run is short
+
+    default_steps: ClassVar[int] = 100
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
+        super().validate()
+        check_ranges(
+            self, {"at least 1": "seeds", "from 0 to 1": "alphas wise_alpha", "above 0": "adapter_lr"}
+        )
+        for name, kind in self.kinds.items():
+            if kind not in KINDS:
+                raise UserError(f"--kinds.{name} is '{kind}': it must be one of {', '.join(KINDS)}")
+            if self.eval_data and name not in self.eval_data:
+                raise UserError(
+                    f"--kinds.{name} names no set: those to evaluate on are {', '.join(self.eval_data)}"
+                )
+
+
+@dataclass
+class PretrainConfig:
+    """Train the small CLIP that the demo starts from; the defaults are the recipe of the shipped checkpoint.
+
+    Args:
+        data: folder whose ``packages`` holds the downloaded icon themes; filled when they are missing.
+        output: folder of ``model.safetensors``, ``log.jsonl`` and, until it is done, ``resume.pt``.
+        minutes: wall-clock budget of the training; the learning rate follows the clock.
+        batch_size: pictures per step; each brings one of its captions.
+        lr: peak learning rate of AdamW.
+        weight_decay: weight decay of AdamW, on matrices only.
+        warmup: share of the budget in which the learning rate rises linearly; then cosine to 0.
+        named: how much likelier a drawing of a benchmark class is to be drawn than another.
+        precision: bf16 runs the towers in bfloat16 autocast, weights stay fp32.
+        save_every: minutes between two resumable checkpoints.
+        workers: threads that render pictures.
+        seed: seed of the weights, the order, the captions and the augmentation.
+    """
+
+    data: Path = ICONS.parent
+    output: Path = Path("runs/pretrain")
+    minutes: float = 65.0
+    batch_size: int = 256
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.02
+    named: float = 2.5
+    precision: Literal["fp32", "bf16"] = "bf16"
+    save_every: float = 5.0
+    workers: int = 2
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
+        check_ranges(
+            self,
+            {
+                "above 0": "minutes batch_size lr named save_every workers",
+                "at least 0": "weight_decay",
+                "from 0 to 2147483647": "seed",
+            },
+        )
+        if self.batch_size < 2:
+            raise UserError("--batch_size is 1: a contrastive loss needs at least 2 pairs to compare")
+        if not 0 < self.warmup < 1:  # also refuses NaN
+            raise UserError(f"--warmup is {self.warmup}: it is a share of the budget, between 0 and 1")

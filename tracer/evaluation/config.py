@@ -1,0 +1,37 @@
+"""Settings of the command ``evaluate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tracer.settings import check_ranges
+
+
+@dataclass
+class EvaluateConfig:
+    """Zero-shot accuracy and calibration of any open_clip model on your own sets.
+
+    Args:
+        eval_data: name → CSV or folder of each set.
+        classes: JSON file {class: [prompt, …]}; default: a prompt per label.
+        model: open_clip model name, a model config (.json), or tracer-demo.
+        pretrained: open_clip tag or local checkpoint file.
+        output: JSON file for the results; default: only the table on the terminal.
+        workers: threads that decode pictures.
+        check_images: decode every picture once up front, so that a damaged one is named.
+        cache: folder where it is remembered which pictures were found whole.
+    """
+
+    eval_data: dict[str, Path]
+    classes: Path | None = None
+    model: str = "ViT-B-16"
+    pretrained: str | None = "openai"
+    output: Path | None = None
+    workers: int = 2
+    check_images: bool = True
+    cache: Path = Path("runs/cache")
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
+        check_ranges(self, {"at least 1": "workers"})

@@ -1,0 +1,160 @@
+"""Checkpoints of an unfinished run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, ZipFile
+
+import torch
+import torch.distributed as dist
+
+from tracer.errors import UserError
+from tracer.files import sync, whole_folder
+from tracer.teacher import MovingAverageTeacher
+
+WHOLE = "checkpoint-*[0-9]"  # not what is still being written
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint in the folder of an unfinished run."""
+    return max(folder.glob(WHOLE), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def belongs(folder: Path, fingerprint: str) -> bool:
+    """Whether ``folder`` holds a checkpoint of the run with this fingerprint."""
+    last = newest(folder)
+    return last is not None and _about(last)["fingerprint"] == fingerprint
+
+
+class Checkpoints:
+    """The checkpoints in the folder of an unfinished run.
+
+    Args:
+        folder: of the run, with or without a checkpoint of an earlier attempt.
+        settings: all that a user can set and that decides the result; named where they differ.
+        fingerprint: digest of these, the data and the versions.
+        started: ``time.perf_counter()`` at which this attempt began.
+
+    Attributes:
+        step: optimizer steps done in the newest checkpoint; 0 where there is none.
+        seconds: how long the run has taken; what an earlier attempt did after its checkpoint does not count.
+
+    Raises:
+        UserError: the folder holds an unfinished run with another fingerprint, or a damaged checkpoint.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], fingerprint: str, started: float) -> None:
+        self._folder = folder
+        self._about = {"fingerprint": fingerprint, "settings": dict(settings)}
+        self._last = newest(folder)
+        self.step, self._started = 0, started
+        if self._last is None:
+            return
+        about = _about(self._last)
+        if about["fingerprint"] != fingerprint:
+            before = about["settings"]
+            differ = [f"--{n}" for n in {**before, **settings} if before.get(n) != settings.get(n)]
+            raise UserError(
+                f"'{folder}' holds an unfinished run with other {', '.join(differ) or 'data or versions'}: "
+                "give the same to go on with it, choose another --output, or remove that folder"
+            )
+        self.step = about["step"]
+        self._started -= about["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def resume(self, engine: Any, averages: Mapping[str, MovingAverageTeacher]) -> None:
+        """Bring the engine, its averages and the random generators to ``step``.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        for other in self._folder.glob("checkpoint-*"):  # older, or half written
+            if other != self._last:
+                shutil.rmtree(other)
+        if self._last is None:
+            return
+        try:
+            for file in self._last.rglob("*.pt"):
+                with ZipFile(file) as archive:
+                    if (name := archive.testzip()) is not None:  # torch does not compare the checksums
+                        raise BadZipFile(f"checksum of {name} in {file.name}")
+            whole = all(p.requires_grad for p in engine.module.parameters())
+            engine.load_checkpoint(str(self._last), tag="engine", load_module_strict=whole)
+            state = torch.load(self._last / _rank_file(), map_location="cpu", weights_only=True)
+            for name, average in averages.items():
+                average.load_state_dict(state["averages"][name])
+            torch.set_rng_state(state["random"]["cpu"])
+            if engine.device.type == "cuda":
+                torch.cuda.set_rng_state(state["random"]["cuda"], engine.device)
+        except Exception as error:  # zip, pickle, torch and DeepSpeed each raise their own for damaged files
+            raise _damaged(self._last, error) from error
+
+    def save(self, step: int, engine: Any, averages: Mapping[str, MovingAverageTeacher]) -> None:
+        """Write the checkpoint of ``step``; once it is whole and on the disk, remove the one before.
+
+        Raises:
+            UserError: it could not be written; the one before is still there.
+        """
+        folder = self._folder / f"checkpoint-{step}"
+        random = {"cpu": torch.get_rng_state()}
+        if engine.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(engine.device)
+        states = {name: _to_cpu(average.state_dict()) for name, average in averages.items()}
+        try:
+            with whole_folder(folder) as part:
+                engine.save_checkpoint(
+                    str(part), tag="engine", save_latest=False, exclude_frozen_parameters=True
+                )
+                for script in part.glob("zero_to_*.py"):  # DeepSpeed's tools; nothing here needs them
+                    script.unlink()
+                torch.save({"averages": states, "random": random}, part / _rank_file())
+                about = self._about | {"step": step, "seconds": self.seconds}
+                (part / "checkpoint.json").write_text(json.dumps(about, indent=1))
+                sync(part)
+            sync(self._folder)
+        except RuntimeError as error:
+            if "inline_container" not in str(error):  # torch's writer, which hides the system's error
+                raise
+            raise UserError(
+                f"'{folder}' could not be written: free some space there and start again"
+            ) from error
+        if self._last is not None:
+            shutil.rmtree(self._last)
+        self._last, self.step = folder, step
+
+    def nbytes(self) -> int:
+        """Size of the newest checkpoint's files."""
+        return sum(p.stat().st_size for p in self._last.rglob("*") if p.is_file()) if self._last else 0
+
+
+def _about(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return json.loads((checkpoint / "checkpoint.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(checkpoint, error) from error
+
+
+def _damaged(checkpoint: Path, error: Exception) -> UserError:
+    return UserError(
+        f"checkpoint '{checkpoint}' cannot be read ({type(error).__name__}: {str(error)[:200]}): "
+        f"remove '{checkpoint.parent}' to start anew, or choose another --output"
+    )
+
+
+def _rank_file() -> str:
+    return f"rank-{dist.get_rank()}.pt"
+
+
+def _to_cpu(state: Any) -> Any:
+    """Copies of the tensors in nested dictionaries; a view would be saved with all that it is a view of."""
+    if isinstance(state, dict):
+        return {key: _to_cpu(value) for key, value in state.items()}
+    return state.to("cpu", copy=True) if isinstance(state, torch.Tensor) else state

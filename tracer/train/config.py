@@ -1,0 +1,210 @@
+"""Settings of a fine-tuning run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal, TypeVar
+
+import yaml
+
+from tracer.errors import UserError
+from tracer.settings import check_ranges
+from tracer.train.recipes import Recipe
+
+AnyConfig = TypeVar("AnyConfig", bound="Config")
+
+
+@dataclass
+class Config:
+    """Fine-tune an open_clip model; defaults are the published settings for ViT-B/16.
+
+    Except for three: steps (published: 10 epochs, so it depends on the data), clip_grad and crop_scale, which
+    no paper gives; --epochs 10 trains as long as published.
+
+    Args:
+        train_data: CSV with the columns image, label and/or captions (several divided by '|'), or a folder
+            with one sub-folder of pictures per class.
+        eval_data: name → CSV or folder of each evaluation set; the first is the in-distribution one.
+        classes: JSON file {class: [prompt, …]} for zero-shot evaluation; default: a prompt per label.
+        model: open_clip model name, a model config (.json), or tracer-demo.
+        pretrained: open_clip tag or local checkpoint file.
+        output: folder of the run; must not exist, and appears only when the run is complete.
+        method: tracer (contrastive + distillation from a moving teacher), flyp (contrastive only) or r-adapter
+            (contrastive, linear adapters alone).
+        teacher: moving average that teaches the student; only for method tracer.
+        teacher_every: optimizer steps between two moves of the average; default: 500 for ema, else 1.
+        wma_beta: β of the Beta(β, β) weights of the WMA teacher.
+        ema_start: momentum m of the EMA teacher at its first move.
+        ema_end: momentum m after its warm-up.
+        ema_warmup: share of all steps over which m rises linearly.
+        adapters: train linear adapters alone, and fold them at the end; always so for method r-adapter.
+        adapter_rank: rank of the adapters; default: full.
+        adapter_drop: probability with which a training step drops an adapter, in [0, 1).
+        adapter_momentum: m of the adapters' moving average, which is what is folded, in [0, 1); 0: no average.
+        adapter_alpha: α by which the adapters are scaled when they are folded, in [0, 1]; published: 0.5 for
+            classification, 0.8 for retrieval; 1: no scaling.
+        adapter_towers: which towers get adapters.
+        positives: images and texts of the same label are positives of each other; otherwise only the pair is.
+        margin: δ on negative similarities; default: 0.05 for method r-adapter (MPM-NCE), else 0.
+        smoothing: ε, label smoothing over the negatives; default: 0.05 for method r-adapter, else 0.
+        distill_weight: λ, weight of the four distillation terms together.
+        relational: α of the relational term CRD.
+        feature: α of the feature term FD.
+        interactive: α of the interactive term ICL.
+        cross: α of the cross term XKD.
+        projection_product: λ_F, weight of ‖Wv Wtᵀ‖_F on the two projection matrices.
+        projection_orthogonal: λ_O, weight of ‖Wvᵀ Wv − I‖_F.
+        steps: optimizer steps; default: 2000, in the demo 100.
+        epochs: passes over the training pictures, in place of steps; rounded down to whole optimizer steps.
+        batch_size: pairs per optimizer step that the loss sees together on one rank.
+        accumulation: micro-batches of batch_size accumulated into one optimizer step.
+        lr: peak learning rate of AdamW; default: 5e-4 where adapters train, else 1e-5.
+        weight_decay: weight decay of AdamW, not applied to gains, biases and the logit scale; default: 0 where
+            adapters train, else 0.1.
+        warmup: steps of linear warm-up, then cosine to 0.
+        clip_grad: largest gradient norm; 0 switches clipping off.
+        crop_scale: smallest share of the picture's area that the random crop keeps.
+        precision: fp32; amp_bf16 (fp32 weights, products in bf16); bf16 (weights and activations bf16, master
+            weights and teacher fp32); auto: amp_bf16 where the hardware multiplies bf16, else fp32.
+        zero_stage: DeepSpeed ZeRO stage; bf16 needs at least 1.
+        save_every: optimizer steps between two checkpoints, from which the same command goes on after it was cut
+            off; one more follows the last step. Only the newest is kept, until the run is complete.
+        workers: threads that decode pictures.
+        cache: folder where it is remembered which pictures were found whole.
+        check_images: decode every picture once up front, so that none ends the run later.
+        seed: seed of shuffling, crops and caption choice.
+    """
+
+    train_data: Path
+    eval_data: dict[str, Path] = field(default_factory=dict)
+    classes: Path | None = None
+    model: str = "ViT-B-16"
+    pretrained: str | None = "openai"
+    output: Path = Path("runs/finetune")
+
+    method: Literal["tracer", "flyp", "r-adapter"] = "tracer"
+    teacher: Literal["wma", "ema", "uniform", "frozen"] = "wma"
+    teacher_every: int | None = None
+    wma_beta: float = 0.5
+    ema_start: float = 0.05
+    ema_end: float = 0.9
+    ema_warmup: float = 0.2
+
+    adapters: bool = False
+    adapter_rank: int | None = None
+    adapter_drop: float = 0.2
+    adapter_momentum: float = 0.999
+    adapter_alpha: float = 0.5
+    adapter_towers: Literal["both", "visual", "text"] = "both"
+
+    positives: bool = True
+    margin: float | None = None
+    smoothing: float | None = None
+    distill_weight: float = 0.9
+    relational: float = 1.0
+    feature: float = 2000.0
+    interactive: float = 1.0
+    cross: float = 1.0
+    projection_product: float = 0.05
+    projection_orthogonal: float = 0.0
+
+    steps: int | None = None
+    epochs: int | None = None
+    batch_size: int = 512
+    accumulation: int = 1
+    lr: float | None = None
+    weight_decay: float | None = None
+    warmup: int = 500
+    clip_grad: float = 1.0
+    crop_scale: float = 0.9
+    precision: Literal["auto", "fp32", "amp_bf16", "bf16"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    save_every: int = 500
+    workers: int = 2
+    check_images: bool = True
+    cache: Path = Path("runs/cache")
+    seed: int = 0
+
+    default_steps: ClassVar[int] = 2000
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.epochs is None:
+            self.steps = self.default_steps
+
+    def resolve(self: AnyConfig, pictures: int) -> AnyConfig:
+        """The same settings with steps in place of epochs, for so many training pictures.
+
+        Raises:
+            UserError: the steps are too few for the warm-up.
+        """
+        if self.epochs is None:
+            return self
+        steps = max(1, self.epochs * pictures // (self.batch_size * self.accumulation))
+        if self.warmup >= steps:
+            raise UserError(
+                f"--warmup is {self.warmup}: it must be below the {steps} steps that --epochs {self.epochs} makes "
+                f"of {pictures} pictures"
+            )
+        return dataclasses.replace(self, steps=steps, epochs=None)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps; a ValueError where they are still given as epochs."""
+        if self.steps is None:
+            raise ValueError("the settings give epochs: resolve() them first")
+        return self.steps
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters train instead of the model."""
+        return self.adapters or self.method == "r-adapter"
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the user set, and the published value for the rest."""
+        nce = 0.05 if self.method == "r-adapter" else 0.0
+        lr, weight_decay = (5e-4, 0.0) if self.adapted else (1e-5, 0.1)
+        published = Recipe(margin=nce, smoothing=nce, lr=lr, weight_decay=weight_decay)
+        chosen = {name: getattr(self, name) for name in Recipe._fields}
+        return published._replace(**{name: value for name, value in chosen.items() if value is not None})
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
+        check_ranges(
+            self,
+            {
+                "at least 1": "steps epochs batch_size accumulation teacher_every save_every workers adapter_rank",
+                "above 0": "lr wma_beta",
+                "at least 0": "weight_decay warmup clip_grad margin distill_weight relational feature interactive "
+                "cross projection_product projection_orthogonal",
+                "above 0 and at most 1": "crop_scale",
+                "at least 0 and below 1": "smoothing adapter_drop adapter_momentum",
+                "from 0 to 1": "ema_start ema_end ema_warmup adapter_alpha",
+                "from 0 to 2147483647": "seed",
+            },
+        )
+        if self.batch_size < 2:
+            raise UserError("--batch_size is 1: a contrastive loss needs at least 2 pairs to compare")
+        if self.steps is not None and self.epochs is not None:
+            raise UserError(
+                f"--steps {self.steps} and --epochs {self.epochs} exclude each other: give one of them"
+            )
+        if self.steps is not None and self.warmup >= self.steps:
+            raise UserError(f"--warmup is {self.warmup}: it must be below --steps {self.steps}")
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise UserError("--precision bf16 needs --zero_stage 1 or more: stage 0 keeps no fp32 weights")
+        penalised = self.method == "tracer" and (self.projection_product or self.projection_orthogonal)
+        if self.zero_stage == 3 and penalised and not self.adapted:  # adapted: the projections don't move
+            raise UserError(
+                "--zero_stage 3 keeps the projections in shards, where their penalties cannot be taken: "
+                "use --zero_stage 2, or --projection_product 0 --projection_orthogonal 0"
+            )
+
+    def to_yaml(self) -> str:
+        """The settings as YAML that ``--config`` reads back, with the recipe's values filled in."""
+        values = dataclasses.asdict(self) | self.recipe._asdict()
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+        plain["eval_data"] = {name: str(path) for name, path in self.eval_data.items()}
+        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
