@@ -17,14 +17,20 @@ from tracer.models.clip import MAX_LOGIT_SCALE
 
 
 def save_weights(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors checkpoint that plain ``open_clip.create_model(name, pretrained=path)`` loads."""
+    """Write a checkpoint that ``open_clip.create_model(name, pretrained=path)`` loads.
+
+    The logit scale is written with its bound, log ``MAX_LOGIT_SCALE``; all other tensors as they are.
+
+    Raises:
+        OSError: the file cannot be written; with the operating system's own number, whatever the library says.
+    """
     state = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     if "logit_scale" in state:
         state["logit_scale"].clamp_(max=math.log(MAX_LOGIT_SCALE))
     with whole_file(path) as part:
         try:
             save_file(state, part, metadata)
-        except SafetensorError as error:  # the library's own word for what the operating system said
+        except SafetensorError as error:  # safetensors hides the system's error in its text
             number = re.search(r"os error (\d+)", str(error))
             code = int(number[1]) if number else errno.EIO
             raise OSError(code, os.strerror(code), str(path)) from error
