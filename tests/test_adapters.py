@@ -181,8 +181,8 @@ def test_an_adapted_tower_compiles_into_one_graph():
         tower(image).square().sum().backward()
         grads.append([p.grad.clone() for p in model.visual.parameters() if p.requires_grad])
     assert any((g == 0).all() for g in grads[0])
-    for ours, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for plain, in_one_graph in zip(*grads, strict=True):
+        torch.testing.assert_close(in_one_graph, plain)
 
 
 def test_adapter_schedule_gives_the_moving_average_of_the_adapters():

@@ -30,8 +30,8 @@ def test_folded_equals_the_adapted_model_with_scaled_adapters(kind, rank):
         for name, parameter in adapter_parameters(adapted).items():
             parameter.data.mul_(1.0 if name.endswith("down") else alpha)
         with torch.no_grad():
-            ours, theirs = features(plain), features(adapted)
-        for a, b, c in zip(ours, theirs, start, strict=True):
+            folded, scaled = features(plain), features(adapted)
+        for a, b, c in zip(folded, scaled, start, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
             assert torch.allclose(a, c, atol=1e-3) == (alpha == 0)  # the adapters do matter
     assert all(torch.equal(state[name], value) for name, value in kept.items())
