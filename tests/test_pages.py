@@ -76,7 +76,10 @@ def test_headline_of_the_readme_is_measured():
     seconds = [f"{x['time']['total']['median']:.2g} s" for x in (ours, published)]
     memory = [f"{x['memory'] / 2**20:.0f} MiB" for x in (ours, published)]
     headline = README.partition("```")[0].replace("\n", " ")
-    assert f"{seconds[0]} instead of {seconds[1]} and {memory[0]} of extra memory instead of {memory[1]}" in headline
+    assert (
+        f"{seconds[0]} instead of {seconds[1]} and {memory[0]} of extra memory instead of {memory[1]}"
+        in headline
+    )
 
 
 def test_every_environment_variable_is_documented():

@@ -111,7 +111,10 @@ def demo(config: DemoConfig) -> Path:
         return interpolate(start, load_file(folder / "student.safetensors"), alpha)
 
     def folded(folder: Path, alpha: float, file: str = "adapters") -> dict:
-        return fold(start | read_adapters(folder / f"{file}.safetensors", clip.name), alpha)
+        try:
+            return fold(start | read_adapters(folder / f"{file}.safetensors", clip.name), alpha)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     ends = {0.0: [_row(zero_shot, seed) for seed in range(config.seeds)]}
     wise = ends | {1.0: done["flyp"]}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tracer.adapters import accumulation
+from tracer.adapters import adapter_schedule
 from tracer.data.batches import TrainingBatches
 from tracer.data.index import Index
 from tracer.losses import TracerLoss
@@ -44,7 +44,7 @@ def _train(
     if config.method == "tracer":
         averages["teacher"] = build_teacher(engine, schedule(config))
     if config.adapted and config.adapter_momentum:
-        momentum = accumulation(config.total_steps, config.adapter_momentum)
+        momentum = adapter_schedule(config.total_steps, config.adapter_momentum)
         averages["student"] = build_teacher(engine, momentum)
     teacher = averages.get("teacher")
     checkpoints.resume(engine, averages)

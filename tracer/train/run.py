@@ -110,7 +110,7 @@ def adapt(config: Config, model: nn.Module) -> Share:
     towers = TOWERS if config.adapter_towers == "both" else (config.adapter_towers,)
     try:
         return add_adapters(model, rank=config.adapter_rank, drop=config.adapter_drop, towers=towers)
-    except UserError as error:
+    except ValueError as error:
         raise UserError(f"{error} (--adapter_towers, --adapter_rank, --method)") from error
 
 
