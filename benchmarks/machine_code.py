@@ -132,7 +132,7 @@ def compiling(arch: str, precision: str = "ieee", skip: Any = None) -> Iterator[
 
     matmul = torch.backends.cuda.matmul
     kept = contrastive._launch, contrastive.require_device, driver._active, matmul.fp32_precision
-    contrastive._launch, contrastive.require_device = launch, lambda tensor: None
+    contrastive._launch, contrastive.require_device = launch, lambda tensor, instead="": None
     matmul.fp32_precision = precision
     driver.set_active(_Driver(TARGETS[arch]))  # type: ignore[arg-type]
     try:

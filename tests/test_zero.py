@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import socket
+from collections.abc import Callable
+from functools import lru_cache
 
 import pytest
 import torch.multiprocessing as mp
@@ -22,28 +24,33 @@ CASES = [(ranks, name) for ranks in (1, 2, 4) for name in zero_cases.cases(ranks
 
 
 @pytest.fixture(scope="module")
-def world(request, tmp_path_factory) -> dict[str, str]:
-    """Start ``request.param`` ranks and return, for each selected case that they ran, "" or what went wrong."""
-    ranks = request.param
+def outcomes(request, tmp_path_factory) -> Callable[[int], dict[str, str]]:
+    """Return a function that starts a world of ranks once, with the cases that are selected.
+
+    From its number of ranks to: case -> "" or what went wrong.
+    """
     selected = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    names = [params["case"] for params in selected if params.get("world") == ranks]
-    results = tmp_path_factory.mktemp("world") / "results.json"
-    results.write_text("{}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    lost = "the ranks parted in an earlier case"
-    try:
-        arguments = (ranks, port, names, results)
-        mp.start_processes(zero_worker.main, arguments, nprocs=ranks, start_method="forkserver")
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        lost = str(error)
-    return dict.fromkeys(names, lost) | json.loads(results.read_text())
+
+    @lru_cache
+    def of(ranks: int) -> dict[str, str]:
+        names = [params["case"] for params in selected if params.get("ranks") == ranks]
+        results = tmp_path_factory.mktemp("world") / "results.json"
+        results.write_text("{}")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        lost = "the ranks parted in an earlier case"
+        try:
+            arguments = (ranks, port, names, results)
+            mp.start_processes(zero_worker.main, arguments, nprocs=ranks, start_method="forkserver")
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+            lost = str(error)
+        return dict.fromkeys(names, lost) | json.loads(results.read_text())
+
+    return of
 
 
-@pytest.mark.parametrize(
-    ("world", "case"), CASES, indirect=["world"], ids=[f"{ranks}-ranks-{name}" for ranks, name in CASES]
-)
-def test_teacher_under_zero(world, case):
-    if problem := world[case]:
+@pytest.mark.parametrize(("ranks", "case"), CASES, ids=[f"{ranks}-ranks-{name}" for ranks, name in CASES])
+def test_teacher_under_zero(outcomes, ranks, case):
+    if problem := outcomes(ranks)[case]:
         pytest.fail(problem, pytrace=False)
