@@ -44,7 +44,7 @@ HOMES = {
     "deepspeed": ["tracer/train/engine.py", "tracer/*zero*.py"],
     "open_clip": ["tracer/models/*.py", "tracer/demo/small_clip.py"],
     "torchmetrics": ["tracer/evaluation/*.py"],
-    "resvg_py": ["tracer/demo/themes.py"],
+    "resvg_py": ["tracer/demo/render.py"],
     "rich": ["tracer/report/*.py"],
     "jinja2": ["tracer/report/*.py"],
     "markupsafe": ["tracer/report/*.py"],
@@ -56,7 +56,7 @@ HOMES = {
 LIBRARY_EXTRAS = {
     "tracer/cli.py": {"jsonargparse"},
     "tracer/*zero*.py": {"deepspeed"},
-    "tracer/adapters.py": {"safetensors"},
+    "tracer/files.py": {"safetensors"},  # whole files of weights
 }
 
 FILE_LINES, FUNCTION_LINES = 500, 70

@@ -123,8 +123,8 @@ def test_help_loads_nothing_heavy():
     assert not set(HEAVY) & set(result["modules"])
 
 
-# Third-party libraries are imported first: what they do to the process is theirs to answer for, and whatever changes
-# afterwards was changed by a module of the project.
+# Third-party libraries are imported first, since the project does not answer for what they do to the process:
+# whatever changes afterwards was changed by a module of the project.
 TRIED = """
 import importlib, json, logging, os, sys, types, warnings
 sys.path.insert(0, "")

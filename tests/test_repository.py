@@ -1,4 +1,4 @@
-"""What no other test runs: every benchmark can be imported, and the pages name files that exist and have no gap."""
+"""What no other test runs: every benchmark can be imported, and the pages name existing files and have no gap."""
 
 from __future__ import annotations
 
