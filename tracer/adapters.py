@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from tracer.errors import UserError
 from tracer.models.weights import save_weights
+from tracer.recipes import R_ADAPTER
 from tracer.schedules import EMA
 
 # Where a layer keeps the last linear map of its attention and of its MLP.
@@ -96,7 +97,7 @@ class Share(NamedTuple):
 
 
 def add_adapters(
-    model: nn.Module, *, rank: int | None = None, drop: float = 0.2, towers: Iterable[str] = TOWERS
+    model: nn.Module, *, rank: int | None = None, drop: float = R_ADAPTER.drop, towers: Iterable[str] = TOWERS
 ) -> Share:
     """Add adapters to every transformer layer of an open_clip model and freeze everything else.
 
@@ -183,7 +184,7 @@ def _linear(layer: nn.Module, path: str) -> nn.Linear | None:
     return child if isinstance(child, nn.Linear) else None
 
 
-def accumulation(total_steps: int, momentum: float = 0.999) -> EMA:
+def accumulation(total_steps: int, momentum: float = R_ADAPTER.momentum) -> EMA:
     """Schedule of W̃ for ``build_teacher``: W̃ ← m W̃ + (1 − m) W after every step."""
     return EMA(total_steps, start=momentum, end=momentum, warmup=0.0, every=1)
 
@@ -193,7 +194,7 @@ def adapter_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if _MARK in key}
 
 
-def load_adapters(model: nn.Module, adapters: Mapping[str, Tensor], drop: float = 0.2) -> None:
+def load_adapters(model: nn.Module, adapters: Mapping[str, Tensor], drop: float = R_ADAPTER.drop) -> None:
     """Put trained adapters into a model of the same architecture, adding them first if it has none.
 
     Args:

@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tracer import recipes
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -54,8 +56,8 @@ class WMA(Schedule):
     """
 
     total_steps: int
-    beta: float = 0.5
-    every: int = 1
+    beta: float = recipes.WMA.beta
+    every: int = recipes.WMA.every
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,10 +81,10 @@ class EMA(Schedule):
     """
 
     total_steps: int
-    start: float = 0.05
-    end: float = 0.9
-    warmup: float = 0.2
-    every: int = 500
+    start: float = recipes.EMA.start
+    end: float = recipes.EMA.end
+    warmup: float = recipes.EMA.warmup
+    every: int = recipes.EMA.every
 
     def __post_init__(self) -> None:
         super().__post_init__()
