@@ -90,7 +90,7 @@ class Case(NamedTuple):
 
 def batches(clip: Clip, pairs: int, count: int, folder: Path) -> TrainingBatches:
     """Pictures through the package's loader: JPEGs, or the demo's icons for a model that sees small ones."""
-    small = clip.image_size < 64
+    small = clip.picture_format.size < 64
     files = loader.icons(folder, 256)[1] if small else loader.photographs(folder, 64)
     index = Index(
         "pictures",

@@ -101,7 +101,7 @@ def run(command: str, config: Any) -> None:
             print_scores(scores)
         print(f"run: {folder}")
     elif command == "evaluate":
-        from tracer.evaluation.zero_shot import evaluate
+        from tracer.evaluation.evaluate import evaluate
         from tracer.report.terminal import print_scores
 
         print_scores({config.pretrained or config.model: evaluate(config)})

@@ -12,7 +12,9 @@ from tracer.models.clip import MAX_LOGIT_SCALE
 
 
 def save_weights(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors checkpoint that plain ``open_clip.create_model(name, pretrained=path)`` loads.
+    """Write a checkpoint that ``open_clip.create_model(name, pretrained=path)`` loads.
+
+    The logit scale is written with its bound, log ``MAX_LOGIT_SCALE``; all other tensors as they are.
 
     Raises:
         OSError: the file cannot be written.

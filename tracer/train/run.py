@@ -16,9 +16,11 @@ from tqdm import tqdm
 
 from tracer.adapters import TOWERS, Share, adapter_state, add_adapters, fold, save_adapters
 from tracer.data.check import check_pictures
+from tracer.data.decoded import DecodedPictures
 from tracer.data.index import read_index
 from tracer.errors import UserError
-from tracer.evaluation.zero_shot import check_labels, class_prompts, evaluate_zero_shot
+from tracer.evaluation.prompts import check_labels, class_prompts
+from tracer.evaluation.zero_shot import evaluate_zero_shot
 from tracer.files import sync, whole_folder
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.clip import load_clip, weights_file
@@ -76,12 +78,14 @@ def finetune(config: Config) -> Path:
                 save_adapters(trained[name], folder / f"{file}.safetensors", clip.name)
             del trained["last"]
             trained = {n: fold(start | adapter_state(s), config.adapter_alpha) for n, s in trained.items()}
-        metrics = {}
+        metrics, decoded = {}, DecodedPictures()
         for name, state in trained.items():
             save_weights(state, folder / f"{name}.safetensors")
             if tests:
                 clip.model.load_state_dict(state)
-                metrics[name] = evaluate_zero_shot(clip, tests, prompts, workers=config.workers)
+                metrics[name] = evaluate_zero_shot(
+                    clip, tests, prompts, workers=config.workers, decoded=decoded
+                )
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
         about = {
             "seconds": checkpoints.seconds,
