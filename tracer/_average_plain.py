@@ -1,4 +1,4 @@
-"""The moving average of a module in one process, or of the module's copy on this rank."""
+"""The moving average of a plain module, whole in this process."""
 
 from __future__ import annotations
 
