@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
+
+from tracer.demo.small_clip import PIXEL_MEAN, PIXEL_STD
 
 
 def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
@@ -46,5 +47,5 @@ def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
     x = x.lerp(x.mean(1, keepdim=True), uniform(0, 1.4, 1, 1, 1).clamp(max=1) * sometimes(0.4))
     x = 0.5 + (x - 0.5) * uniform(0.7, 1.15, 1, 1, 1) + uniform(-0.1, 0.1, 1, 1, 1)
 
-    mean, std = torch.tensor(OPENAI_DATASET_MEAN), torch.tensor(OPENAI_DATASET_STD)
+    mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
     return (x.clamp(0, 1) - mean[:, None, None]) / std[:, None, None]

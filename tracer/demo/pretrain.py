@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,8 +97,11 @@ def fit(config: PretrainConfig, corpus: Corpus) -> Path:
     return config.output / "model.safetensors"
 
 
-def batch_loss(model: nn.Module, image: Tensor, text: Tensor, labels: Tensor, precision: str) -> Tensor:
-    """Return the contrastive loss of a batch: images [B, 3, S, S], tokens [B, context], labels [B]."""
+def batch_loss(model: Any, image: Tensor, text: Tensor, labels: Tensor, precision: str) -> Tensor:
+    """Return the contrastive loss of a batch: images [B, 3, S, S], tokens [B, context], labels [B].
+
+    ``model`` is an ``open_clip.CLIP``.
+    """
     # For so few tokens the CPU's fused attention takes far longer than plain matrix products.
     with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         u, v = model.encode_image(image), model.encode_text(text)
@@ -106,7 +110,7 @@ def batch_loss(model: nn.Module, image: Tensor, text: Tensor, labels: Tensor, pr
 
 
 def learning_rate(progress: float, warmup: float) -> float:
-    """Return the rate as a share of its peak: a linear rise over the share ``warmup``, cosine from 1 to 0 overall."""
+    """Return the rate as a share of its peak: a linear rise over ``warmup``, else a cosine from 1 to 0."""
     return max(min(progress / warmup, 0.5 * (1 + math.cos(math.pi * progress))), 1e-3)
 
 

@@ -19,6 +19,8 @@ from tracer.models.registry import register_model
 NAME = "tracer-demo"
 CHECKPOINT = ASSETS / "tracer-demo.safetensors"  # the demo's pretrained start
 
+PIXEL_MEAN, PIXEL_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD  # of RGB in [0, 1]
+
 
 def demo_tokenizer() -> open_clip.SimpleTokenizer:
     """Return open_clip's tokenizer cut to its first merges, which is the vocabulary of the demo's model."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tracer.adapters import fold, read_adapters
 from tracer.data.index import read_index
-from tracer.demo.compare import _command, demo
+from tracer.demo.compare import command_line, demo
 from tracer.demo.config import DemoConfig
 from tracer.errors import UserError
 from tracer.evaluation.prompts import class_prompts
@@ -151,7 +151,7 @@ def test_a_model_without_transformers_is_refused_before_any_training(config, tmp
     ],
 )
 def test_the_report_says_how_to_repeat_it(changes, line):
-    assert _command(DemoConfig(**changes)) == line
+    assert command_line(DemoConfig(**changes)) == line
 
 
 def test_demo_needs_something_to_evaluate_on(config):
