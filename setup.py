@@ -35,7 +35,7 @@ setup(
     python_requires=">=3.10",
     packages=["tracer", "tracer.kernels", *(f"tracer.{room}" for room in ROOMS)],
     package_dir={"tracer.kernels": "kernels"},
-    package_data={"tracer.demo": ["assets/*"], "tracer.report": ["page.html.j2"]},
+    package_data={"tracer": ["py.typed"], "tracer.demo": ["assets/*"], "tracer.report": ["page.html.j2"]},
     install_requires=["torch>=2.9", "numpy>=1.26"],
     extras_require={
         "train": TRAIN,

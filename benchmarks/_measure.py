@@ -245,8 +245,7 @@ def environment() -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and GPU, and what the processor multiplies bfloat16 with."""
-    amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
-    return this_machine.machine() | {"bf16": "AMX" if amx else "AVX-512" if avx512 else None}
+    return this_machine.machine() | {"bf16": this_machine.bfloat16_unit()}
 
 
 def describe(machine: Mapping[str, Any]) -> str:

@@ -43,6 +43,7 @@ from tracer.data.index import Index
 from tracer.data.order import in_order, shuffled
 from tracer.demo.config import ICONS
 from tracer.models.clip import Clip
+from tracer.models.picture_format import PictureFormat
 
 fn: Any = nvidia.dali.fn
 types: Any = nvidia.dali.types
@@ -84,7 +85,8 @@ class Source(NamedTuple):
     def clip(self) -> Clip:
         """The picture format of a model with this input size; captions are no part of this benchmark."""
         mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-        return Clip(self.name, None, lambda captions: torch.zeros(len(captions), 1), self.side, mean, std)
+        wanted = PictureFormat(self.side, mean, std)
+        return Clip(self.name, None, lambda captions: torch.zeros(len(captions), 1), wanted)
 
 
 def drawing(seed: int, width: int, height: int) -> Image.Image:
@@ -157,18 +159,21 @@ def with_torchvision(transform: Callable[[Tensor], Tensor], path: Path) -> Tenso
 
 def torchvision_transform(clip: Clip, training: bool) -> Callable[[Tensor], Tensor]:
     """open_clip's own transforms on tensors."""
-    side, cubic = clip.image_size, {"interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
+    wanted = clip.picture_format
+    side, cubic = wanted.size, {"interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
     resized: list[Any] = [v2.Resize(side, **cubic), v2.CenterCrop(side)]
     if training:
         resized = [v2.RandomResizedCrop(side, scale=(CROP, 1.0), **cubic)]
-    return v2.Compose([*resized, v2.ToDtype(torch.float32, scale=True), v2.Normalize(clip.mean, clip.std)])
+    return v2.Compose(
+        [*resized, v2.ToDtype(torch.float32, scale=True), v2.Normalize(wanted.mean, wanted.std)]
+    )
 
 
 def dali(
     source: Source, order: Iterator[np.ndarray], workers: int, training: bool, **sampling: Any
 ) -> Iterator:
     """Batches of a pipeline that is DALI's alone; without ``sampling`` the decoded pictures."""
-    files, clip = source.pictures.images, source.clip
+    files, wanted = source.pictures.images, source.clip.picture_format
 
     @pipeline_def(batch_size=source.batch, num_threads=workers, device_id=None, seed=0)
     def pipeline() -> Any:
@@ -181,18 +186,16 @@ def dali(
         if not sampling:
             return fn.reductions.max(image)  # every pixel is there; pictures of many sizes make no tensor
         if training:
-            image = fn.random_resized_crop(image, size=clip.image_size, random_area=[CROP, 1.0], **sampling)
+            image = fn.random_resized_crop(image, size=wanted.size, random_area=[CROP, 1.0], **sampling)
         else:
             sides = fn.peek_image_shape(encoded, dtype=types.FLOAT)[:2]
-            size = dali_math.floor(
-                sides * clip.image_size / fn.reductions.min(sides)
-            )  # as torchvision rounds
+            size = dali_math.floor(sides * wanted.size / fn.reductions.min(sides))  # as torchvision rounds
             image = fn.resize(image, size=size, **sampling)
         return fn.crop_mirror_normalize(
             image,
-            crop=(clip.image_size, clip.image_size),
-            mean=[255 * m for m in clip.mean],
-            std=[255 * s for s in clip.std],
+            crop=(wanted.size, wanted.size),
+            mean=[255 * m for m in wanted.mean],
+            std=[255 * s for s in wanted.std],
             output_layout="CHW",
             dtype=types.FLOAT,
         )
@@ -212,6 +215,7 @@ class Entrant(NamedTuple):
 def entrants(source: Source, workers: int) -> dict[str, Entrant]:
     """All ways to load, by name."""
     clip, index = source.clip, source.pictures
+    wanted = clip.picture_format
     first = index.take(list(range(min(CHECKED, len(index)))))
 
     def torch_loader(
@@ -243,7 +247,7 @@ def entrants(source: Source, workers: int) -> dict[str, Entrant]:
 
         def evaluation() -> Tensor:
             size = len(first)
-            pictures = Pictures(first, clip, in_order(size, size), size, workers=workers, device=device)
+            pictures = Pictures(first, wanted, in_order(size, size), size, workers=workers, device=device)
             return next(iter(pictures))[0]
 
         return Entrant(epoch, evaluation, device == "cpu")
@@ -263,7 +267,7 @@ def entrants(source: Source, workers: int) -> dict[str, Entrant]:
         """Both also mend the mode, which is no cost for RGB."""
         augmentation = {"scale": (CROP, 1.0)}
         return open_clip.image_transform(
-            source.side, training, clip.mean, clip.std, aug_cfg=augmentation if training else None
+            source.side, training, wanted.mean, wanted.std, aug_cfg=augmentation if training else None
         )
 
     cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True}
@@ -281,7 +285,7 @@ def entrants(source: Source, workers: int) -> dict[str, Entrant]:
 
 def difference(got: Tensor, expected: Tensor, clip: Clip) -> list[float]:
     """Mean and largest difference of two normalised batches [n, 3, S, S], in levels of 255."""
-    levels = 255 * torch.tensor(clip.std)[:, None, None] * (got.cpu() - expected)
+    levels = 255 * torch.tensor(clip.picture_format.std)[:, None, None] * (got.cpu() - expected)
     return [float(levels.abs().mean()), float(levels.abs().max())]
 
 

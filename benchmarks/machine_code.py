@@ -41,7 +41,7 @@ from benchmarks import _roofline
 from benchmarks._measure import table
 from benchmarks._part import Highlight, command_line, progress
 from benchmarks.work import ARCHITECTURES, CLIP, FULL, Architecture
-from tracer.kernels import _config, average, contrastive
+from tracer.kernels import _config, average_triton, contrastive
 from tracer.kernels._config import Tile
 
 TARGETS = {
@@ -132,7 +132,7 @@ def compiling(arch: str, precision: str = "ieee", skip: Any = None) -> Iterator[
 
     matmul = torch.backends.cuda.matmul
     kept = contrastive._launch, contrastive.require_device, driver._active, matmul.fp32_precision
-    contrastive._launch, contrastive.require_device = launch, lambda tensor: None
+    contrastive._launch, contrastive.require_device = launch, lambda tensor, instead="": None
     matmul.fp32_precision = precision
     driver.set_active(_Driver(TARGETS[arch]))  # type: ignore[arg-type]
     try:
@@ -176,12 +176,12 @@ def compile_average(arch: str, on_device: bool) -> Report:
     """Compile the moving average, its weight a number or on the device, and read the machine code."""
     table, weight = _empty(1, 5, dtype=torch.int64), _empty() if on_device else 0.5
     with compiling(arch):
-        code = average._average_kernel.run(
-            table, weight, ON_DEVICE=on_device, BLOCK=average.BLOCK, num_warps=average.NUM_WARPS,
+        code = average_triton.average_kernel.run(
+            table, weight, ON_DEVICE=on_device, BLOCK=average_triton.BLOCK, num_warps=average_triton.NUM_WARPS,
             grid=(1,), warmup=True,
         )  # fmt: skip
     options = "weight on the device" if on_device else "weight a number"
-    return _read(arch, code, AVERAGE, "none", 32, (average.BLOCK,), options, 0)
+    return _read(arch, code, AVERAGE, "none", 32, (average_triton.BLOCK,), options, 0)
 
 
 def _loss_report(case: Case, kernel: Any, code: Any) -> Report:

@@ -85,7 +85,7 @@ def one_thread() -> Iterator[None]:
 def any_processor() -> Iterator[None]:
     """The CPU implementation takes the same products whatever the processor."""
     with (
-        patch.object(blocked, "_cpu_has_bfloat16", lambda: True),
+        patch.object(blocked, "bfloat16_unit", lambda: "AMX"),
         patch.object(blocked, "_mkl_knows_this_processor", lambda: False),
     ):
         yield

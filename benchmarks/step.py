@@ -49,9 +49,10 @@ from tracer.losses import TracerLoss
 from tracer.machine import compute_device, resolve_precision
 from tracer.models.clip import Clip, encode, load_clip, projections
 from tracer.ops import contrastive_loss, sampled_diagnostics
+from tracer.recipes import TRACER
 from tracer.schedules import WMA
 from tracer.teacher import build_teacher
-from tracer.train.engine import mixed_precision
+from tracer.train.engine import adamw, mixed_precision
 
 HEADS = "projections"  # of the towers' stored features: nothing but the last layer of a CLIP is trained
 CASES = ("ViT-B-32:32", "tracer-demo:128", "tracer-demo:1024", f"{HEADS}:4096")
@@ -68,7 +69,7 @@ TARGET = 0.03  # what the TRACER step may cost beyond the plain one and the teac
 # Relative to ‖published‖; both round their products to 8 bits under autocast. Adam's first step is about the sign
 # of a gradient, so the rounding of gradients near zero shows in the change of the weights (1.1e-4 found).
 TOLERANCE = {"fp32": 1e-3, "amp_bf16": 3e-2}
-LR = 1e-5
+LR = TRACER.lr
 
 
 class Case(NamedTuple):
@@ -90,7 +91,7 @@ class Case(NamedTuple):
 
 def batches(clip: Clip, pairs: int, count: int, folder: Path) -> TrainingBatches:
     """Pictures through the package's loader: JPEGs, or the demo's icons for a model that sees small ones."""
-    small = clip.image_size < 64
+    small = clip.picture_format.size < 64
     files = loader.icons(folder, 256)[1] if small else loader.photographs(folder, 64)
     index = Index(
         "pictures",
@@ -170,12 +171,7 @@ class Trainer:
 
     def restart(self) -> None:
         """A new AdamW, as the trainer sets it up."""
-        params = list(self.model.parameters())
-        groups = [
-            {"params": [p for p in params if p.ndim >= 2], "weight_decay": 0.1},
-            {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98), eps=1e-6)
+        self.optimizer = adamw(self.model, LR, weight_decay=TRACER.weight_decay)
         self.optimizer.zero_grad()
 
     def phases(self, kind: str) -> dict[str, Callable[[], None]]:
@@ -385,9 +381,7 @@ def deepspeed_step(case: Case, precision: Any, repeats: int) -> dict[str, Timing
     from tracer.train.config import Config
     from tracer.train.engine import start_engine
 
-    config = Config(
-        Path(), batch_size=case.pairs, steps=LENGTH, warmup=1, precision=precision, lr=LR, weight_decay=0.1
-    )
+    config = Config(Path(), batch_size=case.pairs, steps=LENGTH, warmup=1, precision=precision, lr=LR)
     trainer = Trainer(problem(case), precision)
     engine = start_engine(config, copy.deepcopy(trainer.model))
     image, bare = trainer.image, trainer.phases(PLAIN)

@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks._measure import Timing, interleaved, require_close, table
 from benchmarks._part import Highlight, command_line, progress
-from tracer.kernels import average as kernel
+from tracer.kernels import average_triton as kernel
 from tracer.ops import average_
 from tracer.schedules import Schedule
 from tracer.teacher import MovingAverageTeacher
@@ -91,7 +91,7 @@ class Counter(TorchDispatchMode):
 @contextmanager
 def counting() -> Iterator[Counter]:
     """Count what torch dispatches within, and the launches of the moving average's kernel, which it does not."""
-    shipped, tables = kernel._average_kernel, []
+    shipped, tables = kernel.average_kernel, []
 
     class Launches:
         def __getitem__(self, grid: Any) -> Callable[..., Any]:
@@ -102,21 +102,14 @@ def counting() -> Iterator[Counter]:
 
             return launch
 
-    kernel._average_kernel = Launches()
+    kernel.average_kernel = Launches()
     try:
         with Counter() as counter:
             yield counter
     finally:
-        kernel._average_kernel = shipped
+        kernel.average_kernel = shipped
     counter.launches += len(tables)
-    counter.bytes += sum(map(moved_bytes, tables))
-
-
-def moved_bytes(chunks: Tensor) -> int:
-    """Bytes that a launch with this table reads and writes, the table included."""
-    *_, elements, code = chunks.cpu().T
-    size = torch.tensor([4, 2, 2, 0])  # of an element by dtype code; 0 where there is no copy
-    return int((elements * (8 + size[code & 3] + size[code >> 2 & 3])).sum()) + _bytes(chunks)
+    counter.bytes += sum(map(kernel.bytes_moved, tables))
 
 
 def _bytes(value: Any) -> int:
@@ -161,8 +154,9 @@ def competitors(model: nn.Module, low: bool) -> dict[str, tuple[Callable[[], obj
     teacher = MovingAverageTeacher(model, Constant(), dtype=torch.bfloat16 if low else None)
     names = [name for name, _ in model.named_parameters()]
     params = list(model.parameters())
-    averages = [teacher._averages[name] for name in names]
-    copies = [teacher._low[name] for name in names if name in teacher._low]
+    state = teacher.state_dict()["averages"]
+    averages = [state[name] for name in names]
+    copies = [p.detach() for p in teacher.module.parameters()] if low else []
     steps = iter(range(1, 10**9))
     # All but the loop, which makes its averages anew, move the same tensors: memory for one more model.
     calls: dict[str, Callable[[], object]] = {}

@@ -49,7 +49,7 @@ from triton.runtime import interpreter
 from benchmarks import published
 from benchmarks._measure import table
 from benchmarks._part import Highlight, command_line, progress
-from tracer.kernels import _config, average, contrastive
+from tracer.kernels import _config, average_triton, contrastive
 from tracer.kernels._config import Tile
 from tracer.kernels._triton import INTERPRETED
 
@@ -246,7 +246,7 @@ def count_average(mode: str) -> dict[str, Any]:
     params = [torch.ones(shape, dtype=dtype) for shape in AVERAGED]
     copies = [torch.zeros(shape, dtype=low) for shape in AVERAGED] if low else None
     with counting() as work:
-        average.average_(averages, params, 0.5, copies)
+        average_triton.average_(averages, params, 0.5, copies)
     numel = sum(t.numel() for t in averages)
     return {
         "mode": mode,

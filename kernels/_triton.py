@@ -18,15 +18,19 @@ __all__ = ["INTERPRETED", "device_guard", "require_device", "tl", "triton"]
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
-def require_device(tensor: Tensor) -> None:
+def require_device(tensor: Tensor, instead: str = "blocked") -> None:
     """Refuse tensors that Triton can't reach.
 
+    Args:
+        tensor: one that a kernel is to read.
+        instead: the implementation that works on the tensor's device.
+
     Raises:
-        ValueError: for a CPU tensor outside the interpreter; names the implementation that works there.
+        ValueError: for a CPU tensor outside the interpreter; names ``instead``.
     """
     if not (tensor.is_cuda or INTERPRETED):
         raise ValueError(
-            f"impl='triton' needs tensors on a GPU, got {tensor.device}: use impl='blocked', "
+            f"impl='triton' needs tensors on a GPU, got {tensor.device}: use impl='{instead}', "
             "or set TRITON_INTERPRET=1 before the import to run the kernels under Triton's interpreter"
         )
 

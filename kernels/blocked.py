@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 from . import eager
+from ._processor import bfloat16_unit
 
 # Largest tile. Small enough that the tiles of the four logit matrices stay in the last-level cache,
 # large enough that products and per-operation costs are efficient (see benchmarks/losses.py).
@@ -755,7 +756,7 @@ def _operand_dtype(image: Tensor) -> torch.dtype:
     """
     if image.dtype == torch.float16:
         return torch.float32
-    if image.dtype == torch.bfloat16 and image.device.type == "cpu" and not _cpu_has_bfloat16():
+    if image.dtype == torch.bfloat16 and image.device.type == "cpu" and bfloat16_unit() is None:
         return torch.float32
     return image.dtype
 
@@ -770,7 +771,3 @@ def _mkl_knows_this_processor() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     intel = cpuinfo.is_file() and "GenuineIntel" in cpuinfo.read_text()
     return (intel and torch.backends.mkl.is_available()) or not torch.backends.mkldnn.is_available()
-
-
-def _cpu_has_bfloat16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tracer.kernels import eager, foreach
+from tracer.kernels import average_foreach, eager
 
 IMPLS = ("auto", "triton", "blocked", "eager")
 _DTYPES = {
@@ -178,8 +178,8 @@ def average_(
             (read there by the kernel: no host sync; ``foreach`` reads it on the host).
         copies: low-precision copies of the averages, written in the same pass; None for those that
             need none.
-        impl: ``"triton"``, one launch for the whole list (``kernels/average.py``); ``"foreach"``, torch
-            operations (``kernels/foreach.py``); ``"auto"``, the former for CUDA and ROCm tensors.
+        impl: ``"triton"``, one launch for the whole list (``kernels/average_triton.py``); ``"foreach"``, torch
+            operations (``kernels/average_foreach.py``); ``"auto"``, the former for CUDA and ROCm tensors.
 
     Raises:
         ValueError: lists that don't match, dtypes or memory formats that the implementation can't
@@ -190,9 +190,9 @@ def average_(
     if impl == "auto":
         impl = "triton" if averages and averages[0].is_cuda else "foreach"
     if impl == "triton":
-        importlib.import_module("tracer.kernels.average").average_(averages, params, weight, copies)
+        importlib.import_module("tracer.kernels.average_triton").average_(averages, params, weight, copies)
     else:
-        foreach.average_(averages, params, float(weight), copies)
+        average_foreach.average_(averages, params, float(weight), copies)
 
 
 def sampled_diagnostics(

@@ -16,7 +16,8 @@ from tracer.data.index import read_index
 from tracer.demo.compare import _command, demo
 from tracer.demo.config import DemoConfig
 from tracer.errors import UserError
-from tracer.evaluation.zero_shot import class_prompts, evaluate_zero_shot
+from tracer.evaluation.prompts import class_prompts
+from tracer.evaluation.zero_shot import evaluate_zero_shot
 from tracer.models.clip import load_clip
 from tracer.models.soups import interpolate
 from tracer.models.weights import save_weights

@@ -194,7 +194,7 @@ def test_training_pictures_are_random_crops(config):
     """Off the centre crop, and another one each time that a picture comes round."""
     index, clip = read_index(config.train_data), load_clip(config.model, config.pretrained)
     options = {"batch_size": 32, "steps": 2, "seed": 0}
-    (centre, _), *_ = Pictures(index, clip, in_order(32, 32), 32)
+    (centre, _), *_ = Pictures(index, clip.picture_format, in_order(32, 32), 32)
 
     def epochs(crop_scale: float) -> list[torch.Tensor]:
         batches = list(TrainingBatches(index, clip, crop_scale=crop_scale, **options))

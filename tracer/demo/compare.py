@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from tracer.adapters import fold, read_adapters
+from tracer.data.decoded import DecodedPictures
 from tracer.data.index import Index, read_index
 from tracer.demo.benchmark import prepare
 from tracer.demo.config import ICONS, DemoConfig
-from tracer.errors import UserError
-from tracer.evaluation.zero_shot import class_probabilities, class_prompts, classifier, evaluate_zero_shot
+from tracer.evaluation.evaluate import evaluation_sets
+from tracer.evaluation.prompts import class_prompts
+from tracer.evaluation.zero_shot import class_probabilities, classifier, evaluate_zero_shot
 from tracer.files import aside, remove_folder, whole_file
 from tracer.machine import compute_device, machine, versions
 from tracer.models.clip import Clip, load_clip
@@ -72,11 +74,7 @@ def demo(config: DemoConfig) -> Path:
     if config.train_data == ICONS / "train.csv":
         config = _with_icons(config)
         config.validate()  # now that the sets have names
-    sets = [read_index(path, name) for name, path in config.eval_data.items()]
-    if not sets:
-        raise UserError(
-            "there is nothing to evaluate on: give --eval_data.NAME=<csv or folder> at least once"
-        )
+    sets = evaluation_sets(config.eval_data)
     pictures = read_index(config.train_data)
     config = config.resolve(len(pictures))
     prompts = class_prompts(config.classes, pictures.classes)
@@ -93,7 +91,10 @@ def demo(config: DemoConfig) -> Path:
     clip = load_clip(config.model, config.pretrained)
     start = {name: value.clone() for name, value in clip.model.state_dict().items()}
     clip.model.to(compute_device())
-    zero_shot = evaluate_zero_shot(clip, sets, prompts, workers=config.workers)
+    score_sets = partial(
+        evaluate_zero_shot, clip, sets, prompts, workers=config.workers, decoded=DecodedPictures()
+    )
+    zero_shot = score_sets()
     done = {
         key: [_finished(folder, seed) for seed, folder in enumerate(paths)] for key, paths in folders.items()
     }
@@ -103,14 +104,17 @@ def demo(config: DemoConfig) -> Path:
         rows = []
         for seed, folder in enumerate(tqdm(folders[key], desc=f"{what}, α = {alpha:g}", leave=False)):
             clip.model.load_state_dict(weights(folder, alpha))
-            rows.append(_row(evaluate_zero_shot(clip, sets, prompts, workers=config.workers), seed))
+            rows.append(_row(score_sets(), seed))
         return rows
 
     def interpolated(folder: Path, alpha: float) -> dict:
         return interpolate(start, load_file(folder / "student.safetensors"), alpha)
 
     def folded(folder: Path, alpha: float, file: str = "adapters") -> dict:
-        return fold(start | read_adapters(folder / f"{file}.safetensors", clip.name), alpha)
+        try:
+            return fold(start | read_adapters(folder / f"{file}.safetensors", clip.name), alpha)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     ends = {0.0: [_row(zero_shot, seed) for seed in range(config.seeds)]}
     wise = ends | {1.0: done["flyp"]}
@@ -267,12 +271,13 @@ def _examples(
     draw = random.Random(0)
     samples = [index.take(sorted(draw.sample(range(len(index)), min(64, len(index))))) for index in sets]
     predictions: dict[str, list[list[list]]] = {}
+    decoded = DecodedPictures()
     for key, state in states.items():
         clip.model.load_state_dict(state)
         predictions[key] = []
         weights = classifier(clip, prompts)
         for index in samples:
-            probability, best = class_probabilities(clip, index, weights).max(1)
+            probability, best = class_probabilities(clip, index, weights, decoded=decoded).max(1)
             predictions[key].append([[names[c], float(p)] for c, p in zip(best, probability, strict=True)])
     examples = []
     for n, index in enumerate(samples):

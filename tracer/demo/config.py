@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from tracer.errors import UserError
+from tracer.recipes import R_ADAPTER
 from tracer.settings import check_ranges
 from tracer.train.config import Config
 
@@ -37,7 +38,7 @@ class DemoConfig(Config):
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
     wise_alpha: float = 0.5
     ablate: bool = False
-    adapter_lr: float = 5e-4
+    adapter_lr: float = R_ADAPTER.lr
     kinds: dict[str, str] = field(default_factory=dict)
 
     teacher_every: int | None = 1

@@ -41,6 +41,8 @@ from tracer.files import whole_file
 from tracer.models.clip import MAX_LOGIT_SCALE
 from tracer.models.weights import save_weights
 from tracer.ops import contrastive_loss
+from tracer.train.engine import parameter_groups
+from tracer.train.log import trim_log
 
 
 @dataclass
@@ -139,16 +141,11 @@ def fit(config: PretrainConfig, corpus: Corpus) -> Path:
     torch.manual_seed(config.seed)
     model = demo_model(None).train()
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(0.9, 0.98),
+        parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98)
     )
     draw = torch.Generator().manual_seed(config.seed)
     step, elapsed = _resume(config, model, optimizer, draw)
-    _forget(config.output / "log.jsonl", step)
+    trim_log(config.output / "log.jsonl", step)
 
     pictures = torch.from_numpy(np.ascontiguousarray(corpus.pictures.transpose(0, 3, 1, 2)))
     labels, captions = torch.from_numpy(corpus.labels), Captions(corpus.captions)
@@ -248,13 +245,6 @@ def _fixed(config: PretrainConfig) -> dict[str, int | float | str]:
     """The settings that a run cannot change half-way."""
     free = ("data", "output", "minutes", "save_every", "workers")
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
-
-
-def _forget(log: Path, step: int) -> None:
-    """Drop the rows after ``step``, which will be done again, and one that was cut off while written."""
-    rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-    with whole_file(log) as part:
-        part.write_text("".join(r for r in rows if r.endswith("\n") and json.loads(r)["step"] <= step))
 
 
 class Captions:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tracer.demo.packages import ASSETS
-from tracer.models.clip import register_model
+from tracer.models.registry import register_model
 
 NAME = "tracer-demo"
 CHECKPOINT = ASSETS / "tracer-demo.safetensors"  # the demo's pretrained start

@@ -20,19 +20,24 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ._triton import INTERPRETED, device_guard, tl, triton
-from .foreach import Layout, Layouts, check, dense, layouts, same_order
+from ._tensor_lists import Layout, Layouts, check, check_one_pass, layouts
+from ._triton import device_guard, require_device, tl, triton
 
 BLOCK = 2048  # elements of a chunk: 28 KiB of traffic, so the 40 bytes of its row do not count
 NUM_WARPS = 8  # 40 registers a thread: a multiprocessor holds six programs
+
+# Columns of the table after the average's address.
+_PARAM, _COPY, _ELEMENTS, _CODE, _COLUMNS = map(tl.constexpr, range(1, 6))
+# The code: dtype of the parameter, dtype of the copy in the next two bits, and a flag for a whole chunk at
+# 16-byte aligned addresses, which is moved without masks in wide words.
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_COPY = 3
-_WHOLE = 16  # flag: a whole chunk at 16-byte aligned addresses, moved without masks in wide words
+_WHOLE = tl.constexpr(16)
 
 
 @triton.jit
 def _load(address, code, offs, mask, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """Elements of a parameter of the dtype ``code`` says, as float32."""
+    """Load elements of a parameter of the dtype that ``code`` names, as float32."""
     x = tl.zeros((BLOCK,), tl.float32)
     if code == 0:
         x = _load_as(address, tl.float32, offs, mask, WHOLE)
@@ -65,15 +70,15 @@ def _store_as(address, DTYPE: tl.constexpr, x, offs, mask, WHOLE: tl.constexpr):
 @triton.jit
 def _move(row, weight, code, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
-    mask = offs < tl.load(row + 3)
+    mask = offs < tl.load(row + _ELEMENTS)
     address = tl.load(row)
     average = _load_as(address, tl.float32, offs, mask, WHOLE)
-    x = _load(tl.load(row + 1), code & 3, offs, mask, WHOLE, BLOCK)
+    x = _load(tl.load(row + _PARAM), code & 3, offs, mask, WHOLE, BLOCK)
     # torch.lerp's two forms: exact at weight 0 and at weight 1.
     gap = x - average
     average = tl.where(weight < 0.5, average + weight * gap, x - (1.0 - weight) * gap)
     _store_as(address, tl.float32, average, offs, mask, WHOLE)
-    copy = tl.load(row + 2)
+    copy = tl.load(row + _COPY)
     copy_code = (code >> 2) & 3
     if copy_code == 0:
         _store_as(copy, tl.float32, average, offs, mask, WHOLE)
@@ -84,17 +89,17 @@ def _move(row, weight, code, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _average_kernel(
+def average_kernel(
     table_ptr,  # int64 [chunks, 5]: average, param, copy, elements, code
     weight,  # float32, or a pointer to one
     ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = table_ptr + tl.program_id(0).to(tl.int64) * 5
+    row = table_ptr + tl.program_id(0).to(tl.int64) * _COLUMNS
     if ON_DEVICE:
         weight = tl.load(weight).to(tl.float32)
-    code = tl.load(row + 4).to(tl.int32)
-    if code >= 16:
+    code = tl.load(row + _CODE).to(tl.int32)
+    if code >= _WHOLE:
         _move(row, weight, code, True, BLOCK)
     else:
         _move(row, weight, code, False, BLOCK)
@@ -113,44 +118,55 @@ def average_(
     Under CUDA graph capture the table must exist: call once before with the same tensors.
     """
     if averages:
-        _require_gpu(averages[0])
-    table = _table(layouts(averages, params, copies))
+        require_device(averages[0], instead="foreach")
+    table = plan(averages, params, copies)
     if table is None:
         return
     on_device = isinstance(weight, Tensor)
     with device_guard(averages[0]):
-        _average_kernel[(table.shape[0],)](
+        average_kernel[(table.shape[0],)](
             table, weight, ON_DEVICE=on_device, BLOCK=BLOCK, num_warps=NUM_WARPS
         )
 
 
-def _require_gpu(tensor: Tensor) -> None:
-    if not (tensor.is_cuda or INTERPRETED):
-        raise ValueError(
-            f"impl='triton' needs tensors on a GPU, got {tensor.device}: use impl='foreach', or set "
-            "TRITON_INTERPRET=1 before the import to run the kernel under Triton's interpreter"
-        )
+def plan(
+    averages: Sequence[Tensor], params: Sequence[Tensor], copies: Sequence[Tensor | None] | None = None
+) -> Tensor | None:
+    """Return the table that a launch over these lists reads, a row for each chunk of a tensor.
+
+    Returns:
+        int64 [chunks, 5] on the tensors' device: addresses of the average, the parameter and the copy (0
+        for none), number of elements, code of the dtypes. None where the lists hold no element. The same
+        tensor is returned for the same lists until one of them moves in memory.
+
+    Raises:
+        ValueError: lists that the kernel cannot move; see ``_tensor_lists.py``.
+    """
+    return _plan(layouts(averages, params, copies))
+
+
+def bytes_moved(table: Tensor) -> int:
+    """Return how many bytes a launch with the table of :func:`plan` reads and writes, the table included."""
+    elements, code = table[:, _ELEMENTS.value].cpu(), table[:, _CODE.value].cpu()
+    sizes = torch.zeros(
+        4, dtype=torch.int64
+    )  # bytes of an element by dtype code; none where there is no copy
+    for dtype, number in _DTYPE_CODES.items():
+        sizes[number] = dtype.itemsize
+    each = 2 * torch.float32.itemsize + sizes[code & 3] + sizes[code >> 2 & 3]
+    return int((elements * each).sum()) + table.nbytes
 
 
 @lru_cache(maxsize=8)
-def _table(lists: Layouts) -> Tensor | None:
-    """Table of chunks, int64 [chunks, 5] on the tensors' device; None without any element."""
+def _plan(lists: Layouts) -> Tensor | None:
     check(lists)
-    averages, params, copies = lists
-    rows = []
-    device = None
-    for i, (average, param) in enumerate(zip(averages, params, strict=True)):
-        copy = copies[i] if copies else None
-        assert average is not None
-        assert param is not None
-        _check_layout(i, average, param, copy, averages[0])
-        device = average.device
-        if average.shape.numel():
-            rows.append(_chunks(average, param, copy))
-    return torch.cat(rows).to(device) if rows else None
+    check_one_pass(lists)
+    rows = [_chunks(*lists.row(i)) for i, average in enumerate(lists.averages) if average.shape.numel()]
+    return torch.cat(rows).to(lists.averages[0].device) if rows else None
 
 
 def _chunks(average: Layout, param: Layout, copy: Layout | None) -> Tensor:
+    """Return the rows of one tensor."""
     numel = average.shape.numel()
     start = torch.arange(0, numel, BLOCK)
     count = (numel - start).clamp(max=BLOCK)
@@ -161,25 +177,4 @@ def _chunks(average: Layout, param: Layout, copy: Layout | None) -> Tensor:
         torch.zeros_like(start) if t is None else t.pointer + start * t.dtype.itemsize
         for t in (average, param, copy)
     ]
-    return torch.stack([*addresses, count, code + _WHOLE * whole], 1)
-
-
-def _check_layout(i: int, average: Layout, param: Layout, copy: Layout | None, first: Layout | None) -> None:
-    assert first is not None
-    if average.device != first.device:
-        raise ValueError(
-            f"averages[{i}] is on {average.device}, averages[0] on {first.device}: one device a call"
-        )
-    if copy is not None and copy.device != average.device:
-        raise ValueError(f"copies[{i}] is on {copy.device}, averages[{i}] on {average.device}")
-    if not dense(average):
-        raise ValueError(
-            f"averages[{i}] isn't dense (shape {tuple(average.shape)}, strides {average.stride}): "
-            "make it contiguous, or use impl='foreach'"
-        )
-    for name, other in (("params", param), ("copies", copy)):
-        if other is not None and not same_order(average, other):
-            raise ValueError(
-                f"{name}[{i}] has strides {other.stride}, averages[{i}] has {average.stride}: "
-                "give them the same memory format, or use impl='foreach'"
-            )
+    return torch.stack([*addresses, count, code + _WHOLE.value * whole], 1)
