@@ -183,10 +183,10 @@ def precisions_here() -> tuple[str, ...]:
     """The precisions that this machine multiplies in, and our loss with it."""
     if DEVICE == "cpu":
         return ("fp32", "bf16")
-    from tracer.kernels import _config
+    from tracer.kernels._tiles import precision
 
     with float32_products("tf32"):
-        has_tf32 = _config.precision(torch.empty(1, device=DEVICE)) == "tf32"
+        has_tf32 = precision(torch.empty(1, device=DEVICE)) == "tf32"
     return ("fp32", "tf32", "bf16", "fp16") if has_tf32 else ("fp32", "bf16", "fp16")
 
 

@@ -53,7 +53,7 @@ from benchmarks._competitors import (
 from benchmarks._losses_page import figures, highlights, ratios, report
 from benchmarks._measure import TOTAL
 from benchmarks._part import command_line, progress
-from tracer.kernels import blocked
+from tracer.kernels._blocked_tile import product
 
 __all__ = ["exact", "figures", "highlights", "measure", "ratios", "report"]
 
@@ -182,7 +182,7 @@ def _matrix_product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
     out = a.new_empty(len(a), len(b))
     if DEVICE == "cuda":
         return partial(torch.mm, a, b.T, out=out)
-    return lambda: blocked._product(a, b, lambda: out)
+    return lambda: product(a, b, lambda: out)
 
 
 def rates(precisions: Sequence[str]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import sys
 from typing import Any, NamedTuple
 
 from benchmarks._measure import ROOT
-from benchmarks.work import FULL, OBJECTIVES, PASSES, gradient_bytes, tiles, visited_bytes
-from tracer.kernels import _config, contrastive
+from benchmarks.work import OBJECTIVES, PASSES, gradient_bytes, tiles, visited_bytes
+from tracer.kernels import _grid
+from tracer.kernels._tiles import Tile
 
 
 class Card(NamedTuple):
@@ -81,19 +82,10 @@ def counts(architectures: list[str]) -> list[dict[str, Any]]:
     return json.loads(done.stdout)["results"]["loss"]
 
 
-def _busy(N: int, M: int, tile: _config.Tile, places: int) -> float:
-    """Share of the multiprocessors' time that a grid fills until its last program ends."""
-    tiles_n, tiles_m = -(-N // tile.block_n), -(-M // tile.block_m)
-    rows, cols = _config._rectangle(tiles_n, tiles_m, places)
-    waves = -(-(-(-tiles_n // rows) * -(-tiles_m // cols)) // places)
-    return tiles_n * tiles_m / (places * waves * rows * cols)
-
-
-def _strips(objective: str, N: int, D: int, tile: _config.Tile) -> tuple[int, int]:
-    """Rows of a gradient strip and number of strips, as ``contrastive.backward`` cuts them."""
-    row_bytes = gradient_bytes(objective, N) // N
-    height = max(1, contrastive.strip_bound(N, N, D) // row_bytes // tile.block_n) * tile.block_n
-    return min(height, N), -(-N // height)
+def _strips(objective: str, N: int, D: int, tile: Tile) -> _grid.Strips:
+    """Return the strips of a backward pass in bfloat16."""
+    matrices = 3 if OBJECTIVES[objective].has_teacher else 1
+    return _grid.strips(N, N, D, tile, matrices, itemsize=2)
 
 
 def estimate(work: dict[str, Any], N: int, D: int) -> dict[str, Any]:
@@ -103,8 +95,9 @@ def estimate(work: dict[str, Any], N: int, D: int) -> dict[str, Any]:
     """
     objective, architecture = work["objective"], work["architecture"]
     card, tile = CARDS[architecture], tiles(architecture, objective)
-    operands = 1 + (OBJECTIVES[objective][0] == FULL)  # student, and teacher
-    height, strips = _strips(objective, N, D, tile["backward"])
+    operands = 1 + OBJECTIVES[objective].has_teacher  # student, and teacher
+    cut = _strips(objective, N, D, tile["backward"])
+    strips = len(cut.starts)
     product, features = 2 * N * N * D, N * D * 2 * operands  # FLOP of one, bytes of one side's operands
     visited = work["units"]["forward"]  # the backward pass visits again, then multiplies
     finished = work["units"]["backward"] - visited
@@ -113,8 +106,8 @@ def estimate(work: dict[str, Any], N: int, D: int) -> dict[str, Any]:
         "backward": (1 + strips) * features + gradient_bytes(objective, N),
     }
     busy = {
-        "forward": _busy(N, N, tile["forward"], card.multiprocessors),
-        "backward": _busy(height, N, tile["backward"], card.multiprocessors),
+        when: _grid.plan(rows, N, tile[when], card.multiprocessors).busy(card.multiprocessors)
+        for when, rows in (("forward", N), ("backward", cut.height))
     }
     sides = {
         when: {

@@ -1,4 +1,4 @@
-"""Which tile each kernel uses on which architecture, and how the logit matrix is cut into programs.
+"""Tile sizes of each kernel on each architecture, and the choice among them.
 
 **Tiles.** The table is fixed, so that runs repeat and ranks agree; every entry is compiled ahead of time by
 ``benchmarks/machine_code.py`` and must not spill a register. ``TRACER_AUTOTUNE=1`` times an architecture's
@@ -11,12 +11,6 @@ multiprocessors. N = M = 512 has 64 tiles of 64×64, half of an H100's 132 multi
 and the first that gives nine multiprocessors in ten a tile is taken, else the smallest. Below that, splitting
 gains nothing: 256×256 at D 512 is 4·2·256²·512 = 0.27 GFLOP, a microsecond of one tenth of the chip,
 less than the launch.
-
-**Large batches.** A rectangle of r×c tiles makes one program; programs make a grid of about √P × √P, so
-partial statistics are √P × (N + M), not N²/tile. Of all grids of at most two programs per place, a
-multiprocessor, the one with the shortest last finisher is taken, ⌈programs / places⌉ · r · c tiles;
-among equals the one with the fewest partials. N = 4096 with 64×64 tiles on 132 places: 4096 tiles,
-rectangles of 8×4, 128 programs, 97 % busy.
 
 **Wide features.** D is the inner loop only: registers and scratch do not depend on it, and operand
 traffic per product does not either. A visit of an n×m tile reads 2(n+m)·D operands for 4·n·m·D
@@ -31,13 +25,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._triton import triton
+from ._triton import gpu, triton
 
 
 class Tile(NamedTuple):
@@ -60,7 +53,7 @@ Table = dict[tuple[str, bool, int], tuple[Tile, ...]]
 
 
 def _table(tiles_16: Tiles, tiles_19: Tiles, tiles_32: Tiles) -> Table:
-    """(kernel, more than one product?, bits of an operand as ``_bits`` counts) → tiles, large to small."""
+    """Key the tiles, large to small, by kernel, more than one product, and bits of an operand (see ``_bits``)."""
     return {
         (kernel.removesuffix(", one product"), "one product" not in kernel, bits): tiles
         for bits, table in ((16, tiles_16), (19, tiles_19), (32, tiles_32))
@@ -69,6 +62,7 @@ def _table(tiles_16: Tiles, tiles_19: Tiles, tiles_32: Tiles) -> Table:
 
 
 def _everywhere(*tiles: Tile) -> Tiles:
+    """Give every kernel the same tiles."""
     kernels = ("forward", "forward with stats", "backward")
     return {name: tiles for kernel in kernels for name in (kernel, f"{kernel}, one product")}
 
@@ -157,99 +151,71 @@ TABLES: dict[str, Table] = {
 }
 
 
-@lru_cache
-def architecture(device: torch.device) -> str:
-    """Name of the device's column of the table; what it does not know takes ``fallback``."""
-    if device.type != "cuda":
-        return "interpreter"
-    if torch.version.hip is not None:
-        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-        return name if name in TABLES else "fallback"
-    major = torch.cuda.get_device_capability(device)[0]
-    # sm_86, sm_89 and sm_120 have sm_80's instructions and two thirds of its shared memory, which suffices
-    return {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_80"}.get(major, "fallback")
+# sm_86, sm_89 and sm_120 have sm_80's instructions and two thirds of its shared memory, which suffices.
+_SAME_AS = {"sm_120": "sm_80"}
 
 
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # the interpreter: a few programs, so that tests meet every kind of seam
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _table_of(device: torch.device) -> Table:
+    """Return the tiles of a device's architecture; one that has no tiles of its own takes ``fallback``."""
+    name = gpu(device).architecture
+    return TABLES.get(_SAME_AS.get(name, name), TABLES["fallback"])
 
 
 def _bits(image: Tensor) -> int:
-    """Bits of an operand that a product sees: 16, 32, or 19 of float32's where torch allows TF32.
+    """Return how many bits of an operand a product sees: 16, 32, or 19 of float32's where torch allows TF32.
 
     An architecture without TF32 tiles multiplies exactly whatever torch allows.
     """
     if image.element_size() == 2:
         return 16
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"  # the older flags set it too
-    return 19 if allowed and ("forward", True, 19) in TABLES[architecture(image.device)] else 32
+    return 19 if allowed and ("forward", True, 19) in _table_of(image.device) else 32
 
 
 def precision(image: Tensor) -> str:
-    """Triton's ``input_precision`` for the products of a batch."""
+    """Return Triton's ``input_precision`` for the products of a batch: ``"tf32"`` or ``"ieee"``."""
     return "tf32" if _bits(image) == 19 else "ieee"
 
 
 def choose(kernel: str, products: int, image: Tensor, M: int, run: Callable[[Tile], object]) -> Tile:
-    """Tile for ``kernel`` on an image batch [N, D] against M texts; ``run`` is what a search would time."""
-    N, device = image.shape[0], image.device
-    name = architecture(device)
-    tiles = TABLES[name][kernel, products > 1, _bits(image)]
-    if os.environ.get("TRACER_AUTOTUNE") == "1" and name != "interpreter":
+    """Return the tile for ``kernel`` on images [N, D] against M texts.
+
+    Args:
+        kernel: ``"forward"``, ``"forward with stats"`` or ``"backward"``.
+        products: how many logit matrices the kernel multiplies.
+        image: image features [N, D].
+        M: number of texts.
+        run: runs the pass with a given tile; a search times it.
+    """
+    N, (architecture, multiprocessors) = len(image), gpu(image.device)
+    tiles = _table_of(image.device)[kernel, products > 1, _bits(image)]
+    if os.environ.get("TRACER_AUTOTUNE") == "1" and architecture != "interpreter":
         return _search(kernel, products, image, M, tiles, run)
-    enough = 0.9 * _multiprocessors(device)
+    enough = 0.9 * multiprocessors
     filling = (t for t in tiles if triton.cdiv(N, t.block_n) * triton.cdiv(M, t.block_m) >= enough)
     return next(filling, tiles[-1])
 
 
-_found: dict[tuple[object, ...], Tile] = {}
+_fastest: dict[tuple[object, ...], Tile] = {}
 
 
 def _search(
     kernel: str, products: int, image: Tensor, M: int, tiles: tuple[Tile, ...], run: Callable[[Tile], object]
 ) -> Tile:
-    """Fastest of ``tiles``, timed once per kernel and size (rounded up to powers of two)."""
+    """Return the fastest of ``tiles``, timed once per kernel and size (rounded up to powers of two)."""
     N, D = image.shape
     sizes = triton.next_power_of_2(N), triton.next_power_of_2(M), D
     key = kernel, products, image.dtype, precision(image), image.device, sizes
-    if key not in _found:
-        times = {tile: _time(run, tile) for tile in tiles}
-        _found[key] = min(times, key=lambda tile: times[tile])
+    if key not in _fastest:
+        times = {tile: _milliseconds(run, tile) for tile in tiles}
+        _fastest[key] = min(times, key=lambda tile: times[tile])
         shown = ", ".join(f"{tuple(tile)} {ms:.3f} ms" for tile, ms in times.items())
         print(
-            f"tracer: {kernel}, {products} products, {sizes}: {tuple(_found[key])} of {shown}",
+            f"tracer: {kernel}, {products} products, {sizes}: {tuple(_fastest[key])} of {shown}",
             file=sys.stderr,
         )
-    return _found[key]
+    return _fastest[key]
 
 
-def _time(run: Callable[[Tile], object], tile: Tile) -> float:
+def _milliseconds(run: Callable[[Tile], object], tile: Tile) -> float:
     return float(triton.testing.do_bench(lambda: run(tile)))
-
-
-def rectangle(N: int, M: int, tile: Tile, device: torch.device) -> tuple[int, int]:
-    """Rows and columns of one program's rectangle, in whole tiles."""
-    rows, cols = _rectangle(
-        triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_m), _multiprocessors(device)
-    )
-    return rows * tile.block_n, cols * tile.block_m
-
-
-@lru_cache
-def _rectangle(tiles_n: int, tiles_m: int, places: int) -> tuple[int, int]:
-    """Rectangle in tiles: the soonest last finisher, then the fewest partial statistics."""
-    best = (float("inf"), float("inf"))
-    size = (tiles_n, tiles_m)
-    for grid_n in range(1, min(tiles_n, 2 * places) + 1):
-        rows = triton.cdiv(tiles_n, grid_n)
-        for waves in (1, 2):
-            cols = triton.cdiv(tiles_m, max(1, min(tiles_m, waves * places // grid_n)))
-            programs_n, programs_m = triton.cdiv(tiles_n, rows), triton.cdiv(tiles_m, cols)
-            finish = triton.cdiv(programs_n * programs_m, places) * rows * cols
-            cost = (finish, programs_n * tiles_m + programs_m * tiles_n)
-            if cost < best:
-                best, size = cost, (rows, cols)
-    return size
