@@ -38,8 +38,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from benchmarks import _roofline
-from benchmarks._measure import table
-from benchmarks._part import Highlight, command_line, progress
+from benchmarks.harness import Highlight, command_line, progress, table
 from benchmarks.work import ARCHITECTURES, CLIP, FULL, Architecture
 from tracer.kernels import _config, average, contrastive
 from tracer.kernels._config import Tile

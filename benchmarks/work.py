@@ -47,8 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import interpreter
 
 from benchmarks import published
-from benchmarks._measure import table
-from benchmarks._part import Highlight, command_line, progress
+from benchmarks.harness import Highlight, command_line, progress, table
 from tracer.kernels import _config, average, contrastive
 from tracer.kernels._config import Tile
 from tracer.kernels._triton import INTERPRETED
