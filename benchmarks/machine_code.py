@@ -38,8 +38,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from benchmarks import roofline
-from benchmarks._measure import table
-from benchmarks._part import Highlight, command_line, progress
+from benchmarks.harness import Highlight, command_line, progress
+from benchmarks.measure import table
 from benchmarks.work import ARCHITECTURES, OBJECTIVES, Architecture
 from tracer.kernels import average_triton, contrastive_triton
 from tracer.kernels._tiles import TABLES, Tile

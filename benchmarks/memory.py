@@ -19,9 +19,9 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks._competitors import CASES, EAGER, Problem, Step, check, theirs
-from benchmarks._measure import allocated, table
-from benchmarks._part import Highlight, command_line, progress
+from benchmarks.competitors import CASES, EAGER, Problem, Step, check, theirs
+from benchmarks.harness import Highlight, command_line, progress
+from benchmarks.measure import allocated, table
 from tracer.kernels import _blocked_tile
 
 BLOCKED, TRITON = "ours (blocked)", "ours (triton)"

@@ -48,8 +48,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import interpreter
 
 from benchmarks import published
-from benchmarks._measure import table
-from benchmarks._part import Highlight, command_line, progress
+from benchmarks.harness import Highlight, command_line, progress
+from benchmarks.measure import table
 from tracer.kernels import _grid, average_triton, contrastive_triton
 from tracer.kernels._tiles import TABLES, Tile
 from tracer.kernels._triton import INTERPRETED, planning_for, recording

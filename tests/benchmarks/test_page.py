@@ -8,11 +8,11 @@ import sys
 from types import ModuleType
 
 import pytest
+from benchmarks._part import Highlight, PartFailed, results_alone, run_part
 from matplotlib.figure import Figure
 
 from benchmarks import __main__ as bench
 from benchmarks import _page, check
-from benchmarks._part import Highlight, PartFailed, results_alone, run_part
 from tracer.errors import UserError
 
 HERE = {"processor": "Intel(R) Xeon(R) Processor", "cores": 2, "memory_gib": 23.5, "gpu": None, "bf16": "AMX"}

@@ -1,12 +1,13 @@
-"""Measuring that can be trusted: interleaved medians, peaks in fresh processes, checks before speeds.
+"""Instruments that measure time and memory and compare results.
 
-* Competitors take turns in one process, so that a change of the machine's mood meets all of them.
-* Warm-up calls are made, and thrown away, before the first timed one.
-* On a GPU times are the device's, taken with events and cold caches (``_gpu.py``).
-* Memory is the highest resident set during a call beyond what was resident before it, taken in a fresh
-  process by resetting the kernel's high-water mark, after a small call has loaded every library; on a GPU it
-  is the allocator's peak. ``allocated`` counts what torch hands out instead: exact, and the same every time.
-* ``require_close`` refuses to go on, and so to print any speed, when results disagree.
+* Competitors take turns in one process, so that a change in the machine's speed affects all of them alike.
+* Warm-up calls come before the first timed call and are not counted.
+* On a GPU the times are the device's, taken with events and cold caches (``gpu.py``).
+* Peak memory is the highest resident set during a call beyond what was resident before it. It is measured in a
+  fresh process by resetting the kernel's high-water mark after a small call has loaded every library; on a GPU
+  it is the allocator's peak.
+* ``allocated`` counts instead the bytes that torch hands out: an exact number, the same in every run.
+* ``require_close`` stops the benchmark, before any speed is printed, where results disagree.
 """
 
 from __future__ import annotations
@@ -17,13 +18,11 @@ import importlib
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,17 +31,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks import _gpu
-from tracer import machine as this_machine
-from tracer.machine import versions
-
-ROOT = Path(__file__).parents[1]
-SOURCES = ("kernels", "tracer", "benchmarks/*.py", "requirements.lock")  # what a number depends on
+from benchmarks import gpu
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: median, 20th and 80th percentile of ``repeats`` calls."""
+    """Median, 20th and 80th percentile of ``repeats`` calls, in seconds."""
 
     median: float
     low: float
@@ -51,6 +45,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
+        """Summarise the seconds of several calls."""
         fifths = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds * 4
         return cls(statistics.median(seconds), fifths[0], fifths[3], len(seconds))
 
@@ -61,16 +56,18 @@ class Timing:
 
 
 class HostClock:
-    """Wall-clock time between marks."""
+    """A clock that measures wall-clock time between marks."""
 
     def start(self) -> float:
+        """Return the first mark."""
         return self.mark()
 
     def mark(self) -> float:
+        """Return a mark of the present moment."""
         return time.perf_counter()
 
     def seconds(self, marks: Sequence[float]) -> list[float]:
-        """From each mark to the next."""
+        """Return the seconds from each mark to the next."""
         return [b - a for a, b in pairwise(marks)]
 
 
@@ -86,16 +83,16 @@ def interleaved_phases(
     budget: float = float("inf"),
     label: str = "",
 ) -> dict[str, dict[str, Timing]]:
-    """Time calls in turns, each phase of a call by itself and their sum as ``TOTAL``.
+    """Time calls in turns and return, by call and phase, the time of each phase and of their sum as ``TOTAL``.
 
-    Stops early, after at least three turns, when ``budget`` seconds are spent. ``label`` is put before the
-    names of call and phase in a GPU profiler's timeline.
+    The turns end early, after at least three, once they have taken ``budget`` seconds. A GPU profiler's
+    timeline shows ``label`` before the names of call and phase.
     """
     for phases in calls.values():
         for _ in range(warmup):
             for phase in phases.values():
                 phase()
-    clock: Any = _gpu.EventClock() if torch.cuda.is_available() else HostClock()
+    clock: Any = gpu.EventClock() if torch.cuda.is_available() else HostClock()
     spent: dict[str, dict[str, list[float]]] = {
         name: {part: [] for part in (*phases, TOTAL)} for name, phases in calls.items()
     }
@@ -106,7 +103,7 @@ def interleaved_phases(
         for name, phases in calls.items():
             marks = [clock.start()]
             for part, phase in phases.items():
-                with _gpu.named(f"{label}{name}, {part}"):
+                with gpu.timeline_range(f"{label}{name}, {part}"):
                     phase()
                 marks.append(clock.mark())
             seconds = clock.seconds(marks)
@@ -120,22 +117,23 @@ def interleaved_phases(
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1, budget: float = float("inf")
 ) -> dict[str, Timing]:
-    """Time calls of one phase in turns; see :func:`interleaved_phases`."""
+    """Time calls of a single phase in turns; see :func:`interleaved_phases`."""
     whole = {name: {"call": call} for name, call in calls.items()}
     times = interleaved_phases(whole, repeats=repeats, warmup=warmup, budget=budget)
     return {name: parts[TOTAL] for name, parts in times.items()}
 
 
 def peak_memory(module: str, function: str, *args: object) -> int:
-    """Extra bytes that ``module.function(*args)()`` needs at its peak, in a fresh process.
+    """Return the extra bytes that ``module.function(*args)()`` needs at its peak, measured in a fresh process.
 
-    ``function`` builds the inputs and returns the call to be measured. On a GPU the allocator's peak is
-    taken, on a CPU the resident set's (Linux only). The process is forked from one that has imported
-    ``module`` (on a GPU, which does not survive a fork, torch alone) and done nothing else.
+    ``function`` builds the inputs and returns the call to be measured. On a GPU the number is the allocator's
+    peak, on a CPU that of the resident set (Linux only). The process is forked from one that has imported
+    ``module`` and done nothing else; on a GPU, whose state does not survive a fork, from one that has imported
+    torch alone.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch" if torch.cuda.is_available() else module])
-    # without a name and a file the main module is not run once more in the new process
+    # Without a name and a file the main module is not run again in the new process.
     without_main = patch.multiple(sys.modules["__main__"], create=True, __spec__=None, __file__=None)
     with without_main, ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_peak_of, module, function, args).result()
@@ -146,7 +144,7 @@ def _peak_of(module: str, function: str, args: Sequence[object]) -> int:
 
 
 def peak_here(call: Callable[[], Any]) -> int:
-    """Extra bytes of ``call`` at its peak, in this process."""
+    """Return the extra bytes that ``call`` needs at its peak, measured in this process."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -166,31 +164,31 @@ def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}: memory is measured on Linux only")
+    raise RuntimeError(f"/proc/self/status has no field {field}: peak memory can be measured on Linux only")
 
 
 def available_memory() -> int:
-    """Bytes that a call could still get: of the GPU, if there is one, else of the machine."""
+    """Return the bytes that a call could still allocate: on the GPU if there is one, else on the machine."""
     if torch.cuda.is_available():
         reserved = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + reserved
-    found = [x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable:")]
-    return 1024 * int(found[0].split()[1])
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
 
 
-# Products whose library takes scratch of its own, as much as it likes on this processor, and returns it.
+# Products whose library allocates and frees scratch memory of its own; how much depends on the processor.
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise")
 
 
 def allocated(call: Callable[[], Any]) -> int:
-    """Bytes of CPU memory that torch hands out at the peak of ``call``, beyond what was held before it.
+    """Return the bytes of CPU memory that torch hands out at the peak of ``call``, beyond what was held before.
 
-    Counted from the allocator's own record, so the same at every run. What a product's library takes and
-    returns within the product is left out: it depends on the processor.
+    The number comes from the allocator's own record and is the same in every run. The scratch memory of matrix
+    products is left out, since it depends on the processor.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports each of its starts
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise the profiler logs each start
     activities = [torch.profiler.ProfilerActivity.CPU]
-    gc.disable()  # nothing that was left behind earlier must be freed meanwhile
+    gc.disable()  # garbage from earlier must not be freed meanwhile
     try:
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
             call()
@@ -205,71 +203,33 @@ def allocated(call: Callable[[], Any]) -> int:
 
 
 def _changes(events: Sequence[Any]) -> list[int]:
-    """Bytes allocated, and freed as negative numbers, in the order of time."""
-    found = []
+    """Return the bytes of each allocation, negative for each release, in the order of time."""
+    changes = []
     for event in sorted(events, key=lambda e: e.start_time_ns):
         if event.name == "[memory]":
             if event.typed[1].device.type == "cpu":
-                found.append(event.typed[1].alloc_size)
+                changes.append(event.typed[1].alloc_size)
         elif event.name in _PRODUCTS:
-            found.append(sum(_changes(event.children)))
+            changes.append(sum(_changes(event.children)))
         else:
-            found += _changes(event.children)
-    return found
+            changes += _changes(event.children)
+    return changes
 
 
 class WrongResult(SystemExit):
-    """Something that was to be timed computes something else."""
+    """A competitor computes something other than the reference, so it must not be timed."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"wrong result, so nothing was timed: {what}")
 
 
 def require_close(what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Stop the benchmark, by WrongResult, unless ‖got − expected‖ <= tolerance · ‖expected‖."""
+    """Check that ‖got − expected‖ <= tolerance · ‖expected‖.
+
+    Raises:
+        WrongResult: it is not; ends the benchmark, since a wrong result must not get a speed.
+    """
     got, expected = got.double(), expected.double()
     error = float((got - expected).norm() / expected.norm())
     if not error <= tolerance:
-        raise WrongResult(
-            f"no speed without a right result: {what} is off by {error:.1e}, allowed {tolerance:.0e}"
-        )
-
-
-def environment() -> dict[str, Any]:
-    """The machine, the versions, the day and the commit that a number belongs to."""
-    return {
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "date": date.today().isoformat(),
-        "commit": _commit(),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores, memory and GPU, and what the processor multiplies bfloat16 with."""
-    return this_machine.machine() | {"bf16": this_machine.bfloat16_unit()}
-
-
-def describe(machine: Mapping[str, Any]) -> str:
-    """The machine in words, as a table names it."""
-    bf16 = f", bf16 with {machine['bf16']}" if machine["bf16"] else ""
-    host = f"{machine['cores']} cores of {machine['processor']}{bf16}, {machine['memory_gib']:.0f} GiB"
-    return f"{machine['gpu']}; {host}" if machine["gpu"] else f"{host}, no GPU"
-
-
-def _commit() -> str:
-    """Of the checkout that is measured; ``+`` where files differ from it."""
-
-    def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], capture_output=True, text=True, check=False, cwd=ROOT)
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", *SOURCES)
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, columns aligned for a terminal."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines
-    )
+        raise WrongResult(f"{what} is off by {error:.1e}, allowed {tolerance:.0e}")

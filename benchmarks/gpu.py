@@ -1,6 +1,6 @@
-"""What a GPU adds to the instruments: device time, cold caches, replayed graphs, named ranges.
+"""Instruments for a GPU: device time, cold caches, replayed graphs and named ranges in a profiler's timeline.
 
-Everything goes through ``torch.cuda``, which is CUDA's and ROCm's alike, and every size is asked of the device.
+They use ``torch.cuda`` alone, which serves CUDA and ROCm, and read every size from the device.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-# Caches beyond the second level (AMD's Infinity Cache) are in no device's properties: as large as any known.
+# Device properties do not show caches beyond the second level (AMD's Infinity Cache): the largest known size.
 _HIDDEN_CACHE = 256 << 20
 
 
 class EventClock:
-    """Device time between marks in a stream, from cold caches.
+    """A clock that measures device time between marks in a stream, starting from cold caches.
 
-    While the device empties its caches the host runs ahead, so launching is hidden where it is the shorter of the
-    two; where a phase is still bound by Python its time is the host's, and replayed graphs tell the device's.
+    While the device overwrites its caches the host runs ahead, which hides launches that take less time than
+    that. Where a phase is still bound by Python, its time is the host's; replayed graphs show the device's.
     """
 
     def __init__(self) -> None:
@@ -28,40 +28,40 @@ class EventClock:
         self._other = torch.empty(2 * cache, dtype=torch.uint8, device="cuda")
 
     def start(self) -> torch.cuda.Event:
+        """Overwrite the caches and return the first mark."""
         torch.cuda.synchronize()
-        self._other.zero_()  # whatever the caches held is replaced by this, a fifth of a millisecond or so
+        self._other.zero_()
         return self.mark()
 
     def mark(self) -> torch.cuda.Event:
+        """Return a mark of the present place in the stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def seconds(self, marks: Sequence[torch.cuda.Event]) -> list[float]:
-        """From each mark to the next."""
+        """Return the seconds from each mark to the next."""
         torch.cuda.synchronize()
         return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
 
 
 def captured(phases: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], None]] | None:
-    """The phases as graphs, to be replayed in their order; None where one of them can't be captured.
+    """Capture the phases as graphs and return their replays in order, or None where a phase can't be captured.
 
-    A replay launches all kernels of a phase at once, so the time of small ones is the device's alone and not
-    that of Python launching them. Later phases may use what earlier ones left in memory.
+    A replay launches all kernels of a phase at once, so even small kernels show the device's time and not the
+    time that Python takes to launch them. Later phases may use what earlier phases left in memory.
     """
     current = torch.cuda.current_stream()
     side = torch.cuda.Stream()
     side.wait_stream(current)
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     pool = torch.cuda.graph_pool_handle()
-    # A capture that fails leaves its own stream current and the allocator's pool open: so what waits for the
-    # device is found before, and the stream is put back whatever happens.
+    # A capture that fails leaves its own stream current and the allocator's pool open. So a first call outside the
+    # capture shows whether a phase waits for the device, and the current stream is restored in any case. The first
+    # call also makes the allocations that the graph should not contain.
     with torch.cuda.stream(current):
         try:
-            with (
-                torch.cuda.stream(side),
-                _no_waiting(),
-            ):  # and what a first call allocates is no part of the graph
+            with torch.cuda.stream(side), _no_waiting():
                 for phase in phases.values():
                     phase()
             current.wait_stream(side)
@@ -69,7 +69,9 @@ def captured(phases: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], 
                 graphs[name] = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graphs[name], pool=pool):
                     phase()
-        except RuntimeError:  # it waits for the device, or does what no graph may hold
+        except (
+            RuntimeError
+        ):  # a phase waits for the device, or does something else that a graph can't contain
             torch.cuda.synchronize()
             return None
     return {name: graph.replay for name, graph in graphs.items()}
@@ -77,7 +79,7 @@ def captured(phases: Mapping[str, Callable[[], Any]]) -> dict[str, Callable[[], 
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
-    """Within, a torch operation that waits for the device raises RuntimeError."""
+    """Make torch operations within the block raise RuntimeError if they wait for the device."""
     kept = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -86,12 +88,12 @@ def _no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(kept)
 
 
-def named(name: str) -> AbstractContextManager[Any]:
-    """A range in a profiler's timeline (NVTX, roctx); nothing on a machine without a GPU."""
+def timeline_range(name: str) -> AbstractContextManager[Any]:
+    """Name a range in a profiler's timeline (NVTX, roctx); does nothing on a machine without a GPU."""
     return torch.cuda.nvtx.range(name) if torch.cuda.is_available() else nullcontext()
 
 
-def square() -> int:
-    """Side of a square matrix product that fills the device: 16 tiles of 128×128 for each multiprocessor."""
+def matrix_side() -> int:
+    """Return the side of a square matrix product that fills the device: 16 tiles of 128×128 a multiprocessor."""
     tiles = 16 * torch.cuda.get_device_properties().multi_processor_count
     return 1024 * -(-int(128 * tiles**0.5) // 1024)

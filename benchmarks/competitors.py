@@ -1,6 +1,6 @@
-"""Who computes a loss in the benchmarks, of what, and whether the result is right.
+"""The implementations of the loss that the benchmarks compare, their inputs, and the check of their results.
 
-A competitor gets a time or a memory count only after its loss and all gradients were found right.
+A competitor gets a time or a memory count only after the check of its loss and of all its gradients.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import _measure, published
+from benchmarks import measure, published
+from tracer.losses import TracerLoss
 from tracer.ops import contrastive_loss
 
-WEIGHTS = {"relational": 0.9, "interactive": 0.9, "cross": 0.9, "feature": 1800.0}  # published, ViT-B/16
+WEIGHTS = TracerLoss().distill_weights  # as published for ViT-B/16
 MARGIN, SMOOTHING, CLASSES = 0.05, 0.05, 100  # MPM-NCE
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 CASES = {
     "full": "whole objective",
     "mpm-nce": "MPM-NCE, 100 classes",
-    "mpm-nce-2": "MPM-NCE, 2 classes",  # half of all pairs positive: the worst case of lists of positives
+    "mpm-nce-2": "MPM-NCE, 2 classes",  # half of all logits are positives, the worst case for lists of them
     "clip": "CLIP loss",
 }
 # Matrix products of 2·N²·D operations that the algorithm needs, forward and backward (see benchmarks/work.py).
@@ -39,19 +40,19 @@ PUBLISHED, OPEN_CLIP, INF_CL = "published", "open_clip", "Inf-CL"
 SIGLIP, SIGLIP_DEFINED = "SigLIP (open_clip), another loss", "SigLIP, as defined"
 COMPILED = ", compiled"
 
-# Largest relative error of loss and gradients. Half-width precisions round features and products.
+# Largest relative error of loss and gradients. The 16-bit precisions round features and products.
 TOLERANCE = {"fp32": 1e-4, "tf32": 5e-3, "bf16": 3e-2, "fp16": 5e-3}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-DISTINCT = 4096  # pairs that differ; larger batches repeat them, so that their results follow from these
+DISTINCT = 4096  # pairs that differ; larger batches repeat them, so that their results follow from one copy
 
 
-def theirs(case: str) -> str:
-    """What a case is compared with: what people use today."""
+def baseline(case: str) -> str:
+    """Return what a case is compared with: the implementation that people use today."""
     return OPEN_CLIP if case == "clip" else PUBLISHED
 
 
 class Size(NamedTuple):
-    """What a row of the tables is about."""
+    """The case, precision, number of pairs N and width D of a row of the tables."""
 
     case: str
     precision: str
@@ -60,6 +61,7 @@ class Size(NamedTuple):
 
     @property
     def work(self) -> float:
+        """Multiply-adds that the algorithm needs, forward and backward."""
         return float(sum(UNITS[self.case])) * self.pairs**2 * self.width
 
     def __str__(self) -> str:
@@ -67,17 +69,18 @@ class Size(NamedTuple):
 
 
 def size_of(row: dict[str, Any]) -> Size:
+    """Return the size of a row of results."""
     return Size(*(row[field] for field in Size._fields))
 
 
 # ---------------------------------------------------------------------------------------------------
-# What is computed.
+# Inputs and implementations.
 
 
 class Problem:
-    """Features of a student that has learnt something and of its teacher: cosine 0.2 in a pair, loss about 1.
+    """Features of a partly trained student and of its teacher: cosine 0.2 within a pair, loss about 1.
 
-    Of more than ``DISTINCT`` pairs each is there ``copies`` times.
+    Batches of more than ``DISTINCT`` pairs contain each pair ``copies`` times.
     """
 
     def __init__(self, pairs: int, width: int, device: str = DEVICE) -> None:
@@ -86,7 +89,7 @@ class Problem:
         distinct = min(pairs, DISTINCT)
         self.copies = pairs // distinct
         if self.copies * distinct != pairs:
-            raise SystemExit(f"{pairs} pairs: more than {DISTINCT} must be a multiple of {DISTINCT}")
+            raise SystemExit(f"{pairs} pairs: a number above {DISTINCT} must be a multiple of {DISTINCT}")
 
         def noise() -> Tensor:
             return F.normalize(torch.randn(distinct, width, generator=generator), dim=1)
@@ -102,7 +105,7 @@ class Problem:
         self.labels = torch.randint(CLASSES, (distinct,), generator=generator).to(device).repeat(self.copies)
 
     def options(self, case: str) -> dict[str, Any]:
-        """What a case adds to the call of our loss."""
+        """Return the keyword arguments with which a case calls :func:`tracer.ops.contrastive_loss`."""
         if case == "full":
             image, text, scale = self.teacher
             return {"teacher_image": image, "teacher_text": text, "teacher_logit_scale": scale, **WEIGHTS}
@@ -111,50 +114,56 @@ class Problem:
         return {"labels": self.labels_of(case), "margin": MARGIN, "smoothing": SMOOTHING}
 
     def labels_of(self, case: str) -> Tensor:
+        """Return the labels, int64 [N], of an MPM-NCE case."""
         return self.labels % 2 if case == "mpm-nce-2" else self.labels
 
-    def loss(self, case: str, who: str) -> Callable[[], Tensor]:
-        """One competitor's loss of the student's features."""
+    def loss(self, case: str, competitor: str) -> Callable[[], Tensor]:
+        """Return a call that computes a competitor's loss of the student's features."""
         image, text, scale = self.student
-        if who.endswith(COMPILED):
-            torch.compiler.reset()  # one code for several sizes: beyond a few it would run uncompiled
-            return torch.compile(self.loss(case, who.removesuffix(COMPILED)), dynamic=False, fullgraph=True)
-        if who.startswith("ours"):
-            impl, options = who[len("ours (") : -1], self.options(case)
+        if competitor.endswith(COMPILED):
+            torch.compiler.reset()  # otherwise torch stops compiling after a few sizes of the same function
+            return torch.compile(
+                self.loss(case, competitor.removesuffix(COMPILED)), dynamic=False, fullgraph=True
+            )
+        if competitor.startswith("ours"):
+            impl, options = competitor[len("ours (") : -1], self.options(case)
             return lambda: contrastive_loss(image, text, scale, impl=impl, **options).loss
-        if who == OPEN_CLIP:
+        if competitor == OPEN_CLIP:
             return partial(open_clip.loss.ClipLoss(), image, text, scale)
-        if who == SIGLIP:
+        if competitor == SIGLIP:
             return partial(open_clip.loss.SigLipLoss(), image, text, scale, None)
-        if who == SIGLIP_DEFINED:
+        if competitor == SIGLIP_DEFINED:
             return partial(published.siglip_loss, image, text, scale)
-        if who == INF_CL:
+        if competitor == INF_CL:
             return partial(published.inf_cl_loss, image, text, scale)
         if case == "full":
             inputs = (image, text, scale, *self.teacher)
             return partial(published.tracer_loss, *inputs, **WEIGHTS)  # type: ignore[arg-type]
         return partial(published.mpm_nce_loss, image, text, scale, self.labels_of(case), MARGIN, SMOOTHING)
 
-    def step(self, case: str, who: str, precision: str) -> Step:
-        return Step(self.loss(case, who), self.student, precision)
+    def step(self, case: str, competitor: str, precision: str) -> Step:
+        """Return a competitor's step, ready to be called."""
+        return Step(self.loss(case, competitor), self.student, precision)
 
 
 class Step:
-    """A loss and the gradients of features and scale, in two phases that are timed apart."""
+    """A loss and the gradients of features and logit scale, in two phases that are timed separately."""
 
     def __init__(self, loss: Callable[[], Tensor], inputs: Sequence[Tensor], precision: str) -> None:
         self.loss, self.inputs, self.precision = loss, inputs, precision
         self.phases = {"forward": self.forward, "backward": self.backward}
-        # What a gradient scaler would find: without it gradients of about 1/N² leave float16's range.
+        # The scale that a gradient scaler would reach: without it, gradients of about 1/N² leave float16's range.
         scale = 4.0 * len(inputs[0]) if precision == "fp16" else 1.0
         self.seed = torch.tensor(scale, device=inputs[0].device)
 
     def forward(self) -> None:
+        """Compute the loss."""
         dtype, kind = HALF.get(self.precision), self.inputs[0].device.type
         with float32_products(self.precision), torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
             self.value = self.loss()
 
     def backward(self) -> None:
+        """Compute the gradients."""
         with float32_products(self.precision):
             self.grads = torch.autograd.grad(self.value, self.inputs, self.seed)
 
@@ -163,13 +172,13 @@ class Step:
         self.backward()
 
     def result(self) -> list[Tensor]:
-        """Loss and gradients of image, text and scale, of the last call."""
+        """Return the last call's loss and its gradients of image, text and logit scale."""
         return [self.value.detach(), *(grad / self.seed for grad in self.grads)]
 
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """TF32 for float32 operands where that is the precision, exact products else."""
+    """Multiply float32 operands in TF32 within the block if that is the precision, exactly otherwise."""
     matmul = torch.backends.cuda.matmul
     kept = matmul.fp32_precision
     matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
@@ -180,7 +189,7 @@ def float32_products(precision: str) -> Iterator[None]:
 
 
 def precisions_here() -> tuple[str, ...]:
-    """The precisions that this machine multiplies in, and our loss with it."""
+    """Return the precisions in which both this machine and TRACER's loss multiply."""
     if DEVICE == "cpu":
         return ("fp32", "bf16")
     from tracer.kernels._tiles import precision
@@ -197,81 +206,90 @@ def synchronize() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Right or not.
+# The check of results.
 
 
 @lru_cache(maxsize=4)
-def _reference(case: str, who: str, pairs: int, width: int) -> list[Tensor]:
-    step = Problem(pairs, width).step(case, who, "fp32")
+def _reference(case: str, competitor: str, pairs: int, width: int) -> list[Tensor]:
+    step = Problem(pairs, width).step(case, competitor, "fp32")
     step()
     return [x.cpu() for x in step.result()]
 
 
 def expected(case: str, pairs: int, width: int) -> list[Tensor]:
-    """Loss and gradients by the published formulation in float32.
+    """Return loss and gradients, computed by the case's baseline in float32.
 
-    Where each pair is there k times, they follow from one copy. Every softmax then spreads over k times as
-    many places: a cross-entropy with one positive grows by log k, a divergence stays, and each copy's gradient
-    is a k-th.
+    Where a batch contains each pair k times, they follow from one copy: every softmax spreads over k times as
+    many logits, so a cross-entropy with one positive grows by log k, a divergence stays the same, and each copy
+    gets a k-th of the gradient.
     """
     distinct = min(pairs, DISTINCT)
     copies = pairs // distinct
-    loss, image, text, scale = _reference(case, theirs(case), distinct, width)
+    loss, image, text, scale = _reference(case, baseline(case), distinct, width)
     if copies == 1:
         return [loss, image, text, scale]
     if case.startswith("mpm-nce"):
-        raise SystemExit(f"MPM-NCE is checked up to {DISTINCT} pairs only")
+        raise SystemExit(f"MPM-NCE can be checked up to {DISTINCT} pairs only: choose fewer pairs")
     entropies = 1 + (WEIGHTS["interactive"] if case == "full" else 0)
     grads = (x.repeat(copies, 1) / copies for x in (image, text))
     return [loss + entropies * math.log(copies), *grads, scale]
 
 
-def check(case: str, who: str, precision: str, found: Sequence[Tensor], pairs: int, width: int) -> None:
-    """Stop the benchmark if a competitor's loss or one of its gradients is wrong."""
-    # Inf-CL always multiplies in TF32; SigLIP is another loss, and has a definition of its own.
-    as_precise = "tf32" if who == INF_CL and precision == "fp32" else precision
-    if who == SIGLIP:
+def check(
+    case: str, competitor: str, precision: str, result: Sequence[Tensor], pairs: int, width: int
+) -> None:
+    """Check a competitor's loss and gradients, as :meth:`Step.result` returns them.
+
+    Raises:
+        WrongResult: one of them is wrong; ends the benchmark.
+    """
+    # Inf-CL always multiplies in TF32. SigLIP is another loss with a definition of its own.
+    as_precise = "tf32" if competitor == INF_CL and precision == "fp32" else precision
+    if competitor == SIGLIP:
         right = _reference(case, SIGLIP_DEFINED, pairs, width)
     else:
         right = expected(case, pairs, width)
     names = ("loss", "image gradient", "text gradient", "scale gradient")
-    for what, got, wanted in zip(names, found, right, strict=True):
-        name = f"{CASES[case]}, {precision}, N {pairs}, D {width}: {what} of {who}"
-        _measure.require_close(name, got.cpu(), wanted, TOLERANCE[as_precise])
+    for what, got, wanted in zip(names, result, right, strict=True):
+        name = f"{CASES[case]}, {precision}, N {pairs}, D {width}: {what} of {competitor}"
+        measure.require_close(name, got.cpu(), wanted, TOLERANCE[as_precise])
 
 
 # ---------------------------------------------------------------------------------------------------
-# Who can take part.
+# Which competitors can run here.
 
 
 @lru_cache(maxsize=64)
-def _need_at_1024(case: str, who: str, precision: str, width: int) -> int:
-    step = Problem(1024, width).step(case, who, precision)
+def _need_at_1024(case: str, competitor: str, precision: str, width: int) -> int:
+    step = Problem(1024, width).step(case, competitor, precision)
     step()
-    return _measure.peak_here(step) if DEVICE == "cuda" else _measure.allocated(step)
+    return measure.peak_here(step) if DEVICE == "cuda" else measure.allocated(step)
 
 
-def lacks_memory(case: str, who: str, precision: str, pairs: int, width: int) -> str | None:
-    """Why a competitor that stores N×N matrices can't run; its need is measured at N 1024 and grows by N²."""
-    free = _measure.available_memory()
-    if who in (OURS, "ours (blocked)", INF_CL) or 256 * pairs**2 < free:  # 64 matrices: nobody has so many
+def lacks_memory(case: str, competitor: str, precision: str, pairs: int, width: int) -> str | None:
+    """Say why a competitor that stores N×N matrices does not fit; its need, measured at N 1024, grows by N²."""
+    free = measure.available_memory()
+    if competitor in (OURS, "ours (blocked)", INF_CL):
         return None
-    need = _need_at_1024(case, who.removesuffix(COMPILED), precision, width) * (pairs / 1024) ** 2
+    if 256 * pairs**2 < free:  # room for 64 float32 matrices is enough for every competitor
+        return None
+    need = _need_at_1024(case, competitor.removesuffix(COMPILED), precision, width) * (pairs / 1024) ** 2
     if need < 0.9 * free:
         return None
     return f"does not fit: about {need / 2**30:.0f} GiB of N×N matrices, {free / 2**30:.0f} GiB free"
 
 
-def lacks_package(who: str) -> str | None:
-    if who == INF_CL and DEVICE == "cpu":
+def lacks_package(competitor: str) -> str | None:
+    """Say what a competitor needs that this machine does not have."""
+    if competitor == INF_CL and DEVICE == "cpu":
         return "needs an NVIDIA GPU"
-    if who == INF_CL and importlib.util.find_spec("inf_cl") is None:
+    if competitor == INF_CL and importlib.util.find_spec("inf_cl") is None:
         return "not installed: pip install --no-deps inf-cl"
     return None
 
 
-def everyone(case: str) -> list[str]:
-    """All competitors of a case, ours first."""
+def competitors_of(case: str) -> list[str]:
+    """Return the names of all competitors of a case, TRACER's implementations first."""
     ours = [OURS, "ours (blocked)"] if DEVICE == "cuda" else [OURS]
     others = [INF_CL, SIGLIP] if case == "clip" else []
-    return [*ours, EAGER, theirs(case), theirs(case) + COMPILED, *others]
+    return [*ours, EAGER, baseline(case), baseline(case) + COMPILED, *others]

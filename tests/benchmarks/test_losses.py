@@ -8,9 +8,9 @@ import time
 
 import pytest
 import torch
+from benchmarks._part import command_line, plain
 
 from benchmarks import _competitors, _gpu, _losses_page, _measure, _page, losses, memory, published
-from benchmarks._part import command_line, plain
 from tracer.kernels import blocked, contrastive
 
 MIB = 2**20
