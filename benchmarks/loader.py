@@ -106,7 +106,7 @@ def _checked(index: Index) -> Index:
 
 def tracer_loader(source: Source, workers: int, device: str) -> Entrant:
     """Return the package's loader, which decodes on ``device``."""
-    clip, index = source.clip, source.index
+    clip, index = source.clip, source.pictures
     checked = _checked(index)
 
     def epoch() -> Iterator[Tensor]:
@@ -124,7 +124,9 @@ def tracer_loader(source: Source, workers: int, device: str) -> Entrant:
 
     def evaluation() -> Tensor:
         size = len(checked)
-        pictures = Pictures(checked, clip, in_order(size, size), size, workers=workers, device=device)
+        pictures = Pictures(
+            checked, clip.picture_format, in_order(size, size), size, workers=workers, device=device
+        )
         return next(iter(pictures))[0]
 
     return Entrant(epoch, evaluation, device == "cpu")
@@ -147,7 +149,7 @@ def torch_loader(
     source: Source, read: Callable[..., Tensor], transform: Callable[[bool], Any], processes: int
 ) -> Entrant:
     """Return torch's DataLoader with this way to read a file, and this transform for training and evaluation."""
-    index = source.index
+    index = source.pictures
     loader = DataLoader(
         Files(index.images, partial(read, transform(True))),
         source.batch,
@@ -172,22 +174,26 @@ def with_torchvision(transform: Callable[[Tensor], Tensor], path: Path) -> Tenso
 
 def open_clip_transform(clip: Clip, training: bool) -> Any:
     """Return open_clip's transform; it also converts the mode, which costs nothing for RGB."""
+    wanted = clip.picture_format
     augmentation = {"scale": (CROP, 1.0)} if training else None
-    return open_clip.image_transform(clip.image_size, training, clip.mean, clip.std, aug_cfg=augmentation)
+    return open_clip.image_transform(wanted.size, training, wanted.mean, wanted.std, aug_cfg=augmentation)
 
 
 def torchvision_transform(clip: Clip, training: bool) -> Callable[[Tensor], Tensor]:
     """Return the same transform on tensors."""
-    side, cubic = clip.image_size, {"interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
+    wanted = clip.picture_format
+    side, cubic = wanted.size, {"interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
     resized: list[Any] = [v2.Resize(side, **cubic), v2.CenterCrop(side)]
     if training:
         resized = [v2.RandomResizedCrop(side, scale=(CROP, 1.0), **cubic)]
-    return v2.Compose([*resized, v2.ToDtype(torch.float32, scale=True), v2.Normalize(clip.mean, clip.std)])
+    return v2.Compose(
+        [*resized, v2.ToDtype(torch.float32, scale=True), v2.Normalize(wanted.mean, wanted.std)]
+    )
 
 
 def dali_loader(source: Source, workers: int, **sampling: Any) -> Entrant:
     """Return a DALI pipeline without the package; without ``sampling`` it only decodes."""
-    index = source.index
+    index = source.pictures
 
     def epoch() -> Iterator[Tensor]:
         order = shuffled(len(index), source.batch, source.batches, 0)
@@ -205,7 +211,7 @@ def dali(
     source: Source, order: Iterator[np.ndarray], workers: int, training: bool, **sampling: Any
 ) -> Iterator:
     """Return the batches of a DALI pipeline; without ``sampling`` the largest level of each decoded picture."""
-    files, clip = source.index.images, source.clip
+    files, wanted = source.pictures.images, source.clip.picture_format
 
     @pipeline_def(batch_size=source.batch, num_threads=workers, device_id=None, seed=0)
     def pipeline() -> Any:
@@ -216,21 +222,20 @@ def dali(
         )
         image = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
         if not sampling:
-            return fn.reductions.max(
-                image
-            )  # needs every pixel; pictures of different sizes do not fit into one tensor
+            # It needs every pixel, and pictures of different sizes do not fit into one tensor.
+            return fn.reductions.max(image)
         if training:
-            image = fn.random_resized_crop(image, size=clip.image_size, random_area=[CROP, 1.0], **sampling)
+            image = fn.random_resized_crop(image, size=wanted.size, random_area=[CROP, 1.0], **sampling)
         else:
             sides = fn.peek_image_shape(encoded, dtype=types.FLOAT)[:2]
             # torchvision rounds down too.
-            size = dali_math.floor(sides * clip.image_size / fn.reductions.min(sides))
+            size = dali_math.floor(sides * wanted.size / fn.reductions.min(sides))
             image = fn.resize(image, size=size, **sampling)
         return fn.crop_mirror_normalize(
             image,
-            crop=(clip.image_size, clip.image_size),
-            mean=[255 * m for m in clip.mean],
-            std=[255 * s for s in clip.std],
+            crop=(wanted.size, wanted.size),
+            mean=[255 * m for m in wanted.mean],
+            std=[255 * s for s in wanted.std],
             output_layout="CHW",
             dtype=types.FLOAT,
         )
@@ -245,7 +250,7 @@ def dali(
 
 def difference(got: Tensor, expected: Tensor, clip: Clip) -> list[float]:
     """Return the mean and largest difference of two normalised batches [n, 3, S, S], in levels of 255."""
-    levels = 255 * torch.tensor(clip.std)[:, None, None] * (got.cpu() - expected)
+    levels = 255 * torch.tensor(clip.picture_format.std)[:, None, None] * (got.cpu() - expected)
     return [float(levels.abs().mean()), float(levels.abs().max())]
 
 

@@ -61,7 +61,7 @@ from benchmarks.measure import (
     interleaved_phases,
     peak_memory,
 )
-from tracer.kernels import blocked
+from tracer.kernels._blocked_tile import product
 
 __all__ = ["PICTURES", "figures", "highlights", "measure", "ratios", "report"]
 
@@ -213,7 +213,7 @@ def _matrix_product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
     out = a.new_empty(len(a), len(b))
     if DEVICE == "cuda":
         return partial(torch.mm, a, b.T, out=out)
-    return lambda: blocked._product(a, b, lambda: out)
+    return lambda: product(a, b, lambda: out)
 
 
 def measure(

@@ -38,8 +38,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from benchmarks import roofline
-from benchmarks.harness import Highlight, command_line, progress
-from benchmarks.measure import table
+from benchmarks.harness import Highlight, command_line, progress, table
 from benchmarks.work import ARCHITECTURES, OBJECTIVES, Architecture
 from tracer.kernels import average_triton, contrastive_triton
 from tracer.kernels._tiles import TABLES, Tile

@@ -19,9 +19,9 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.competitors import CASES, EAGER, Problem, Step, check, theirs
-from benchmarks.harness import Highlight, command_line, progress
-from benchmarks.measure import allocated, table
+from benchmarks.competitors import CASES, EAGER, Problem, Step, baseline, check
+from benchmarks.harness import Highlight, command_line, progress, table
+from benchmarks.measure import allocated
 from tracer.kernels import _blocked_tile
 
 BLOCKED, TRITON = "ours (blocked)", "ours (triton)"
@@ -41,7 +41,7 @@ def measure(*, quick: bool = False, width: int = 512) -> dict[str, Any]:
         for case in CASES:
             for precision in PRECISIONS:
                 progress(f"memory: {case}, {precision}")
-                for who, most in ((BLOCKED, 4096), (EAGER, 1024), (theirs(case), 4096)):
+                for who, most in ((BLOCKED, 4096), (EAGER, 1024), (baseline(case), 4096)):
                     most = min(most, (2048 if who == BLOCKED else 512) if quick else most)
                     sizes = [n for n in SIZES if n <= most]
                     found.append(_row(case, precision, who, _count(case, precision, who, sizes, width)))

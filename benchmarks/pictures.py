@@ -14,6 +14,7 @@ from PIL import Image
 from tracer.data.index import Index
 from tracer.demo.config import ICONS
 from tracer.models.clip import Clip
+from tracer.models.picture_format import PictureFormat
 
 CROP = 0.9  # smallest share of the area that a random crop keeps
 
@@ -28,7 +29,7 @@ class Source(NamedTuple):
     batches: int
 
     @property
-    def index(self) -> Index:
+    def pictures(self) -> Index:
         """The pictures of an epoch, which repeat the files in turn."""
         count = self.batch * self.batches
         images = [self.files[i % len(self.files)] for i in range(count)]
@@ -38,7 +39,8 @@ class Source(NamedTuple):
     def clip(self) -> Clip:
         """The picture format of a model with this input size; captions are not part of this benchmark."""
         mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-        return Clip(self.name, None, lambda captions: torch.zeros(len(captions), 1), self.side, mean, std)
+        wanted = PictureFormat(self.side, mean, std)
+        return Clip(self.name, None, lambda captions: torch.zeros(len(captions), 1), wanted)
 
 
 def sources(folder: Path, quick: bool) -> list[Source]:

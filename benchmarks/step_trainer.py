@@ -107,7 +107,7 @@ class Heads(nn.Module):
 
 def batches(clip: Clip, pairs: int, count: int, folder: Path) -> TrainingBatches:
     """Load pictures with the package's loader: JPEGs, or the demo's icons for a model with small input."""
-    small = clip.image_size < 64
+    small = clip.picture_format.size < 64
     files = pictures.icons(folder, 256)[1] if small else pictures.photographs(folder, 64)
     index = Index(
         "pictures",

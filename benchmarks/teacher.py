@@ -33,13 +33,14 @@ from ema_pytorch import EMA as EmaPytorch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import plots, published
 from benchmarks.harness import Highlight, command_line, progress, table
 from benchmarks.measure import Timing, interleaved, require_close
-from tracer.kernels import average as kernel
+from tracer.kernels._triton import recording
+from tracer.kernels.average_triton import bytes_moved
 from tracer.ops import average_
 from tracer.schedules import Schedule
 from tracer.teacher import MovingAverageTeacher
@@ -98,32 +99,12 @@ class Counter(TorchDispatchMode):
 @contextmanager
 def counting() -> Iterator[Counter]:
     """Count what torch dispatches within the block, and the kernel launches of ``average_``, which it doesn't."""
-    shipped, tables = kernel._average_kernel, []
-
-    class Launches:
-        def __getitem__(self, grid: Any) -> Callable[..., Any]:
-            def launch(chunks: Tensor, *args: Any, **options: Any) -> Any:
-                tables.append(chunks)
-                with _disable_current_modes():  # Triton's interpreter itself uses torch
-                    return shipped[grid](chunks, *args, **options)
-
-            return launch
-
-    kernel._average_kernel = Launches()
-    try:
-        with Counter() as counter:
-            yield counter
-    finally:
-        kernel._average_kernel = shipped
-    counter.launches += len(tables)
-    counter.bytes += sum(map(moved_bytes, tables))
-
-
-def moved_bytes(chunks: Tensor) -> int:
-    """Return the bytes that a launch with this table reads and writes, those of the table included."""
-    *_, elements, code = chunks.cpu().T
-    size = torch.tensor([4, 2, 2, 0])  # bytes of an element by dtype code; 0 without a copy
-    return int((elements * (8 + size[code & 3] + size[code >> 2 & 3])).sum()) + _bytes(chunks)
+    with Counter() as counter, recording(execute=False, keep_arguments=True) as launches:
+        yield counter
+    for launch in launches:  # outside, because Triton's interpreter itself uses torch
+        launch.run()
+    counter.launches += len(launches)
+    counter.bytes += sum(bytes_moved(launch.arguments[0]) for launch in launches)
 
 
 def _bytes(value: Any) -> int:
@@ -164,7 +145,7 @@ def foreach(averages: list[Tensor], params: list[nn.Parameter], copies: list[Ten
 
 def averages_of(teacher: MovingAverageTeacher, names: list[str]) -> tuple[list[Tensor], list[Tensor]]:
     """Return the teacher's float32 averages of these parameters, and its low-precision copies, if it has any."""
-    averages, copies = teacher._averages, teacher._low
+    averages, copies = teacher.average.averages, teacher.average.rounded
     return [averages[name] for name in names], [copies[name] for name in names if name in copies]
 
 

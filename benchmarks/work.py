@@ -48,8 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import interpreter
 
 from benchmarks import published
-from benchmarks.harness import Highlight, command_line, progress
-from benchmarks.measure import table
+from benchmarks.harness import Highlight, command_line, progress, table
 from tracer.kernels import _grid, average_triton, contrastive_triton
 from tracer.kernels._tiles import TABLES, Tile
 from tracer.kernels._triton import INTERPRETED, planning_for, recording

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tracer.report.results import NBSP, Results, Scores
+from tracer.report.results import NBSP, Results
 from tracer.report.sentences import headline, percent, size_sentence, with_spread
 from tracer.report.tables import Row, table_rows
 
 
-def print_scores(scores: dict[str, Scores]) -> None:
+def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     """Print one row for each model and set: number of pictures, top-1 accuracy and calibration error.
 
     Args:
