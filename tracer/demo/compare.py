@@ -21,6 +21,7 @@ from tracer.data.decoded import DecodedPictures
 from tracer.data.index import Index, read_index
 from tracer.demo.benchmark import prepare
 from tracer.demo.config import ICONS, DemoConfig
+from tracer.errors import UserError
 from tracer.evaluation.evaluate import evaluation_sets
 from tracer.evaluation.prompts import class_prompts
 from tracer.evaluation.zero_shot import class_probabilities, classifier, evaluate_zero_shot
