@@ -204,7 +204,7 @@ def test_an_unknown_key_in_the_file_is_named(capsys, tmp_path):
 def test_a_file_of_settings_that_is_no_text_is_named(capsys, tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_bytes(b"\x89PNG\r\n")
-    assert f"'{file}' is no YAML in UTF-8" in refused(capsys, "finetune", "--config", file)
+    assert f"'{file}' is not YAML in UTF-8" in refused(capsys, "finetune", "--config", file)
 
 
 def test_the_settings_as_they_come_are_valid():

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from tracer.errors import UserError
 
@@ -91,6 +91,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             number = re.search(r"os error (\d+)", str(error))
             code = int(number[1]) if number else errno.EIO
             raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, on the CPU, and its metadata.
+
+    Raises:
+        ValueError: there is no such file, or it is not a complete safetensors file.
+    """
+    if not path.is_file():
+        raise ValueError(f"'{path}' does not exist: check the path")
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is not a complete safetensors file ({error}): copy it again") from error
 
 
 def remove_folder(path: Path) -> None:
