@@ -65,7 +65,7 @@ class Part:
     def __init__(self, name: str) -> None:
         self.module: Any = importlib.import_module(f"benchmarks.{name}")
         # The first sentence of the module's description stands under the part's heading on the page.
-        self.title: str = self.module.__doc__.split("\n\n")[0].replace("\n", " ")
+        self.title = str(self.module.__doc__).split("\n\n")[0].replace("\n", " ")
         self.pictures: Mapping[str, str] = getattr(self.module, "PICTURES", {})
 
     def report(self, results: dict[str, Any]) -> str:

@@ -106,7 +106,7 @@ def _checked(index: Index) -> Index:
 
 def tracer_loader(source: Source, workers: int, device: str) -> Entrant:
     """Return the package's loader, which decodes on ``device``."""
-    clip, index = source.clip, source.index
+    clip, index = source.clip, source.pictures
     checked = _checked(index)
 
     def epoch() -> Iterator[Tensor]:
@@ -147,7 +147,7 @@ def torch_loader(
     source: Source, read: Callable[..., Tensor], transform: Callable[[bool], Any], processes: int
 ) -> Entrant:
     """Return torch's DataLoader with this way to read a file, and this transform for training and evaluation."""
-    index = source.index
+    index = source.pictures
     loader = DataLoader(
         Files(index.images, partial(read, transform(True))),
         source.batch,
@@ -187,7 +187,7 @@ def torchvision_transform(clip: Clip, training: bool) -> Callable[[Tensor], Tens
 
 def dali_loader(source: Source, workers: int, **sampling: Any) -> Entrant:
     """Return a DALI pipeline without the package; without ``sampling`` it only decodes."""
-    index = source.index
+    index = source.pictures
 
     def epoch() -> Iterator[Tensor]:
         order = shuffled(len(index), source.batch, source.batches, 0)
@@ -205,7 +205,7 @@ def dali(
     source: Source, order: Iterator[np.ndarray], workers: int, training: bool, **sampling: Any
 ) -> Iterator:
     """Return the batches of a DALI pipeline; without ``sampling`` the largest level of each decoded picture."""
-    files, clip = source.index.images, source.clip
+    files, clip = source.pictures.images, source.clip
 
     @pipeline_def(batch_size=source.batch, num_threads=workers, device_id=None, seed=0)
     def pipeline() -> Any:

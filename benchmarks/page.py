@@ -75,8 +75,8 @@ def readme_section(document: dict[str, Any], page: Path, root: Path) -> str:
         for day, hashes in sorted(commits.items())
     )
     head = (
-        f"Measured by `make bench` on {describe(document['machine'])} ({when}). A ratio of 2× means that TRACER takes "
-        "half the time, or half the work where work is counted."
+        f"Measured by `make bench` on {describe(document['machine'])} ({when}). A ratio of 2× means that TRACER "
+        "takes half the time, or half the work where work is counted."
     )
     more = (
         "All sizes, the spread of each time, where the time of a training step goes, and where TRACER is slower: "

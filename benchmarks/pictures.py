@@ -28,7 +28,7 @@ class Source(NamedTuple):
     batches: int
 
     @property
-    def index(self) -> Index:
+    def pictures(self) -> Index:
         """The pictures of an epoch, which repeat the files in turn."""
         count = self.batch * self.batches
         images = [self.files[i % len(self.files)] for i in range(count)]

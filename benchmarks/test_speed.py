@@ -1,7 +1,7 @@
 """Cases of the losses, the teacher and the counting parts for ``pytest benchmarks --benchmark-only``.
 
-pytest-benchmark compares them between runs; the step and the loader have files of their own. As everywhere, a result
-is checked before it is timed.
+pytest-benchmark compares them between runs; the step and the loader have files of their own. As everywhere, a
+result is checked before it is timed.
 """
 
 from __future__ import annotations

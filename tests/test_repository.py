@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import _page
+from benchmarks.page import BEGIN, END
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
@@ -21,6 +21,6 @@ def test_every_benchmark_can_be_imported(name):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_hold_no_placeholder(page):
-    lines = [x for x in (ROOT / page).read_text().splitlines() if x not in (_page.BEGIN, _page.END)]
+    lines = [x for x in (ROOT / page).read_text().splitlines() if x not in (BEGIN, END)]
     gaps = [n for n, line in enumerate(lines, 1) if "<!--" in line]
     assert not gaps, f"{page}: a comment where a number or text belongs, lines {gaps}"
