@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ._tensor_lists import Layout, Layouts, check, check_one_pass, layouts
-from ._triton import device_guard, require_device, tl, triton
+from ._triton import launch, require_gpu, tl, triton
 
 BLOCK = 2048  # elements of a chunk: 28 KiB of traffic, so the 40 bytes of its row do not count
 NUM_WARPS = 8  # 40 registers a thread: a multiprocessor holds six programs
@@ -118,15 +118,19 @@ def average_(
     Under CUDA graph capture the table must exist: call once before with the same tensors.
     """
     if averages:
-        require_device(averages[0], instead="foreach")
+        require_gpu(averages[0], instead="foreach")
     table = plan(averages, params, copies)
     if table is None:
         return
     on_device = isinstance(weight, Tensor)
-    with device_guard(averages[0]):
-        average_kernel[(table.shape[0],)](
-            table, weight, ON_DEVICE=on_device, BLOCK=BLOCK, num_warps=NUM_WARPS
-        )
+    launch(
+        average_kernel,
+        (table.shape[0],),
+        (table, weight),
+        ON_DEVICE=on_device,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )
 
 
 def plan(

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tracer.files import write_tensors
+from tracer.recipes import R_ADAPTER
 from tracer.schedules import EMA
 
 # Where a layer keeps the last linear map of its attention and of its MLP.
@@ -95,7 +96,7 @@ class Share(NamedTuple):
 
 
 def add_adapters(
-    model: nn.Module, *, rank: int | None = None, drop: float = 0.2, towers: Iterable[str] = TOWERS
+    model: nn.Module, *, rank: int | None = None, drop: float = R_ADAPTER.drop, towers: Iterable[str] = TOWERS
 ) -> Share:
     """Add adapters to every transformer layer of an open_clip model and freeze everything else.
 
@@ -182,7 +183,7 @@ def _linear(layer: nn.Module, path: str) -> nn.Linear | None:
     return child if isinstance(child, nn.Linear) else None
 
 
-def adapter_schedule(total_steps: int, momentum: float = 0.999) -> EMA:
+def adapter_schedule(total_steps: int, momentum: float = R_ADAPTER.momentum) -> EMA:
     """Return the schedule of W̃ for ``build_teacher``: W̃ ← m W̃ + (1 − m) W after every step."""
     return EMA(total_steps, start=momentum, end=momentum, warmup=0.0, every=1)
 
@@ -192,7 +193,7 @@ def adapter_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if _MARK in key}
 
 
-def load_adapters(model: nn.Module, adapters: Mapping[str, Tensor], drop: float = 0.2) -> None:
+def load_adapters(model: nn.Module, adapters: Mapping[str, Tensor], drop: float = R_ADAPTER.drop) -> None:
     """Put trained adapters into a model of the same architecture, adding them first if it has none.
 
     Args:

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent: written aside, then renamed into place."""
+"""Write files and folders so that they are either whole or absent: beside their place, then renamed into it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 
 
 def aside(path: Path) -> Path:
-    """Where ``path`` is written before it is whole."""
+    """Return the path beside ``path`` at which it is written until it is whole."""
     return path.with_name(path.name + ".part")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to; rename it to ``path`` on success, remove it on failure."""
+    """Yield a path beside ``path`` to write to; rename it to ``path`` on success, remove it on failure.
+
+    Missing parent folders are made. The data is on the disk before the file gets its name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = aside(path)
     try:
@@ -40,25 +43,29 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path, keep: str | None = None) -> Iterator[Path]:
-    """The same for a folder. What an earlier, killed attempt left aside is removed first.
+    """Yield a folder beside ``path`` to write to; rename it to ``path`` on success, remove it on failure.
 
-    Unless it holds something that matches the pattern ``keep``: then the attempt is taken up as it is, and a
-    failure leaves it for the next.
+    Files that a killed attempt left in that folder are removed first. A folder that holds a file or folder
+    matching the pattern ``keep`` is not emptied but continued, and a failure leaves it for the next attempt.
 
     Raises:
-        UserError: another process is at it.
+        UserError: another process is writing it.
     """
     part = aside(path)
     part.mkdir(parents=True, exist_ok=True)
-    with _alone(part):
-        if not (keep and any(part.glob(keep))):
+
+    def kept() -> bool:
+        return keep is not None and any(part.glob(keep))
+
+    with _locked(part):
+        if not kept():
             for entry in part.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         try:
             yield part
             part.replace(path)
         finally:
-            if not (keep and any(part.glob(keep))):
+            if not kept():
                 shutil.rmtree(part, ignore_errors=True)
 
 
@@ -90,18 +97,18 @@ def remove_folder(path: Path) -> None:
     """Remove a folder that an earlier attempt left.
 
     Raises:
-        UserError: another process is at it.
+        UserError: another process is writing it.
     """
-    with _alone(path):
+    with _locked(path):
         shutil.rmtree(path)
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a lock on ``folder`` that ends with the process, however that ends."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on ``folder``. The system drops it when the process ends, however that happens."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks
+        with suppress(OSError):  # some file systems have no locks
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = ["EMA", "WMA", "Frozen", "Schedule", "Uniform"]
+from tracer import recipes
 
 
 class Schedule(ABC):
@@ -69,8 +70,8 @@ class WMA(Schedule):
     """
 
     total_steps: int
-    beta: float = 0.5
-    every: int = 1
+    beta: float = recipes.WMA.beta
+    every: int = recipes.WMA.every
 
     def __post_init__(self) -> None:
         self._check_at_least_1("total_steps", self.total_steps)
@@ -95,10 +96,10 @@ class EMA(Schedule):
     """
 
     total_steps: int
-    start: float = 0.05
-    end: float = 0.9
-    warmup: float = 0.2
-    every: int = 500
+    start: float = recipes.EMA.start
+    end: float = recipes.EMA.end
+    warmup: float = recipes.EMA.warmup
+    every: int = recipes.EMA.every
 
     def __post_init__(self) -> None:
         self._check_at_least_1("total_steps", self.total_steps)

@@ -71,15 +71,15 @@ class MovingAverageTeacher:
     ) -> None:
         self.schedule = schedule
         self.step = 0
-        self._average = _average_of(model, dtype)
-        self._stream = self._average.side_stream() if own_stream else None
+        self.average = _average_of(model, dtype)
+        self._stream = self.average.side_stream() if own_stream else None
         self._outputs: Any = None  # of the last encode, until the current stream waits for it
 
     @property
     def module(self) -> nn.Module:
         """The teacher as a module, up to date. Under ZeRO this may gather: call it on every rank."""
-        self._average.refresh()
-        return self._average.module
+        self.average.refresh()
+        return self.average.module
 
     @torch.no_grad()
     def update(self, step: int) -> bool:
@@ -96,16 +96,16 @@ class MovingAverageTeacher:
             raise ValueError(
                 f"update({step}) after update({self.step}): load the teacher's state of that step to go back"
             )
-        if step == self.step or not self._average.stepped():
+        if step == self.step or not self.average.stepped():
             return False
-        self._average.check_student()
+        self.average.check_student()
         weight = self.schedule.weight(step)
         self.step = step
         if weight == 0.0:
             return False
         if self._stream is not None:  # the last forward still reads what is now written
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-        self._average.move(weight)
+        self.average.move(weight)
         return True
 
     @torch.no_grad()
@@ -115,14 +115,14 @@ class MovingAverageTeacher:
         With ``own_stream`` this returns at once: call :meth:`wait` before using the result. Under
         ZeRO it may gather weights: call it on every rank.
         """
-        self._average.refresh()
-        args, kwargs = _cast(args, self._average.dtype), _cast(kwargs, self._average.dtype)
+        self.average.refresh()
+        args, kwargs = _cast(args, self.average.dtype), _cast(kwargs, self.average.dtype)
         if self._stream is None:
-            return self._average.run(*args, **kwargs)
+            return self.average.run(*args, **kwargs)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         _record((args, kwargs), self._stream)
         with torch.cuda.stream(self._stream):
-            self._outputs = self._average.run(*args, **kwargs)
+            self._outputs = self.average.run(*args, **kwargs)
         return self._outputs
 
     def wait(self) -> None:
@@ -138,16 +138,16 @@ class MovingAverageTeacher:
 
         Under ZeRO it is collective: call it on every rank.
         """
-        return self._average.gather()
+        return self.average.gather()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs (this rank's part of it, under ZeRO); tensors are not copied."""
         return {
             "step": self.step,
             "schedule": repr(self.schedule),
-            "shard": self._average.shard,
-            "averages": dict(self._average.averages),
-            "copied": dict(self._average.copied),
+            "shard": self.average.shard,
+            "averages": dict(self.average.averages),
+            "copied": dict(self.average.copied),
         }
 
     @torch.no_grad()
@@ -158,13 +158,13 @@ class MovingAverageTeacher:
             ValueError: it belongs to another model (names, shapes), schedule, rank or number of ranks;
                 nothing has been changed then.
         """
-        for what, mine in (("schedule", repr(self.schedule)), ("shard", self._average.shard)):
+        for what, mine in (("schedule", repr(self.schedule)), ("shard", self.average.shard)):
             if state[what] != mine:
                 raise ValueError(
                     f"the teacher's state was saved with {what} {state[what]}, this run has {mine}: "
                     "resume with the same settings and number of ranks"
                 )
-        self._average.load(state["averages"], state["copied"])
+        self.average.load(state["averages"], state["copied"])
         self.step = int(state["step"])
 
 
