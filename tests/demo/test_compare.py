@@ -157,12 +157,3 @@ def test_the_report_says_how_to_repeat_it(changes, line):
 def test_demo_needs_something_to_evaluate_on(config):
     with pytest.raises(UserError, match=r"give --eval_data.NAME"):
         demo(dataclasses.replace(config, eval_data={}))
-
-
-def test_interpolation_ends_at_both_models():
-    start = {"w": torch.zeros(2), "n": torch.tensor(1)}
-    end = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(5)}
-    assert torch.equal(interpolate(start, end, 0.0)["w"], start["w"])
-    assert torch.equal(interpolate(start, end, 1.0)["w"], end["w"])
-    assert interpolate(start, end, 0.25)["w"].tolist() == [0.25, 0.5]
-    assert interpolate(start, end, 0.25)["n"] == 5

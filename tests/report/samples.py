@@ -50,15 +50,15 @@ def draw_icon(path: Path, seed: int) -> Path:
     return path
 
 
-def diagnostics(rng: random.Random, teacher: bool) -> dict[str, float]:
-    """Return the loss's own diagnostics of one step, under the names that the trainer logs."""
-    models = ("student", "teacher") if teacher else ("student",)
+def diagnostics(rng: random.Random, kl: float | None) -> dict[str, float]:
+    """Return the diagnostics of one step under the names that the trainer logs; kl None: no teacher."""
+    models = ("student",) if kl is None else ("student", "teacher")
     values = {}
     for direction in ("image_to_text", "text_to_image"):
         for name in ("entropy", "confidence", "positive_probability", "accuracy", "effective_temperature"):
             values |= {f"{model}/{direction}/{name}": rng.uniform(0.4, 0.6) for model in models}
-        if teacher:
-            values |= {f"pair/{direction}/{name}": rng.uniform(0, 1) for name in ("agreement", "kl")}
+        if kl is not None:
+            values |= {f"pair/{direction}/agreement": rng.uniform(0, 1), f"pair/{direction}/kl": kl}
     return values
 
 
@@ -89,7 +89,7 @@ def sample_content(folder: Path, seeds: int = 3, steps: int = 240) -> dict[str, 
                     record.update(relational=kl, interactive=1.3 + math.exp(-3 * t), cross=0.7 * kl + 1e-4)
                     record.update(feature=1e-4 * t)
                 if step % 5 == 0:
-                    record.update(diagnostics(rng, teacher=gap is not None))
+                    record.update(diagnostics(rng, kl if gap else None))
                 record["loss"] = record["contrastive"] + record.get("relational", 0.0)
                 log.append(record)
             noise = 0.0 if seed is None else 0.006

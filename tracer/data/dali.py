@@ -99,8 +99,8 @@ def _pictures(
 
 def _resized(image: Any, encoded: Any, wanted: PictureFormat, crop: list[Any]) -> Any:
     """DALI nodes: the picture, or the crop of it, resized; the longer side may still be larger than the size."""
-    filter = types.INTERP_CUBIC if wanted.interpolation == "bicubic" else types.INTERP_LINEAR
-    sampling = {"interp_type": filter, "antialias": True}
+    kernel = types.INTERP_CUBIC if wanted.interpolation == "bicubic" else types.INTERP_LINEAR
+    sampling = {"interp_type": kernel, "antialias": True}
     square = [wanted.size, wanted.size]
     if crop:
         start, end = _window(encoded, *crop)

@@ -80,9 +80,6 @@ def command_line(config: DemoConfig) -> str:
     return f'make demo ARGS="{" ".join(options)}"' if options else "make demo"
 
 
-# --- data
-
-
 def prepare_data(config: DemoConfig) -> tuple[DemoConfig, list[Index], dict[str, list[str]]]:
     """Return the settings with every default filled in, the evaluation sets, and the prompts of each class.
 
@@ -112,9 +109,6 @@ def _with_icons(config: DemoConfig) -> DemoConfig:
 def refuse_unadaptable(config: DemoConfig) -> None:
     """Raise UserError if the model cannot take the adapters that ``config`` describes."""
     adapt(config, load_clip(config.model, config.pretrained).model)
-
-
-# --- evaluation
 
 
 def score_all(config: DemoConfig, runs: Runs, judge: Judge) -> tuple[Rows, Rows]:
@@ -163,9 +157,6 @@ def score_variants(
         _method("r-adapter-no-average", "R-Adapter, no accumulation", "the last step", rows, "r-adapter"),
         _method("r-adapter-no-scaling", "R-Adapter, no re-scaling", "α = 1", unscaled, "r-adapter"),
     ]
-
-
-# --- results.json, whose schema tracer.report.results reads
 
 
 def _method(key: str, name: str, note: str, runs: Rows, variant_of: str | None = None) -> dict[str, Any]:

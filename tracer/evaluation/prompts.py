@@ -45,8 +45,7 @@ def _read_prompts(path: Path) -> dict[str, list[str]]:
         for group in prompts.values()
     ):
         raise UserError(
-            f"classes file '{path}' must hold {{class: [prompt, …]}} with at least one prompt, a string, for "
-            "each class"
+            f"classes file '{path}' must hold {{class: [prompt, …]}}, a list of at least one string for each class"
         )
     return prompts
 

@@ -1,4 +1,4 @@
-"""Models that open_clip does not know: registered by name, and found by :func:`~tracer.models.clip.load_clip`."""
+"""Registry of the models that open_clip does not know, for :func:`~tracer.models.clip.load_clip`."""
 
 from __future__ import annotations
 

@@ -168,8 +168,6 @@ class Figures:
         body = "".join(line.strip() + "\n" for line in body.splitlines() if line.strip())
         return Markup('<svg viewBox="{}" role="img" aria-label="{}">\n').format(box[1], label) + Markup(body)
 
-    # --- accuracy
-
     def trade_off(self, shifted: Column) -> Markup:
         """Draw accuracy in distribution against accuracy under shift: every seed, the means, lines over α."""
         home, base = self.results.in_distribution, self.results.baseline
@@ -263,8 +261,6 @@ class Figures:
         ax.set_xlabel("Accuracy, %")
         ax.set_title(f"{domain.name} ({domain.role.replace('-', ' ')})")
         return self.svg(ax, f"Accuracy on {domain.name} by method")
-
-    # --- what was logged over the steps
 
     def over_steps(
         self, curves: Sequence[LoggedCurve], title: str, log: bool = False, height: float = 2.7
