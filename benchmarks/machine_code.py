@@ -3,8 +3,8 @@
     python -m benchmarks.machine_code
     python -m benchmarks.machine_code --architectures '[sm_90]' --full_table true
 
-No GPU is needed: the launchers of ``kernels/contrastive.py`` run on ``meta`` tensors, which hold no data, and
-their launches are compiled for the named architecture instead of being started, so what is examined is what
+No GPU is needed: the launchers of ``kernels/contrastive_triton.py`` run on ``meta`` tensors, which hold no data,
+and their launches are compiled for the named architecture instead of being started: what is examined is what
 would run. Per kernel: registers per thread, bytes spilled to memory (must be 0), shared memory, tensor-core
 instructions, and how many warps of it a multiprocessor holds at once by registers, shared and tensor memory.
 AMD's scalar registers may be parked in lanes of vector registers; that is no memory traffic and not counted as a
@@ -14,7 +14,7 @@ spill. Compiled variants are counted of a run whose sizes, margin, smoothing, sc
 the combine kernel once per architecture, kind and number of products, and float32 products, exact or in TF32,
 only where their tile is not one that the same kernel has in sm_90's column.
 
-Roofline estimates come from these tiles, counted work and data sheets; see ``benchmarks/_roofline.py``.
+Roofline estimates come from these tiles, counted work and data sheets; see ``benchmarks/roofline.py``.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from benchmarks import _roofline
-from benchmarks._measure import table
-from benchmarks._part import Highlight, command_line, progress
-from benchmarks.work import ARCHITECTURES, CLIP, FULL, Architecture
-from tracer.kernels import _config, average, contrastive
-from tracer.kernels._config import Tile
+from benchmarks import roofline
+from benchmarks.harness import Highlight, command_line, progress, table
+from benchmarks.work import ARCHITECTURES, OBJECTIVES, Architecture
+from tracer.kernels import average_triton, contrastive_triton
+from tracer.kernels._tiles import TABLES, Tile
+from tracer.kernels._triton import planning_for, recording
+from tracer.kernels._triton_forward import combine_kernel
+from tracer.kernels.contrastive import Inputs, Needs, Options, Saved, Statistics
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -64,7 +66,7 @@ TENSOR_CORE = {
     "sm_100": r"\bUTC.?MMA|\bHMMA",
     "gfx942": r"\bv_mfma",
 }
-loss: Any = contrastive  # called with unpacked arguments, which the type checker can't count
+FULL = OBJECTIVES["full objective"].options
 AVERAGE = "moving average"
 
 
@@ -118,74 +120,68 @@ class _Driver:
 
 
 @contextmanager
-def compiling(arch: str, precision: str = "ieee", skip: Any = None) -> Iterator[list[tuple[Any, Any]]]:
-    """Within, the loss's launchers compile for ``arch``, except the kernel to ``skip``; yields the list of
-    (kernel, compiled kernel).
-    """
-    compiled: list[tuple[Any, Any]] = []
-
-    def launch(kernel: Any, grid: Any, args: Any, tile: Tile, **constants: Any) -> None:
-        if kernel is skip:
-            return
-        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        compiled.append((kernel, kernel.run(*args, grid=grid, warmup=True, **constants, **options)))
-
+def target(arch: str, precision: str = "ieee") -> Iterator[None]:
+    """Make Triton compile for ``arch``, and launchers plan for it, with float32 products of this precision."""
     matmul = torch.backends.cuda.matmul
-    kept = contrastive._launch, contrastive.require_device, driver._active, matmul.fp32_precision
-    contrastive._launch, contrastive.require_device = launch, lambda tensor: None
+    kept = driver._active, matmul.fp32_precision
     matmul.fp32_precision = precision
     driver.set_active(_Driver(TARGETS[arch]))  # type: ignore[arg-type]
     try:
-        yield compiled
+        with planning_for(arch, 132):
+            yield
     finally:
-        contrastive._launch, contrastive.require_device = kept[:2]
-        driver._active, matmul.fp32_precision = kept[2:]
+        driver._active, matmul.fp32_precision = kept
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _arguments(case: Case, N: int = 1024) -> Any:
+def _call(case: Case, N: int = 1024) -> tuple[Inputs, Options]:
+    """Return the inputs and options that make the launchers use the kernels of a case."""
     feature = _empty(N, case.width, dtype=torch.bfloat16 if case.bits == 16 else torch.float32)
     y = _empty(N, dtype=torch.int64) if case.options else None
     teacher = (feature, feature, _empty()) if case.many else (None, None, None)
-    return feature, feature, _empty(), y, y, *teacher
+    options = Options(
+        margin=0.05 if case.options else 0.0,
+        smoothing=0.05 if case.options else 0.0,
+        relational=case.many,
+        interactive=case.many,
+        cross=case.many,
+        stats=case.kernel == "forward with stats",
+    )
+    return Inputs(feature, feature, _empty(), y, y, *teacher), options
 
 
 def compile_case(case: Case, combine: bool = True) -> list[Report]:
     """Compile one case, of the forward kinds with the combine kernel or without, and read the machine code."""
-    margin = smoothing = 0.05 if case.options else 0.0
-    enabled = FULL if case.many else CLIP
-    arguments = _arguments(case)
-    skip = None if combine else contrastive._combine_kernel
-    with compiling(case.arch, "tf32" if case.bits == 19 else "ieee", skip) as compiled:
-        if case.kernel == "backward":
-            stats = _empty(contrastive.STAT_ROWS, 1024)
-            needs = (True, True, True)
-            loss.backward(
-                _empty(4), *arguments, stats, stats, margin, smoothing, enabled, needs, tile=case.tile
-            )
-        else:
-            stats_on = case.kernel == "forward with stats"
-            loss.forward(*arguments, margin, smoothing, enabled, stats_on, tile=case.tile)
-    return [_loss_report(case, kernel, code) for kernel, code in compiled[:2]]
+    inputs, options = _call(case)
+    with target(case.arch, "tf32" if case.bits == 19 else "ieee"):
+        with recording(execute=False, keep_arguments=True) as launches:
+            if case.kernel == "backward":
+                stats = _empty(len(Statistics._fields), 1024)
+                saved = Saved(stats, stats)
+                contrastive_triton.backward(_empty(4), inputs, saved, options, Needs(), tile=case.tile)
+            else:
+                contrastive_triton.forward(inputs, options, tile=case.tile)
+        chosen = [x for x in launches[:2] if combine or x.kernel is not combine_kernel]
+        return [_loss_report(case, launch.kernel, launch.compile()) for launch in chosen]
 
 
 def compile_average(arch: str, on_device: bool) -> Report:
     """Compile the moving average, its weight a number or on the device, and read the machine code."""
     table, weight = _empty(1, 5, dtype=torch.int64), _empty() if on_device else 0.5
-    with compiling(arch):
-        code = average._average_kernel.run(
-            table, weight, ON_DEVICE=on_device, BLOCK=average.BLOCK, num_warps=average.NUM_WARPS,
+    with target(arch):
+        code = average_triton.average_kernel.run(
+            table, weight, ON_DEVICE=on_device, BLOCK=average_triton.BLOCK, num_warps=average_triton.NUM_WARPS,
             grid=(1,), warmup=True,
         )  # fmt: skip
     options = "weight on the device" if on_device else "weight a number"
-    return _read(arch, code, AVERAGE, "none", 32, (average.BLOCK,), options, 0)
+    return _read(arch, code, AVERAGE, "none", 32, (average_triton.BLOCK,), options, 0)
 
 
 def _loss_report(case: Case, kernel: Any, code: Any) -> Report:
-    name = f"combine of {case.kernel}" if kernel is contrastive._combine_kernel else case.kernel
+    name = f"combine of {case.kernel}" if kernel is combine_kernel else case.kernel
     return _read(
         case.arch,
         code,
@@ -265,7 +261,7 @@ def shipped(architectures: list[str], quick: bool) -> list[Case]:
     cases = [
         Case(arch, kernel, many, bits, tile, options, width)
         for arch in architectures
-        for (kernel, many, bits), tiles in _config.TABLES[arch].items()
+        for (kernel, many, bits), tiles in TABLES[arch].items()
         for tile in tiles
         for options, width in variants
     ]
@@ -274,7 +270,7 @@ def shipped(architectures: list[str], quick: bool) -> list[Case]:
 
     def known(case: Case) -> bool:
         """Whether sm_90 compiles the same in float32."""
-        entry = _config.TABLES["sm_90"].get((case.kernel, case.many, case.bits), ())
+        entry = TABLES["sm_90"].get((case.kernel, case.many, case.bits), ())
         return case.bits != 16 and case.arch != "sm_90" and case.tile in entry
 
     return [case for case in cases if not known(case)]
@@ -293,7 +289,7 @@ def compile_all(
         combine.append(not quick or key not in seen)
         seen.add(key)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        estimated = pool.submit(_roofline.estimates, architectures)
+        estimated = pool.submit(roofline.estimates, architectures)
         counted = pool.submit(variants)
         compiled = pool.map(compile_case, cases, combine)
         averages = [
@@ -305,30 +301,24 @@ def compile_all(
 
 
 def variants() -> dict[str, int]:
-    """Compiled variants per kernel of a run with changing sizes, strips, margins, smoothings and scales."""
-    tile = _config.TABLES["sm_90"]["forward", True, 16][-1]
-    with compiling("sm_90") as compiled:
-        for N, M in ((512, 512), (511, 512), (1, 1), (16, 48), (1000, 77)):
-            for value in (0.01, 0.3, 1.0):
-                feature = _empty(max(N, M), 64, dtype=torch.bfloat16)
-                y = _empty(max(N, M) + 1, dtype=torch.int64)[1:]  # the alignment of labels varies too
-                arguments = (
-                    feature[:N],
-                    feature[:M],
-                    _empty(),
-                    y[:N],
-                    y[:M],
-                    feature[:N],
-                    feature[:M],
-                    _empty(),
+    """Count compiled variants per kernel of a run with changing sizes, strips, margins, smoothings and scales."""
+    tile = TABLES["sm_90"]["forward", True, 16][-1]
+    kernels: dict[str, Any] = {}
+    for N, M in ((512, 512), (511, 512), (1, 1), (16, 48), (1000, 77)):
+        feature = _empty(max(N, M), 64, dtype=torch.bfloat16)
+        y = _empty(max(N, M) + 1, dtype=torch.int64)[1:]  # the alignment of labels varies too
+        inputs = Inputs(feature[:N], feature[:M], _empty(), y[:N], y[:M], feature[:N], feature[:M], _empty())
+        for value in (0.01, 0.3, 1.0):
+            options = FULL._replace(margin=value, smoothing=value, stats=True)
+            with target("sm_90"), recording(execute=False, keep_arguments=True) as launches:
+                saved = contrastive_triton.forward(inputs, options, tile=tile).saved
+                contrastive_triton.backward(
+                    _empty(4), inputs, saved, options, Needs(), tile=tile, strip_bytes=1 << 16
                 )
-                _, rows, cols, _ = loss.forward(*arguments, value, value, FULL, True, tile=tile)
-                loss.backward(
-                    _empty(4), *arguments, rows, cols, value, value, FULL, (True,) * 3,
-                    tile=tile, strip_bytes=1 << 16,
-                )  # fmt: skip
-    kernels = {id(kernel): kernel for kernel, _ in compiled}.values()
-    return {kernel.__name__: len(kernel.device_caches[str(TARGETS["sm_90"])][0]) for kernel in kernels}
+                for launch in launches:
+                    launch.compile()
+                    kernels[launch.kernel.__name__] = launch.kernel
+    return {name: len(kernel.device_caches[str(TARGETS["sm_90"])][0]) for name, kernel in kernels.items()}
 
 
 def measure(
@@ -358,7 +348,7 @@ def measure(
         "kernels": rows,
         "variants": counted,
         "estimates": estimated,
-        "average_estimates": _roofline.average_estimates(chosen),
+        "average_estimates": roofline.average_estimates(chosen),
         "full_table": full_table,
     }
 
@@ -385,7 +375,7 @@ def report(results: dict[str, Any]) -> str:
         "of a tile read its operands from memory; otherwise caches keep them within a launch. Perfect overlap, "
         "no cost of launches. Products: the matrix products that finish the backward pass.",
         _estimates(results["estimates"]),
-        f"Moving average, {_roofline.AVERAGE_BYTES} bytes per parameter at the memory's bandwidth: estimate, not "
+        f"Moving average, {roofline.AVERAGE_BYTES} bytes per parameter at the memory's bandwidth: estimate, not "
         "measured.",
         _average_estimates(results["average_estimates"]),
     ]

@@ -12,7 +12,6 @@ not depend on what is in it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,10 +19,10 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks._competitors import CASES, EAGER, Problem, Step, check, theirs
-from benchmarks._measure import allocated, table
-from benchmarks._part import Highlight, command_line, progress
-from tracer.kernels import blocked
+from benchmarks.competitors import CASES, EAGER, Problem, Step, baseline, check
+from benchmarks.harness import Highlight, command_line, progress, table
+from benchmarks.measure import allocated
+from tracer.kernels import _blocked_tile
 
 BLOCKED, TRITON = "ours (blocked)", "ours (triton)"
 SIZES = (512, 1024, 2048, 4096)
@@ -42,7 +41,7 @@ def measure(*, quick: bool = False, width: int = 512) -> dict[str, Any]:
         for case in CASES:
             for precision in PRECISIONS:
                 progress(f"memory: {case}, {precision}")
-                for who, most in ((BLOCKED, 4096), (EAGER, 1024), (theirs(case), 4096)):
+                for who, most in ((BLOCKED, 4096), (EAGER, 1024), (baseline(case), 4096)):
                     most = min(most, (2048 if who == BLOCKED else 512) if quick else most)
                     sizes = [n for n in SIZES if n <= most]
                     found.append(_row(case, precision, who, _count(case, precision, who, sizes, width)))
@@ -85,25 +84,19 @@ def one_thread() -> Iterator[None]:
 def any_processor() -> Iterator[None]:
     """The CPU implementation takes the same products whatever the processor."""
     with (
-        patch.object(blocked, "bfloat16_unit", lambda: "AMX"),
-        patch.object(blocked, "_mkl_knows_this_processor", lambda: False),
+        patch.object(_blocked_tile, "bfloat16_unit", lambda: "AMX"),
+        patch.object(_blocked_tile, "mkl_knows_this_processor", lambda: False),
     ):
         yield
 
 
 @contextmanager
 def launches_left_out() -> Iterator[None]:
-    """The GPU implementation on CPU tensors, with the tiles of an H100, up to the launch of its kernels."""
-    with patch.dict(os.environ, TRITON_INTERPRET="1"):  # CPU tensors are allowed to the interpreter only
-        from tracer.kernels import _config, contrastive
+    """Run the GPU implementation on CPU tensors, with the tiles of an H100, up to the launch of its kernels."""
+    from tracer.kernels._triton import planning_for, recording
 
-        with (
-            patch.object(contrastive, "_launch", lambda *args, **constants: None),
-            patch.object(contrastive, "require_device", lambda tensor: None),
-            patch.object(_config, "architecture", lambda device: "sm_90"),
-            patch.object(_config, "_multiprocessors", lambda device: 132),
-        ):
-            yield
+    with planning_for("sm_90", 132), recording(execute=False):
+        yield
 
 
 def report(results: dict[str, Any]) -> str:

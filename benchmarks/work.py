@@ -30,11 +30,12 @@ import os
 if __name__ == "__main__":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -47,19 +48,39 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import interpreter
 
 from benchmarks import published
-from benchmarks._measure import table
-from benchmarks._part import Highlight, command_line, progress
-from tracer.kernels import _config, average, contrastive
-from tracer.kernels._config import Tile
-from tracer.kernels._triton import INTERPRETED
+from benchmarks.harness import Highlight, command_line, progress, table
+from tracer.kernels import _grid, average_triton, contrastive_triton
+from tracer.kernels._tiles import TABLES, Tile
+from tracer.kernels._triton import INTERPRETED, planning_for, recording
+from tracer.kernels.contrastive import Inputs, Needs, Options
 
-loss: Any = contrastive  # called with unpacked arguments, which the type checker can't count
-FULL, CLIP = (True,) * 4, (True, False, False, False)
-# (terms, has labels, margin and smoothing) of what is counted, and its floor in units: forward, backward
+
+class Objective(NamedTuple):
+    """A loss whose work is counted."""
+
+    options: Options
+    labelled: bool
+    floor_units: dict[str, int]  # products that the algorithm needs, by pass
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether student and teacher features are multiplied, four products a tile instead of one."""
+        return self.options.relational or self.options.crossed
+
+    def inputs(self, feature: Tensor, scale: Tensor, labels: Tensor) -> Inputs:
+        """Build the inputs of a call from features [N, D], which serve for both towers and both models."""
+        y = labels if self.labelled else None
+        teacher = (feature, feature, scale) if self.has_teacher else (None, None, None)
+        return Inputs(feature, feature.flip(0), scale, y, y, *teacher)
+
+
+MPM_NCE = Options(margin=0.05, smoothing=0.05)
 OBJECTIVES = {
-    "CLIP": (CLIP, False, 1, 3),
-    "MPM-NCE": (CLIP, True, 1, 3),
-    "full objective": (FULL, True, 4, 8),
+    "CLIP": Objective(Options(), False, {"forward": 1, "backward": 3}),
+    "MPM-NCE": Objective(MPM_NCE, True, {"forward": 1, "backward": 3}),
+    "full objective": Objective(
+        MPM_NCE._replace(relational=True, interactive=True, cross=True), True, {"forward": 4, "backward": 8}
+    ),
 }
 PASSES = ("forward", "backward")
 # dtype of the parameters, of the copies, and the least bytes per parameter
@@ -147,64 +168,45 @@ def _method(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callab
     return lambda self, *arguments, **options: wrapper(original, self, *arguments, **options)
 
 
-@contextmanager
-def multiprocessors(places: int) -> Iterator[None]:
-    """Within, every device has so many: the kernels' grids are those of such a GPU."""
-    kept = _config._multiprocessors
-    _config._multiprocessors = lambda device: places  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        _config._multiprocessors = kept
-
-
 def tiles(architecture: str, objective: str) -> dict[str, Tile]:
-    """The tiles that large batches in 16 bits take, by pass."""
-    many = OBJECTIVES[objective][0] == FULL
-    return {kernel: _config.TABLES[architecture][kernel, many, 16][0] for kernel in PASSES}
+    """Return the tiles that large batches in 16 bits take, by pass."""
+    many = OBJECTIVES[objective].has_teacher
+    return {kernel: TABLES[architecture][kernel, many, 16][0] for kernel in PASSES}
 
 
 def visited_bytes(objective: str, N: int, D: int, tile: Tile) -> int:
-    """Bytes in 16 bits of all operand tiles that a walk over N×N logits visits."""
-    many = OBJECTIVES[objective][0] == FULL
-    return -(-N // tile.block_n) * -(-N // tile.block_m) * (tile.block_n + tile.block_m) * D * 2 * (1 + many)
+    """Return the bytes in 16 bits of all operand tiles that a walk over N×N logits visits."""
+    operands = 1 + OBJECTIVES[objective].has_teacher
+    visits = math.prod(_grid.plan(N, N, tile, multiprocessors=1).tiles)
+    return visits * (tile.block_n + tile.block_m) * D * 2 * operands
 
 
 def gradient_bytes(objective: str, N: int) -> int:
-    """Bytes in 16 bits of the gradients of all logits, which pass through the strips."""
-    return N * N * 2 * (3 if OBJECTIVES[objective][0] == FULL else 1)
-
-
-def _arguments(
-    objective: str, feature: Tensor, scale: Tensor, labels: Tensor
-) -> tuple[tuple[Any, ...], float]:
-    """Features to labels and teacher as the launchers take them, and the value of margin and smoothing."""
-    enabled, labelled, *_ = OBJECTIVES[objective]
-    y = labels if labelled else None
-    teacher = (feature, feature, scale) if enabled == FULL else (None, None, None)
-    return (feature, feature.flip(0), scale, y, y, *teacher), 0.05 if labelled else 0.0
+    """Return the bytes in 16 bits of the gradients of all logits, which pass through the strips."""
+    return N * N * 2 * (3 if OBJECTIVES[objective].has_teacher else 1)
 
 
 def count(objective: str, N: int, D: int, architecture: str = "sm_90", places: int = 132) -> dict[str, Any]:
-    """Run an objective of N images and N texts of width D in float16 with ``architecture``'s tiles on ``places``
-    multiprocessors, and count. The inner blocks are widened to D: fewer, larger steps of the same work.
+    """Run an objective of N images and N texts of width D in float16 and count its work.
+
+    The tiles are ``architecture``'s, the grids those of ``places`` multiprocessors. The inner blocks are widened
+    to D: fewer, larger steps of the same work.
     """
-    enabled, _, *floor_units = OBJECTIVES[objective]
+    counted = OBJECTIVES[objective]
     generator = torch.Generator().manual_seed(0)
     feature = torch.nn.functional.normalize(torch.randn(N, D, generator=generator), dim=1).half()
-    arguments, option = _arguments(objective, feature, torch.tensor(20.0), torch.arange(N) // 2)
+    inputs = counted.inputs(feature, torch.tensor(20.0), torch.arange(N) // 2)
     tile = {kernel: t._replace(block_d=D) for kernel, t in tiles(architecture, objective).items()}
-    with multiprocessors(places):
+    with planning_for(architecture, places):
         with counting() as ahead:
-            _, rows, cols, _ = loss.forward(*arguments, option, option, enabled, False, tile=tile["forward"])
+            saved = contrastive_triton.forward(inputs, counted.options, tile=tile["forward"]).saved
         with FlopCounterMode(display=False) as products, counting() as back:
-            loss.backward(
-                torch.ones(4), *arguments, rows, cols, option, option, enabled, (True, True, True),
-                tile=tile["backward"],
-            )  # fmt: skip
+            contrastive_triton.backward(
+                torch.ones(4), inputs, saved, counted.options, Needs(), tile=tile["backward"]
+            )
     back.flops += products.get_total_flops()
-    floor_bytes = [visited_bytes(objective, N, D, tile[kernel]) for kernel in PASSES]
-    floor_bytes[1] += gradient_bytes(objective, N)
+    floor_bytes = {kernel: visited_bytes(objective, N, D, tile[kernel]) for kernel in PASSES}
+    floor_bytes["backward"] += gradient_bytes(objective, N)
     both = dict(zip(PASSES, (ahead, back), strict=True))
     return {
         "objective": objective,
@@ -212,10 +214,10 @@ def count(objective: str, N: int, D: int, architecture: str = "sm_90", places: i
         "rows": N,
         "width": D,
         "units": {name: work.flops / (2 * N * N * D) for name, work in both.items()},
-        "floor_units": dict(zip(PASSES, floor_units, strict=True)),
+        "floor_units": counted.floor_units,
         "published_units": _published_units(objective, N, D),
         "bytes": {name: work.loaded + work.stored for name, work in both.items()},
-        "floor_bytes": dict(zip(PASSES, floor_bytes, strict=True)),
+        "floor_bytes": floor_bytes,
         "launches": {name: work.launches for name, work in both.items()},
         "operations_per_logit": {name: work.operations / N**2 for name, work in both.items()},
         "exponentials_per_logit": {name: work.exponentials / N**2 for name, work in both.items()},
@@ -246,7 +248,7 @@ def count_average(mode: str) -> dict[str, Any]:
     params = [torch.ones(shape, dtype=dtype) for shape in AVERAGED]
     copies = [torch.zeros(shape, dtype=low) for shape in AVERAGED] if low else None
     with counting() as work:
-        average.average_(averages, params, 0.5, copies)
+        average_triton.average_(averages, params, 0.5, copies)
     numel = sum(t.numel() for t in averages)
     return {
         "mode": mode,
@@ -285,35 +287,25 @@ def count_memory(objective: str, N: int, D: int, architecture: str, places: int)
 
     They run on a GPU's tensors without data: what is allocated is what would be, nothing is computed.
     """
-    enabled = OBJECTIVES[objective][0]
-    tile = tiles(architecture, objective)
-    kept = contrastive._launch, contrastive.device_guard
-    contrastive._launch, contrastive.device_guard = lambda *_, **__: None, lambda _: nullcontext()  # type: ignore[assignment]
-    try:
-        with multiprocessors(places), FakeTensorMode():
-            on_gpu = partial(torch.empty, device="cuda")
-            labels, feature = on_gpu(N, dtype=torch.int64), on_gpu(N, D, dtype=torch.bfloat16)
-            arguments, option = _arguments(objective, feature, on_gpu(()), labels)
-            upstream = on_gpu(4)
-            with Allocated((arguments, upstream)) as made:
-                _terms, rows, cols, _ = loss.forward(
-                    *arguments, option, option, enabled, False, tile=tile["forward"]
-                )
-                ahead, saved = made.peak, made.alive
-                made.peak = 0
-                loss.backward(
-                    upstream, *arguments, rows, cols, option, option, enabled, (True, True, True),
-                    tile=tile["backward"],
-                )  # fmt: skip
-    finally:
-        contrastive._launch, contrastive.device_guard = kept
+    counted, tile = OBJECTIVES[objective], tiles(architecture, objective)
+    with planning_for(architecture, places), recording(execute=False), FakeTensorMode():
+        on_gpu = partial(torch.empty, device="cuda")
+        labels, feature = on_gpu(N, dtype=torch.int64), on_gpu(N, D, dtype=torch.bfloat16)
+        inputs, upstream = counted.inputs(feature, on_gpu(()), labels), on_gpu(4)
+        with Allocated((inputs, upstream)) as made:
+            saved = contrastive_triton.forward(inputs, counted.options, tile=tile["forward"]).saved
+            ahead, kept = made.peak, made.alive
+            made.peak = 0
+            contrastive_triton.backward(
+                upstream, inputs, saved, counted.options, Needs(), tile=tile["backward"]
+            )
     return {
         "objective": objective,
         "architecture": architecture,
         "rows": N,
         "width": D,
         "forward": ahead,
-        "saved": saved,
+        "saved": kept,
         "backward": made.peak,
         "matrix": 2 * N * N,
     }
@@ -372,7 +364,7 @@ def report(results: dict[str, Any]) -> str:
             "Moving average, launches and bytes per parameter:",
             _average_table(results["average"]),
             "Memory that the launchers allocate, bfloat16, gradients of the features included, beside one matrix "
-            f"of logits in 16 bits; D = {MEMORY_WIDTH}, strips of {contrastive.STRIP_BYTES >> 20} MiB or, where "
+            f"of logits in 16 bits; D = {MEMORY_WIDTH}, strips of {_grid.STRIP_BYTES >> 20} MiB or, where "
             "these are larger, as large as the gradients:",
             _memory_table(results["memory"]),
         ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import torch
 
 
@@ -10,3 +13,11 @@ def bfloat16_unit() -> str | None:
     if torch.cpu._is_amx_tile_supported():
         return "AMX"
     return "AVX-512" if torch.cpu._is_avx512_bf16_supported() else None
+
+
+@cache
+def mkl_knows_this_processor() -> bool:
+    """Return whether float32 products go to MKL, which takes its AVX-512 kernels on Intel's processors only."""
+    cpuinfo = Path("/proc/cpuinfo")
+    intel = cpuinfo.is_file() and "GenuineIntel" in cpuinfo.read_text()
+    return (intel and torch.backends.mkl.is_available()) or not torch.backends.mkldnn.is_available()

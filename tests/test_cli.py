@@ -168,19 +168,19 @@ def test_an_unknown_key_in_the_file_is_named(capsys, tmp_path):
     assert "learning_rate" in refused(capsys, "finetune", "--config", file)
 
 
-def test_a_file_of_settings_that_is_no_text_is_named(capsys, tmp_path):
+def test_a_file_of_settings_that_is_not_text_is_named(capsys, tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_bytes(b"\x89PNG\r\n")
-    assert f"'{file}' is no YAML in UTF-8" in refused(capsys, "finetune", "--config", file)
+    assert f"'{file}' is not YAML in UTF-8" in refused(capsys, "finetune", "--config", file)
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"\x89PNG\r\n", "is no JSON in UTF-8"),
-        (b"{", "is no JSON in UTF-8"),
-        (b'{"circle": [1], "bar": ["a bar"]}', "at least one prompt, a string, a class"),
-        (b'{"circle": [], "bar": ["a bar"]}', "at least one prompt, a string, a class"),
+        (b"\x89PNG\r\n", "is not JSON in UTF-8"),
+        (b"{", "is not JSON in UTF-8"),
+        (b'{"circle": [1], "bar": ["a bar"]}', "a list of at least one string for each class"),
+        (b'{"circle": [], "bar": ["a bar"]}', "a list of at least one string for each class"),
         (b'["circle", "bar"]', "must hold {class: [prompt, …]}"),
         (b'{"circle": ["a circle"]}', "has 1 classes ('circle'): a classifier needs at least two"),
         (b"{}", "has 0 classes ('none'): a classifier needs at least two"),
@@ -219,14 +219,14 @@ def test_weights_that_do_not_fit_the_demo_s_model_are_named(capsys, drawings, tm
     line = says(str(other))
     assert f"model 'tracer-demo' with weights '{other}' cannot be loaded: Error(s) in loading" in line
     assert len(line) < 500 + len(str(other))
-    assert "tracer-demo has no pretrained tags, and 'openai' is no local file" in says("openai")
+    assert "tracer-demo has no pretrained tags, and 'openai' is not a local file" in says("openai")
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"{", "is no JSON in UTF-8"),
-        (b"\x89PNG\r\n", "is no JSON in UTF-8"),
+        (b"{", "is not JSON in UTF-8"),
+        (b"\x89PNG\r\n", "is not JSON in UTF-8"),
         (b"{}", "must hold embed_dim, vision_cfg and text_cfg"),
     ],
 )

@@ -44,7 +44,7 @@ def _finetune(config: Config) -> None:
 
 
 def _evaluate(config: EvaluateConfig) -> None:
-    from tracer.evaluation.zero_shot import evaluate
+    from tracer.evaluation.evaluate import evaluate
     from tracer.report.terminal import print_scores
 
     print_scores({config.pretrained or config.model: evaluate(config)})

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
 
 from tracer.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def aside(path: Path) -> Path:
@@ -59,6 +67,30 @@ def whole_folder(path: Path, keep: str | None = None) -> Iterator[Path]:
         finally:
             if not kept():
                 shutil.rmtree(part, ignore_errors=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as a safetensors file, whole or not at all.
+
+    Args:
+        path: of the file; its folder is made where it is missing.
+        tensors: on any device; their order decides nothing, their dtypes are kept.
+        metadata: strings for the file's header.
+
+    Raises:
+        OSError: the file cannot be written; with the operating system's number and ``path``.
+    """
+    from safetensors.torch import save_file  # imports torch, which the other functions do without
+
+    # Each tensor a storage of its own: the format refuses tied ones.
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with whole_file(path) as part:
+        try:
+            save_file(own, part, metadata)
+        except SafetensorError as error:  # the library's own word for what the operating system said
+            number = re.search(r"os error (\d+)", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def remove_folder(path: Path) -> None:

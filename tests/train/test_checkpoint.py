@@ -18,8 +18,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tracer.data.batches import TrainingBatches
-from tracer.demo.compare import _finetune_once
 from tracer.demo.config import DemoConfig
+from tracer.demo.methods import finetune_once
 from tracer.errors import UserError
 from tracer.files import aside, whole_folder
 from tracer.models.clip import load_clip
@@ -342,7 +342,7 @@ def test_seconds_of_both_attempts_count(config, monkeypatch):
 def run_by_the_demo(config: Config) -> Path:
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
     demo = DemoConfig(**settings | {"output": config.output.parent})
-    return _finetune_once(demo, "flyp", {"method": "flyp"}, seed=0)
+    return finetune_once(demo, "flyp", {"method": "flyp"}, seed=0)
 
 
 def test_the_demo_goes_on_with_its_own_run_and_trains_another_anew(config, monkeypatch, capsys):

@@ -13,8 +13,8 @@ from tracer.data.batches import TrainingBatches
 from tracer.data.dali import Pictures
 from tracer.data.index import read_index
 from tracer.data.order import in_order
-from tracer.kernels import eager
 from tracer.models.clip import load_clip
+from tracer.ops import contrastive_loss
 from tracer.schedules import EMA, WMA, Frozen, Uniform
 from tracer.train.engine import lr_schedule
 from tracer.train.log import read_log
@@ -47,7 +47,7 @@ def test_the_loop_equals_a_plain_torch_loop(config):
 
 
 def test_the_whole_objective_equals_a_plain_torch_loop(config):
-    """Labels, every distillation term, a WMA teacher, penalties and clipping against eager losses and torch."""
+    """Labels, every distillation term, a WMA teacher, penalties and clipping against the eager loss and torch."""
     changes = {"wma_beta": 0.8, "clip_grad": 0.1, "projection_product": 0.05, "feature": 200.0}
     config = dataclasses.replace(config, **changes)
     folder = finetune(config)
@@ -64,11 +64,22 @@ def test_the_whole_objective_equals_a_plain_torch_loop(config):
     for k, batch in enumerate(TrainingBatches(read_index(config.train_data), clip, **options), 1):
         u, v, scale = model(batch.image, batch.text)
         with torch.no_grad():
-            tu, tv, teacher_scale = teacher(batch.image, batch.text)
-        pairs = u, v, scale.squeeze(), batch.label, batch.label, tu, tv, teacher_scale.squeeze()
-        terms, _ = eager.contrastive_terms(*pairs, enabled=(True,) * 4)
+            tu, tv, teacher_logit_scale = teacher(batch.image, batch.text)
+        eager = contrastive_loss(
+            u,
+            v,
+            scale.squeeze(),
+            labels=batch.label,
+            teacher_image=tu,
+            teacher_text=tv,
+            teacher_logit_scale=teacher_logit_scale.squeeze(),
+            relational=0.9,
+            interactive=0.9,
+            cross=0.9,
+            impl="eager",
+        )
         feature = (u - tu).square().mean() + (v - tv).square().mean()
-        loss = terms[0] + 0.9 * (terms[1:].sum() + 200 * feature)
+        loss = eager.loss + 0.9 * 200 * feature
         loss = loss + 0.05 * (model.visual.proj @ model.text_projection.T).norm()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)))
@@ -110,7 +121,7 @@ def test_training_pictures_are_random_crops(config):
     """Off the centre crop, and another one each time that a picture comes round."""
     index, clip = read_index(config.train_data), load_clip(config.model, config.pretrained)
     options = {"batch_size": 32, "steps": 2, "seed": 0}
-    (centre, _), *_ = Pictures(index, clip, in_order(32, 32), 32)
+    (centre, _), *_ = Pictures(index, clip.picture_format, in_order(32, 32), 32)
 
     def epochs(crop_scale: float) -> list[torch.Tensor]:
         batches = list(TrainingBatches(index, clip, crop_scale=crop_scale, **options))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tracer import recipes
-from tracer.adapters import accumulation
+from tracer.adapters import adapter_schedule
 from tracer.data.batches import Batch, TrainingBatches
 from tracer.data.index import Index
 from tracer.losses import TracerLoss
@@ -150,7 +150,7 @@ def moving_averages(config: Config, engine: deepspeed.DeepSpeedEngine) -> Averag
     if config.method == "tracer":
         teacher = build_teacher(engine, teacher_schedule(config))
     if config.adapted and config.adapter_momentum:
-        student = build_teacher(engine, accumulation(config.total_steps, config.adapter_momentum))
+        student = build_teacher(engine, adapter_schedule(config.total_steps, config.adapter_momentum))
     return Averages(teacher, student)
 
 

@@ -17,9 +17,11 @@ from tqdm import tqdm
 
 from tracer.adapters import TOWERS, Share, adapter_state, add_adapters, fold, save_adapters
 from tracer.data.check import check_pictures
+from tracer.data.decoded import DecodedPictures
 from tracer.data.index import Index, read_index
 from tracer.errors import UserError
-from tracer.evaluation.zero_shot import Scores, check_labels, class_prompts, evaluate_zero_shot
+from tracer.evaluation.prompts import check_labels, class_prompts
+from tracer.evaluation.zero_shot import Scores, evaluate_zero_shot
 from tracer.files import sync, whole_folder
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.clip import load_clip, weights_file
@@ -161,10 +163,12 @@ def _evaluate(config: Config, weights: dict[str, Weights], evaluation: Evaluatio
         return {}
     clip = load_clip(config.model, config.pretrained)
     clip.model.to(compute_device())
-    scores = {}
+    scores, decoded = {}, DecodedPictures()
     for name, state in weights.items():
         clip.model.load_state_dict(state)
-        scores[name] = evaluate_zero_shot(clip, evaluation.sets, evaluation.prompts, workers=config.workers)
+        scores[name] = evaluate_zero_shot(
+            clip, evaluation.sets, evaluation.prompts, workers=config.workers, decoded=decoded
+        )
     return scores
 
 

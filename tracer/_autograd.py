@@ -1,0 +1,139 @@
+"""The custom operators ``tracer::contrastive_loss`` and its backward, which autograd and torch.compile see.
+
+An operator takes flat arguments. Its schema comes from the fields of the records in ``kernels/contrastive.py``,
+and only this file turns records into arguments and back, so that a new field needs no change here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from types import ModuleType
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+from tracer.kernels.contrastive import (
+    IMPLEMENTATIONS,
+    TERMS,
+    Forward,
+    Gradients,
+    Inputs,
+    Needs,
+    Options,
+    Saved,
+    Statistics,
+    accumulation_dtype,
+    diagnostic_names,
+)
+
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool"}
+
+
+def _schema(*records: type) -> str:
+    """Return the arguments of a schema: every field of the records, in order."""
+    fields = [item for record in records for item in get_type_hints(record).items()]
+    return ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in fields)
+
+
+def _records(values: Iterable[Any], *records: Any) -> list[Any]:
+    """Build the records from their flat fields."""
+    values = iter(values)
+    return [record(*islice(values, len(record._fields))) for record in records]
+
+
+def implementation(impl: str) -> ModuleType:
+    """Return the module of an implementation; the first call that needs Triton imports it."""
+    return importlib.import_module(f"tracer.kernels.{IMPLEMENTATIONS[impl].module}")
+
+
+def _without_autocast(kind: str) -> AbstractContextManager[None]:
+    """Switch autocast off on this kind of device, where it exists at all."""
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def contrastive_terms(impl: str, inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    """Return the vector of terms, differentiable once, and the diagnostics, by a tiled implementation."""
+    result = Forward(*_forward(impl, *inputs, *options))
+    return result.terms, result.diagnostics
+
+
+def _run_forward(impl: str, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs, options = _records(arguments, Inputs, Options)
+    with _without_autocast(inputs.image.device.type):
+        return tuple(implementation(impl).forward(inputs, options))
+
+
+def _fake_forward(impl: str, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs, options = _records(arguments, Inputs, Options)
+    image, dtype = inputs.image, accumulation_dtype(inputs.image)
+    measured = len(diagnostic_names(inputs.has_teacher)) if options.stats else 0
+    return tuple(
+        Forward(
+            terms=image.new_empty(len(TERMS), dtype=dtype),
+            row_stats=image.new_empty(len(Statistics._fields), image.shape[0], dtype=dtype),
+            col_stats=image.new_empty(len(Statistics._fields), inputs.text.shape[0], dtype=dtype),
+            diagnostics=image.new_empty(measured, dtype=dtype),
+        )
+    )
+
+
+def _run_backward(impl: str, grad_terms: Tensor, *arguments: Any) -> list[Tensor]:
+    inputs, saved, options, needs = _records(arguments, Inputs, Saved, Options, Needs)
+    with _without_autocast(inputs.image.device.type):
+        gradients = implementation(impl).backward(grad_terms, inputs, saved, options, needs)
+    return [gradient for gradient, need in zip(gradients, needs, strict=True) if need]
+
+
+def _fake_backward(impl: str, grad_terms: Tensor, *arguments: Any) -> list[Tensor]:
+    inputs, _, _, needs = _records(arguments, Inputs, Saved, Options, Needs)
+    needed = [getattr(inputs, name) for name in Needs._fields if getattr(needs, name)]
+    return [x.new_empty(x.shape) for x in needed]
+
+
+_forward = torch.library.custom_op(
+    "tracer::contrastive_loss",
+    _run_forward,
+    mutates_args=(),
+    schema=f"(str impl, {_schema(Inputs, Options)}) -> ({', '.join(['Tensor'] * len(Forward._fields))})",
+)
+_backward = torch.library.custom_op(
+    "tracer::contrastive_loss_backward",
+    _run_backward,
+    mutates_args=(),
+    schema=f"(str impl, Tensor grad_terms, {_schema(Inputs, Saved, Options, Needs)}) -> Tensor[]",
+)
+_forward.register_fake(_fake_forward)
+_backward.register_fake(_fake_backward)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.impl, *arguments = inputs
+    tensors, ctx.options = _records(arguments, Inputs, Options)
+    result = Forward(*output)
+    ctx.save_for_backward(*tensors, *result.saved)
+    ctx.mark_non_differentiable(*result.saved, result.diagnostics)
+
+
+def _differentiate(ctx: Any, grad_terms: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    inputs, saved = _records(ctx.saved_tensors, Inputs, Saved)
+    _, *needs_gradient = ctx.needs_input_grad
+    asked, _ = _records(needs_gradient, Inputs, Options)
+    needs = Needs(*(getattr(asked, name) for name in Needs._fields))
+    values = iter(_backward(ctx.impl, grad_terms, *inputs, *saved, *ctx.options, *needs))
+    gradients = Gradients(*(next(values) if need else None for need in needs))
+    of_inputs = (getattr(gradients, name, None) for name in Inputs._fields)
+    return None, *of_inputs, *(None for _ in Options._fields)
+
+
+def _refuse_double_backward(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(
+        "contrastive_loss: double backward is not supported by impl 'triton' and 'blocked'; use impl='eager'"
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_backward.register_autograd(_refuse_double_backward)

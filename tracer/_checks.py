@@ -1,0 +1,188 @@
+"""What the loss refuses: one line for each refusal, naming the thing and the remedy."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tracer.kernels.contrastive import IMPLEMENTATIONS
+
+IMPLS = ("auto", *IMPLEMENTATIONS)
+# Up to this many entries of the logit matrix (256 x 256, 256 KiB in float32) the definition is as fast as
+# the tiled walk on a CPU or faster, and its memory is as bounded.
+_SMALL = 2**16
+
+
+def check_numbers(
+    margin: float,
+    smoothing: float,
+    teacher_temperature: float,
+    weights: dict[str, float],
+    group: object | None,
+    impl: str,
+) -> None:
+    """Refuse options out of their range, an unknown implementation and a process group."""
+    if impl not in IMPLS:
+        raise ValueError(f"contrastive_loss: unknown impl {impl!r}; choose one of {', '.join(IMPLS)}")
+    if group is not None:
+        raise NotImplementedError(
+            "contrastive_loss: a process group is not supported yet; gather the features of all ranks "
+            "first and pass group=None"
+        )
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"contrastive_loss: margin must be a finite number >= 0, got {margin}")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"contrastive_loss: smoothing must lie in [0, 1), got {smoothing}")
+    if not 0 < teacher_temperature < math.inf:
+        raise ValueError(
+            f"contrastive_loss: teacher_temperature must be a finite number > 0, got {teacher_temperature}"
+        )
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"contrastive_loss: weight {name} must be a finite number >= 0, got {weight}")
+
+
+def check_features(image: Tensor, text: Tensor) -> None:
+    """Refuse features that are not two matrices of one width, device and, outside autocast, dtype."""
+    for name, x in (("image", image), ("text", text)):
+        if x.ndim != 2:
+            raise ValueError(f"contrastive_loss: {name} must be [rows, D], got shape {tuple(x.shape)}")
+        if x.shape[0] == 0 or x.shape[1] == 0:
+            raise ValueError(f"contrastive_loss: {name} is empty {tuple(x.shape)}; skip empty batches")
+        if not x.dtype.is_floating_point:
+            raise ValueError(
+                f"contrastive_loss: {name} must be floating point, got {x.dtype}; cast the features to float32"
+            )
+    if image.shape[1] != text.shape[1]:
+        raise ValueError(
+            f"contrastive_loss: image has D = {image.shape[1]} but text has D = {text.shape[1]}; "
+            "project both to one width"
+        )
+    if image.device != text.device:
+        raise ValueError(
+            f"contrastive_loss: image is on {image.device} but text on {text.device}; move both to one device"
+        )
+    if image.dtype != text.dtype and not autocast_is_on(image):
+        raise ValueError(
+            f"contrastive_loss: image is {image.dtype} but text {text.dtype}; cast both to one dtype"
+        )
+
+
+def autocast_is_on(x: Tensor) -> bool:
+    """Return whether autocast is active on a tensor's kind of device."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def check_labels(
+    image: Tensor, text: Tensor, labels: Tensor | None, text_labels: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return labels and text_labels as contiguous int64, or None twice where pairs are given by position."""
+    n, m = len(image), len(text)
+    if labels is None and text_labels is not None:
+        raise ValueError("contrastive_loss: text_labels needs labels too; pass the labels of the images")
+    if text_labels is None:
+        if n != m:
+            raise ValueError(
+                f"contrastive_loss: {n} images but {m} texts; pass labels and text_labels to say what "
+                "belongs together"
+            )
+        text_labels = labels
+    if labels is None or text_labels is None:
+        return None, None
+    for name, y, size in (("labels", labels, n), ("text_labels", text_labels, m)):
+        if tuple(y.shape) != (size,):
+            raise ValueError(
+                f"contrastive_loss: {name} must have shape ({size},), got {tuple(y.shape)}; one per row"
+            )
+        if y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool:
+            raise ValueError(f"contrastive_loss: {name} must be integers, got {y.dtype}; use .long()")
+        if y.device != image.device:
+            raise ValueError(
+                f"contrastive_loss: {name} is on {y.device} but image on {image.device}; "
+                f"use .to({str(image.device)!r})"
+            )
+    return labels.long().contiguous(), text_labels.long().contiguous()
+
+
+def check_teacher(
+    image: Tensor,
+    text: Tensor,
+    teacher_image: Tensor | None,
+    teacher_text: Tensor | None,
+    weights: dict[str, float],
+) -> tuple[Tensor, Tensor] | None:
+    """Return the teacher's features without their graph; None without a teacher, which no weight may need."""
+    if teacher_image is None and teacher_text is None:
+        for name, weight in weights.items():
+            if weight > 0:
+                raise ValueError(
+                    f"contrastive_loss: weight {name} = {weight} needs a teacher; pass teacher_image and "
+                    f"teacher_text, or {name}=0"
+                )
+        return None
+    if teacher_image is None or teacher_text is None:
+        missing = "teacher_image" if teacher_image is None else "teacher_text"
+        raise ValueError(f"contrastive_loss: {missing} is missing; pass both of the teacher's features")
+    for name, x, like in (("teacher_image", teacher_image, image), ("teacher_text", teacher_text, text)):
+        if x.shape != like.shape:
+            raise ValueError(
+                f"contrastive_loss: {name} must have the student's shape {tuple(like.shape)}, "
+                f"got {tuple(x.shape)}"
+            )
+        if x.device != like.device:
+            raise ValueError(
+                f"contrastive_loss: {name} is on {x.device} but the student on {like.device}; "
+                f"use .to({str(like.device)!r})"
+            )
+        if not x.dtype.is_floating_point:
+            raise ValueError(f"contrastive_loss: {name} must be floating point, got {x.dtype}")
+    return teacher_image.detach(), teacher_text.detach()
+
+
+def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a number, or a tensor of one element, as a 0-dim tensor."""
+    if not isinstance(value, Tensor):
+        return torch.full((), float(value), device=device, dtype=dtype)
+    if value.numel() != 1:
+        raise ValueError(f"contrastive_loss: {name} must hold one element, got shape {tuple(value.shape)}")
+    if value.device != device and value.ndim:
+        raise ValueError(
+            f"contrastive_loss: {name} is on {value.device} but image on {device}; move it there"
+        )
+    return value.reshape(()).to(device=device, dtype=dtype)
+
+
+def resolve(impl: str, image: Tensor, text: Tensor) -> str:
+    """Return the implementation to use, once it is known that it can take these features."""
+    kernels = IMPLEMENTATIONS["triton"]
+    if impl == "auto":
+        fits = image.dtype in kernels.dtypes and image.shape[1] % kernels.width_multiple == 0
+        if image.device.type == "cuda" and fits:
+            impl = "triton"
+        else:
+            impl = "eager" if len(image) * len(text) <= _SMALL else "blocked"
+    chosen = IMPLEMENTATIONS[impl]
+    if image.dtype not in chosen.dtypes:
+        able = ", ".join(name for name, other in IMPLEMENTATIONS.items() if image.dtype in other.dtypes)
+        remedy = f"use impl {able}" if able else "cast the features to float32"
+        raise ValueError(f"contrastive_loss: impl {impl!r} cannot take {image.dtype} features; {remedy}")
+    if image.shape[1] % chosen.width_multiple:
+        raise ValueError(
+            f"contrastive_loss: impl {impl!r} needs D to be a multiple of {chosen.width_multiple}, got "
+            f"D = {image.shape[1]}; use impl='blocked' or 'auto', or pad the features with zeros"
+        )
+    return impl
+
+
+def refuse_forward_mode(impl: str, *tensors: Tensor) -> None:
+    """Refuse forward-mode AD where the implementation has no rule for it."""
+    if impl == "eager" or torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            f"contrastive_loss: forward-mode AD is not supported by impl {impl!r}; use impl='eager'"
+        )
