@@ -152,7 +152,7 @@ R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pret
         ),
         (
             ["demo", "--eval_data.a", "a.csv", "--kinds.b", "near"],
-            "--kinds.b names no set: those to evaluate on are a",
+            "--kinds.b names no evaluation set: the sets are a",
         ),
     ],
 )

@@ -15,11 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cut_runs import content, cut
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tracer.data.batches import TrainingBatches
-from tracer.demo.config import DemoConfig
-from tracer.demo.methods import finetune_once
 from tracer.errors import UserError
 from tracer.files import aside, whole_folder
 from tracer.models.clip import load_clip
@@ -55,24 +53,6 @@ def config(tiny_config, drawings, start, tmp_path) -> Config:
         precision="fp32",
         adapter_momentum=0.5,
     )
-
-
-def cut(config: Config, monkeypatch, batches: int) -> Path:
-    """Interrupt the run after so many batches; returns what it leaves aside."""
-    whole = TrainingBatches.__iter__
-
-    def some(self):
-        for n, batch in enumerate(whole(self)):
-            if n == batches:
-                raise KeyboardInterrupt
-            yield batch
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingBatches, "__iter__", some)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(config)
-    assert not config.output.exists()
-    return aside(config.output)
 
 
 def interrupt(*_args, **_kwargs):
@@ -222,10 +202,6 @@ def test_a_run_without_a_checkpoint_begins_anew(config, tmp_path, monkeypatch):
     assert_same(finetune(config), uninterrupted(config, tmp_path))
 
 
-def content(folder: Path) -> dict[Path, bytes]:
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 def test_an_unfinished_run_with_other_settings_is_refused_and_stays(config, monkeypatch, drawings, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(drawings, data)
@@ -337,42 +313,3 @@ def test_seconds_of_both_attempts_count(config, monkeypatch):
     assert 0 < state["seconds"] < 60
     about.write_text(json.dumps(state | {"seconds": 1000.0}))
     assert 1000 < json.loads((finetune(config) / "run.json").read_text())["seconds"] < 1060
-
-
-def run_by_the_demo(config: Config) -> Path:
-    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
-    demo = DemoConfig(**settings | {"output": config.output.parent})
-    return finetune_once(demo, "flyp", {"method": "flyp"}, seed=0)
-
-
-def test_the_demo_goes_on_with_its_own_run_and_trains_another_anew(config, monkeypatch, capsys):
-    run = dataclasses.replace(config, method="flyp", output=config.output / "flyp-0")
-
-    def says(cut_off: Config) -> str:
-        part = cut(cut_off, monkeypatch, 3)
-        assert any(part.glob(WHOLE))
-        shutil.rmtree(run_by_the_demo(run))
-        return capsys.readouterr().out
-
-    assert "going on after step 2 of 5" in says(run)
-    assert "going on" not in says(dataclasses.replace(run, lr=2e-2))
-
-
-@pytest.mark.parametrize("finished", [False, True])
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_the_demo_leaves_what_another_process_is_writing(config, monkeypatch, finished, checkpoint):
-    """With other settings, and with the same ones as long as there is no checkpoint."""
-    run = dataclasses.replace(config, method="flyp", output=config.output / "flyp-0")
-    part = aside(run.output)
-    if checkpoint:
-        cut(dataclasses.replace(run, lr=2e-2), monkeypatch, 3)
-    if finished:
-        run.output.mkdir(parents=True)
-        (run.output / "run.json").write_text("of an earlier run")
-    with whole_folder(run.output, keep=WHOLE):
-        (part / "log.jsonl").write_text("of the first process")
-        before = content(part)
-        with pytest.raises(UserError, match=f"another process is writing '{part}': wait until it has ended"):
-            run_by_the_demo(run)
-        assert content(part) == before
-        shutil.rmtree(run.output, ignore_errors=True)
