@@ -1,7 +1,8 @@
 """The ``tracer`` command: demo, pretrain, finetune, evaluate.
 
 Every option of a command is a field of its settings dataclass; ``--config FILE.yaml`` reads them from a file,
-and options after it override the file. A mistake that the user can mend ends with one line on stderr and exit code 2.
+and options after it override the file. A mistake that the user can mend ends with one line on stderr and exit
+code 2.
 """
 
 from __future__ import annotations
