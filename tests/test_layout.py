@@ -25,6 +25,11 @@ def test_every_folder_has_a_floor():
     assert all(file.count("/") == 1 for file in PRODUCT if file.startswith("kernels/"))
 
 
+def test_the_tests_mirror_the_code():
+    folders = {file.split("/")[1] for file in EVERYTHING if file.startswith("tests/") and file.count("/") > 1}
+    assert folders <= {*rules.ROOMS, "kernels", "benchmarks"}
+
+
 def test_imports_go_downwards():
     fail_with(rules.upward_imports(CODE))
 
