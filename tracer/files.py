@@ -73,21 +73,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """Write tensors as a safetensors file, whole or not at all.
 
     Args:
-        path: of the file; its folder is made where it is missing.
-        tensors: on any device; their order decides nothing, their dtypes are kept.
+        path: of the file; missing parent folders are made.
+        tensors: name → tensor, on any device; the file keeps its dtype.
         metadata: strings for the file's header.
 
     Raises:
-        OSError: the file cannot be written; with the operating system's number and ``path``.
+        OSError: the file cannot be written; holds the operating system's error number and ``path``.
     """
-    from safetensors.torch import save_file  # imports torch, which the other functions do without
+    from safetensors.torch import save_file  # imports torch, which the other functions do not need
 
-    # Each tensor a storage of its own: the format refuses tied ones.
+    # The format refuses tied tensors, so each gets a storage of its own.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with whole_file(path) as part:
         try:
             save_file(own, part, metadata)
-        except SafetensorError as error:  # the library's own word for what the operating system said
+        except SafetensorError as error:  # the library words the system's error in its own way
             number = re.search(r"os error (\d+)", str(error))
             code = int(number[1]) if number else errno.EIO
             raise OSError(code, os.strerror(code), str(path)) from error

@@ -38,7 +38,7 @@ class Averages(NamedTuple):
     """The moving averages of a run; None where the method has none.
 
     ``teacher`` averages all that trains, and teaches the student. ``student`` averages the adapters (R-Adapter's
-    W̃); it is folded in place of the last step's.
+    W̃), and is folded in place of the last step's.
     """
 
     teacher: MovingAverageTeacher | None
