@@ -296,8 +296,8 @@ def compile_all(
             pool.submit(compile_average, arch, where) for arch in architectures for where in (False, True)
         ]
         bar = tqdm(compiled, total=len(cases), desc="compiling", unit="case")
-        found = [report for reports in bar for report in reports]
-        return found + [a.result() for a in averages], counted.result(), estimated.result()
+        of_the_loss = [report for reports in bar for report in reports]
+        return of_the_loss + [a.result() for a in averages], counted.result(), estimated.result()
 
 
 def variants() -> dict[str, int]:
@@ -337,11 +337,11 @@ def measure(
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: unset it, kernels can only be compiled or interpreted")
     chosen = [str(arch) for arch in architectures or ARCHITECTURES]
-    found, counted, estimated = compile_all(chosen, quick)
-    found.sort(
+    reports, counted, estimated = compile_all(chosen, quick)
+    reports.sort(
         key=lambda r: (r.architecture, r.kernel, r.products, r.bits, r.options, r.width, r.tile, r.warps)
     )
-    rows = [asdict(r) for r in found]
+    rows = [asdict(r) for r in reports]
     refuse_spills(rows)
     return {
         "triton": triton.__version__,
@@ -494,7 +494,7 @@ def figures(results: dict[str, Any]) -> dict[str, Any]:
 
 def exact(results: dict[str, Any]) -> dict[str, float]:
     """Registers, spills and shared memory of every kernel: a compiler of one version repeats them."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for row in results["kernels"]:
         name = (
             f"machine code {row['architecture']} {row['kernel']}, {row['products']}, {row['bits']} bits, "
@@ -502,8 +502,8 @@ def exact(results: dict[str, Any]) -> dict[str, float]:
             f"options {row['options']}, D {row['width']}:"
         )
         for what in ("registers", "spilled", "shared"):
-            found[f"{name} {what}"] = row[what]
-    return found | {f"compiled variants of {name}": count for name, count in results["variants"].items()}
+            numbers[f"{name} {what}"] = row[what]
+    return numbers | {f"compiled variants of {name}": count for name, count in results["variants"].items()}
 
 
 def ratios(results: dict[str, Any]) -> dict[str, float]:

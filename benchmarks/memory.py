@@ -36,7 +36,7 @@ def measure(*, quick: bool = False, width: int = 512) -> dict[str, Any]:
         quick: ours up to N 2048 instead of 4096, what stores N×N matrices at N 512 only.
         width: D.
     """
-    found = []
+    rows = []
     with one_thread(), any_processor():
         for case in CASES:
             for precision in PRECISIONS:
@@ -44,13 +44,13 @@ def measure(*, quick: bool = False, width: int = 512) -> dict[str, Any]:
                 for who, most in ((BLOCKED, 4096), (EAGER, 1024), (baseline(case), 4096)):
                     most = min(most, (2048 if who == BLOCKED else 512) if quick else most)
                     sizes = [n for n in SIZES if n <= most]
-                    found.append(_row(case, precision, who, _count(case, precision, who, sizes, width)))
+                    rows.append(_row(case, precision, who, _count(case, precision, who, sizes, width)))
             with launches_left_out():
                 counts = {
                     n: allocated(_step(case, "fp32", TRITON, n, width)) for n in SIZES[: 3 if quick else 4]
                 }
-            found.append(_row(case, "fp32", TRITON, counts))
-    return {"width": width, "rows": found}
+            rows.append(_row(case, "fp32", TRITON, counts))
+    return {"width": width, "rows": rows}
 
 
 def _row(case: str, precision: str, who: str, counts: dict[int, int]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import tracer.demo.small_clip  # noqa: F401 (registers the model tracer-demo)
 from benchmarks import pictures, published
 from benchmarks.measure import Timing, interleaved, require_close
 from tracer.data.batches import TrainingBatches

@@ -454,10 +454,15 @@ def highlights(results: dict[str, Any]) -> list[Highlight]:
     """The whole objective's products at the largest size counted."""
     rows = [r for r in results["loss"] if r["objective"] == "full objective"]
     largest = max(rows, key=lambda r: r["rows"])
-    ours, theirs = sum(largest["units"].values()), largest["published_units"]
+    ours, published_units = sum(largest["units"].values()), largest["published_units"]
     name = f"products of the whole objective, counted, N {largest['rows']}"
     return [
-        Highlight(name, f"{ours:.2f} N²D", f"{theirs:g} N²D (published formulation)", f"{theirs / ours:.2f}×")
+        Highlight(
+            name,
+            f"{ours:.2f} N²D",
+            f"{published_units:g} N²D (published formulation)",
+            f"{published_units / ours:.2f}×",
+        )
     ]
 
 
@@ -468,19 +473,19 @@ def figures(results: dict[str, Any]) -> dict[str, Any]:
 
 def exact(results: dict[str, Any]) -> dict[str, float]:
     """Every count by name."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for r in results["loss"]:
         name = f"work {r['objective']} {r['architecture']} {r['rows']}x{r['width']}"
         for what in ("units", "bytes", "launches", "operations_per_logit", "exponentials_per_logit"):
             for when, value in r[what].items():
-                found[f"{name} {what.replace('_', ' ')} {when}"] = value
+                numbers[f"{name} {what.replace('_', ' ')} {when}"] = value
     for r in results["average"]:
         for what in ("launches", "bytes_per_parameter"):
-            found[f"work moving average {r['mode']} {what.replace('_', ' ')}"] = r[what]
+            numbers[f"work moving average {r['mode']} {what.replace('_', ' ')}"] = r[what]
     for r in results["memory"]:
         for when in ("forward", "saved", "backward"):
-            found[f"memory {r['objective']} {r['architecture']} {r['rows']}x{r['width']} {when}"] = r[when]
-    return found
+            numbers[f"memory {r['objective']} {r['architecture']} {r['rows']}x{r['width']} {when}"] = r[when]
+    return numbers
 
 
 def ratios(results: dict[str, Any]) -> dict[str, float]:

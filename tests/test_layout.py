@@ -133,7 +133,7 @@ def test_a_downward_import_is_allowed(file, source):
 
 def test_a_circle_is_reported_with_its_imports():
     sources = {
-        TEACHER: "def build():\n    from tracer import average\n",
+        TEACHER: "def build():\n    from tracer import _average\n",
         "tracer/_average.py": "from tracer.schedules import EMA\n",
         "tracer/schedules.py": "import tracer.teacher\n",
         OPS: "import tracer.teacher\n",

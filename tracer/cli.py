@@ -1,7 +1,8 @@
 """The ``tracer`` command: demo, pretrain, finetune, evaluate.
 
 Every option of a command is a field of its settings dataclass; ``--config FILE.yaml`` reads them from a file,
-options after it override. A mistake that the user can mend ends with one line on stderr and exit code 2.
+and options after it override the file. A mistake that the user can mend ends with one line on stderr and exit
+code 2.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def _pretrain(config: PretrainConfig) -> None:
 
 
 class Command(NamedTuple):
-    """A command of the line: its settings, one line of help, and the function that runs it."""
+    """A command: the class of its settings, one line of help, and the function that runs it."""
 
     settings: type
     summary: str
