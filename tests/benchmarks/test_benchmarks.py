@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import _competitors, _gpu, _losses_page, _measure, _page, losses, memory, published
 from benchmarks._part import command_line, plain
-from tracer.kernels import blocked, contrastive
+from tracer.kernels import _blocked_tile, _grid
 
 MIB = 2**20
 
@@ -44,7 +44,7 @@ def test_memory_of_the_loss_is_linear():
 
     On a GPU the backward pass may also hold one strip of gradient tiles, of a fixed size.
     """
-    fixed = contrastive.STRIP_BYTES if _competitors.DEVICE == "cuda" else 0
+    fixed = _grid.STRIP_BYTES if _competitors.DEVICE == "cuda" else 0
     small, large = (
         losses.peak(_competitors.Size("full", "fp32", pairs, 64), _competitors.OURS) for pairs in (2048, 4096)
     )
@@ -95,7 +95,7 @@ def test_counted_memory_is_the_same_on_any_processor(monkeypatch):
     """MKL's products go to the tile itself, oneDNN's come in memory of their own."""
     counts = []
     for intel in (False, True):
-        monkeypatch.setattr(blocked, "_mkl_knows_this_processor", lambda: intel)  # noqa: B023
+        monkeypatch.setattr(_blocked_tile, "mkl_knows_this_processor", lambda: intel)  # noqa: B023
         with memory.one_thread(), memory.any_processor():
             counts.append(memory._count("clip", "fp32", memory.BLOCKED, [1024], 64))
     assert counts[0] == counts[1]
@@ -106,7 +106,7 @@ def test_counted_memory_of_ours_holds_no_matrix(who):
     """At N 4096, D 8: one float32 matrix would be 64 MiB. The strip of gradients has a fixed bound."""
     with memory.one_thread(), memory.launches_left_out():
         found = _measure.allocated(memory._step("clip", "fp32", who, 4096, 8))
-    assert found < 16 * MIB + (contrastive.STRIP_BYTES if who == memory.TRITON else 0)
+    assert found < 16 * MIB + (_grid.STRIP_BYTES if who == memory.TRITON else 0)
 
 
 def test_counted_memory_of_the_definition_holds_matrices():

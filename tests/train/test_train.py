@@ -21,7 +21,8 @@ from tracer.data.dali import Pictures
 from tracer.data.index import read_index
 from tracer.data.order import in_order
 from tracer.errors import UserError
-from tracer.kernels import eager
+from tracer.kernels.contrastive import Inputs, Options
+from tracer.kernels.contrastive_eager import contrastive_terms
 from tracer.models.clip import encode, load_clip
 from tracer.models.weights import save_weights
 from tracer.schedules import EMA, WMA, Frozen, Uniform
@@ -149,8 +150,8 @@ def test_the_whole_objective_equals_a_plain_torch_loop(config):
         u, v, scale = model(batch.image, batch.text)
         with torch.no_grad():
             tu, tv, teacher_scale = teacher(batch.image, batch.text)
-        pairs = u, v, scale.squeeze(), batch.label, batch.label, tu, tv, teacher_scale.squeeze()
-        terms, _ = eager.contrastive_terms(*pairs, enabled=(True,) * 4)
+        pairs = u, v, scale.squeeze(), tu, tv, teacher_scale.squeeze(), batch.label, batch.label
+        terms, _ = contrastive_terms(Inputs(*pairs), Options(relational=True, interactive=True, cross=True))
         feature = (u - tu).square().mean() + (v - tv).square().mean()
         loss = terms[0] + 0.9 * (terms[1:].sum() + 200 * feature)
         loss = loss + 0.05 * (model.visual.proj @ model.text_projection.T).norm()
