@@ -117,7 +117,7 @@ def contrastive_loss(
     dtype = image.dtype
     if dtype != torch.float64 and _checks.autocast_is_on(image):
         dtype = torch.get_autocast_dtype(image.device.type)
-    inputs = Inputs(image.to(dtype), text.to(dtype), scale, labels, text_labels)
+    inputs = Inputs(image.to(dtype), text.to(dtype), scale, labels=labels, text_labels=text_labels)
     options = Options(
         margin=float(margin),
         smoothing=float(smoothing),
