@@ -3,6 +3,8 @@
 ``ClipLoss`` takes the place of ``open_clip.loss.ClipLoss`` (same constructor, same call), so that
 open_clip's own training script runs with it: see ``examples/open_clip_training.py``. With
 ``output_dict=True`` every module returns ``{"..._loss": tensor}`` whose values sum to the loss.
+
+``kernels/contrastive_eager.py`` defines the positives and every term.
 """
 
 from __future__ import annotations
