@@ -1,7 +1,7 @@
-# make demo   the main job: real data, a pretrained small CLIP, fine-tuned in several ways, a report
-# make test   the tests
-# make bench  all benchmarks that this machine can run
-# Both set up everything they need below $(VENV) first. `make help` lists the rest.
+# make demo   fine-tune a small CLIP on real pictures in several ways and write a report
+# make test   run the tests
+# make bench  run all benchmarks that this machine can run
+# Each first sets up what it needs below $(VENV). `make help` lists the other commands.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,17 +12,19 @@ READY  := $(VENV)/.ready
 .PHONY: help setup demo test bench bench-check lint format lock clean
 
 help:
-	@echo "make demo [ARGS='--seeds 1']   run the main job; every option: make demo ARGS=--help"
+	@echo "make demo [ARGS='--seeds 1']   compare the methods in runs/demo/report.html; all options: make demo ARGS=--help"
 	@echo "make test [ARGS='-k data']     run the tests; ARGS go to pytest"
-	@echo "make bench                     the benchmarks -> benchmarks/results, README"
-	@echo "make bench-check               compare with the committed benchmarks; ARGS=--exact leaves out times"
-	@echo "make lint                      ruff, and mypy"
-	@echo "make lock                      pin the versions anew from setup.py's ranges"
+	@echo "make bench                     run the benchmarks and rewrite benchmarks/results and the README's tables"
+	@echo "make bench-check               compare with the committed results; ARGS=--exact leaves out times"
+	@echo "make setup                     create the virtual environment, as the commands above do when needed"
+	@echo "make lint                      check with ruff and mypy"
+	@echo "make format                    mend with ruff what it can"
+	@echo "make lock                      pin the newest versions within setup.py's ranges"
 	@echo "make clean                     remove the virtual environment and the runs"
 
 setup: $(READY)
 
-# The package is installed from this checkout (editable), its dependencies at the pinned versions.
+# Install this checkout (editable), and its dependencies at the pinned versions.
 $(READY): requirements.lock setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "error: Python 3.10 or newer is needed ($$($(PYTHON) --version 2>&1) found): make PYTHON=python3.12 ..." >&2; exit 1; }

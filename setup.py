@@ -20,7 +20,6 @@ TRAIN = [
     "rich>=13",
     "tensorboard>=2.16",
     "torchmetrics>=1.4",
-    "safetensors>=0.4.3",
     "resvg-py>=0.5,<0.6",
     *DATA,
 ]
@@ -35,8 +34,8 @@ setup(
     python_requires=">=3.10",
     packages=["tracer", "tracer.kernels", *(f"tracer.{room}" for room in ROOMS)],
     package_dir={"tracer.kernels": "kernels"},
-    package_data={"tracer.demo": ["assets/*"], "tracer.report": ["page.html.j2"]},
-    install_requires=["torch>=2.9", "numpy>=1.26"],
+    package_data={"tracer": ["py.typed"], "tracer.demo": ["assets/*"], "tracer.report": ["page.html.j2"]},
+    install_requires=["torch>=2.9", "numpy>=1.26", "safetensors>=0.4.3"],
     extras_require={
         "train": TRAIN,
         "dali": ["nvidia-dali-cuda130>=2.4,<3"],

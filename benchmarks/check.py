@@ -1,12 +1,12 @@
-"""Compare with the committed results: has a change made something slower, larger, or spill?
+"""Compare a quick run with the committed results: did a change make anything slower or larger?
 
     make bench-check                  everything
-    make bench-check ARGS=--exact     only what is the same on every machine, as in CI
+    make bench-check ARGS=--exact     only numbers that are the same on every machine, as in CI
 
-Exact are counted work, spilled registers and allocated memory: any growth is an error, and any fall too until
-``make bench`` has written it down. Time ratios (the others' time divided by ours) may fall by a tolerance, and
-what fell further is measured once more before it counts; they are compared only with results of the same kind of
-machine.
+Exact numbers are counted work, spilled registers and allocated memory. Any difference is an error, a lower
+number too until ``make bench`` has stored it. Time ratios (the time of something else divided by TRACER's) may
+fall by a tolerance. A ratio that fell further is measured once more before it counts. Ratios are compared only
+with results of the same kind of machine.
 """
 
 from __future__ import annotations
@@ -19,105 +19,110 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _page
-from benchmarks._measure import machine
-from benchmarks._part import PARTS, RESULTS, PartFailed, run_part
+from benchmarks.harness import PARTS, RESULTS, Part, PartFailed, machine, run_part
+from benchmarks.page import slug
 
-EXACT = ("memory", "work", "machine_code")  # the parts without a clock
-TOLERANCE = 0.25  # of a time ratio
+EXACT = ("memory", "work", "machine_code")  # the parts that time nothing
+TOLERANCE = 0.25  # share by which a time ratio may fall
+NOT_COMMITTED = "not in the committed results: run make bench"
 
 
-def differing(committed: Mapping[str, float], found: Mapping[str, float]) -> list[str]:
-    """A line for each exact number that is not what was committed, or that only one side has."""
-    lines = [
-        f"{name}: not in the committed results, run make bench" for name in found.keys() - committed.keys()
-    ]
+def differing(committed: Mapping[str, float], measured: Mapping[str, float]) -> list[str]:
+    """Return a line for each measured exact number that differs from the committed number, or has none."""
+    lines = [f"{name}: {NOT_COMMITTED}" for name in measured.keys() - committed.keys()]
     lines += [
         f"{name}: {value:g}, committed {committed[name]:g}"
-        for name, value in found.items()
+        for name, value in measured.items()
         if name in committed and not math.isclose(value, committed[name], rel_tol=1e-9)
     ]
     return sorted(lines)
 
 
-def slower(committed: Mapping[str, float], found: Mapping[str, float], tolerance: float) -> list[str]:
-    """A line for each time ratio that fell by more than ``tolerance`` of what was committed."""
+def slower(committed: Mapping[str, float], measured: Mapping[str, float], tolerance: float) -> list[str]:
+    """Return a line for each time ratio that fell by more than the share ``tolerance`` of the committed ratio."""
     return [
         f"{name}: {value:.2f}×, committed {committed[name]:.2f}×"
-        for name, value in found.items()
+        for name, value in measured.items()
         if name in committed and value < (1 - tolerance) * committed[name]
     ]
 
 
 def committed_results(folder: Path, same_machine: bool) -> dict[str, Any]:
-    """The committed results of this machine's kind; failing that, for exact numbers, the newest of any.
+    """Return the committed results of this kind of machine or, unless ``same_machine``, the newest of any machine.
 
     Raises:
         SystemExit: there are none.
     """
-    mine = folder / f"{_page.slug(machine())}.json"
-    if mine.is_file():
-        return json.loads(mine.read_text())
+    own = folder / f"{slug(machine())}.json"
+    if own.is_file():
+        return json.loads(own.read_text())
     others = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     if same_machine or not others:
-        raise SystemExit(f"no committed results for {mine.stem}: run make bench first, or ARGS=--exact")
+        raise SystemExit(f"no committed results for {own.stem}: run make bench first, or pass ARGS=--exact")
     return max(others, key=lambda document: max(part["date"] for part in document["parts"].values()))
 
 
-def _compare_ratios(name: str, found: dict[str, Any], before: dict[str, Any], tolerance: float) -> list[str]:
-    """Lines for the time ratios of a part that fell twice, in ``found`` and when measured once more."""
-    ratios = _page.load(name).ratios
-    then, now = ratios(before), ratios(found)
+def check(exact_only: bool, tolerance: float = TOLERANCE, folder: Path = RESULTS) -> list[str]:
+    """Run the parts with ``--quick`` and return a line for everything that differs or became slower."""
+    committed = committed_results(folder, same_machine=not exact_only)["parts"]
+    problems = []
+    for name in EXACT if exact_only else PARTS:
+        if name in committed:
+            lines = _check_part(name, committed[name]["results"], exact_only, tolerance)
+        else:
+            lines = [NOT_COMMITTED]
+        problems += [f"{name}: {line}" for line in lines]
+    return problems
+
+
+def _check_part(name: str, committed: dict[str, Any], exact_only: bool, tolerance: float) -> list[str]:
+    part = Part(name)
+    try:
+        measured = run_part(name, quick=True)["results"]
+        numbers = part.exact(measured)
+        lines = differing(part.exact(committed), numbers)
+        if numbers:
+            print(
+                f"{name}: {len(numbers)} exact numbers, {len(numbers) - len(lines)} as committed", flush=True
+            )
+        return lines if exact_only else lines + _check_ratios(name, committed, measured, tolerance)
+    except PartFailed as error:
+        return [str(error)]
+
+
+def _check_ratios(
+    name: str, committed: dict[str, Any], measured: dict[str, Any], tolerance: float
+) -> list[str]:
+    """Return a line for each time ratio that is too low both in ``measured`` and when measured once more."""
+    ratios = Part(name).ratios
+    before, now = ratios(committed), ratios(measured)
     if not now:
         return []
-    compared = now.keys() & then.keys()
+    compared = now.keys() & before.keys()
     if not compared:
-        return ["no time ratio is among the committed ones, run make bench"]
-    if slower(then, now, tolerance):
+        return ["none of the measured time ratios is in the committed results: run make bench"]
+    if slower(before, now, tolerance):
         again = ratios(run_part(name, quick=True)["results"])
-        now = {what: max(value, again.get(what, value)) for what, value in now.items()}
-    late = slower(then, now, tolerance)
-    print(f"{name}: {len(compared)} time ratios, {len(late)} fell by more than {tolerance:.0%}", flush=True)
-    return late
-
-
-def check(exact_only: bool, tolerance: float = TOLERANCE, folder: Path = RESULTS) -> list[str]:
-    """Run the parts quickly and return a line for everything that got worse."""
-    committed = committed_results(folder, same_machine=not exact_only)["parts"]
-    bad = []
-    for name in EXACT if exact_only else PARTS:
-        if name not in committed:
-            bad.append(f"{name}: not in the committed results, run make bench")
-            continue
-        before, exact = committed[name]["results"], _page.load(name).exact
-        try:
-            found = run_part(name, quick=True)["results"]
-            now = exact(found)
-            worse = differing(exact(before), now)
-            if now:
-                print(f"{name}: {len(now)} exact numbers, {len(now) - len(worse)} as committed", flush=True)
-            bad += [f"{name}: {line}" for line in worse]
-            if not exact_only:
-                bad += [f"{name}: {line}" for line in _compare_ratios(name, found, before, tolerance)]
-        except PartFailed as error:
-            bad.append(str(error))
-    return bad
+        now = {ratio: max(value, again.get(ratio, value)) for ratio, value in now.items()}
+    lines = slower(before, now, tolerance)
+    print(f"{name}: {len(compared)} time ratios, {len(lines)} fell by more than {tolerance:.0%}", flush=True)
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; ends with exit code 1 when something got worse."""
+    """Run the command line; ends with exit code 1 where a number differs or became worse."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.check",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--exact", action="store_true", help="leave out what a clock tells")
+    parser.add_argument("--exact", action="store_true", help="compare no times")
     parser.add_argument(
         "--tolerance", type=float, default=TOLERANCE, help="share by which a time ratio may fall"
     )
-    chosen = parser.parse_args(argv)
-    if bad := check(chosen.exact, chosen.tolerance):
-        sys.exit("\n".join(["different from the committed results:", *bad]))
+    options = parser.parse_args(argv)
+    if problems := check(options.exact, options.tolerance):
+        sys.exit("\n".join(["different from the committed results:", *problems]))
     print("as committed")
 
 

@@ -1,19 +1,19 @@
-"""Pictures per second: the package's loader against PIL and torch's DataLoader, with the same pixels.
+"""Pictures per second of the package's loader, against PIL and torch's DataLoader, with the same pixels.
 
     python -m benchmarks.loader                         JPEGs to 224×224, the demo's icons to 40×40
     python -m benchmarks.loader --quick
     python -m benchmarks.loader --workers 1 --repeats 9
 
-Every turn is an epoch from the files to normalised float tensors in batches: random crops of at least 0.9 of the
-area, resized; order and crops anew each time. Pipelines are built and drained within the turn, so that none
-works ahead on another's time; only torch's worker processes are kept alive. All get the same cores: threads in
-DALI and in the package, processes in the DataLoader. Before any speed is printed, the pixels of the evaluation's
-transform (no randomness) are compared with those of PIL, in levels of 255.
+Each turn is an epoch from the files to batches of normalised float tensors: random crops of at least 0.9 of the
+area, resized, with new order and crops every time. Pipelines are built and emptied within their turn, so that
+no loader works ahead during another's time; only torch's worker processes stay alive. All loaders get the same
+cores, as threads in DALI and in the package, as processes in the DataLoader. Before anything is timed, the
+pixels of the evaluation's transform, which has no randomness, are compared with PIL's, in levels of 255. The
+files are in ``pictures.py``.
 """
 
 from __future__ import annotations
 
-import csv
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +28,7 @@ import nvidia.dali.math
 import nvidia.dali.types
 import open_clip
 import torch
+from matplotlib.figure import Figure
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from PIL import Image
 from torch import Tensor
@@ -35,13 +36,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
-from benchmarks._measure import Timing, interleaved, table
-from benchmarks._part import Highlight, command_line, progress
+from benchmarks import plots
+from benchmarks.harness import Highlight, command_line, progress, table
+from benchmarks.measure import Timing, WrongResult, interleaved
+from benchmarks.pictures import CROP, Source, sources
 from tracer.data.batches import TrainingBatches
 from tracer.data.dali import Pictures
 from tracer.data.index import Index
 from tracer.data.order import in_order, shuffled
-from tracer.demo.config import ICONS
 from tracer.models.clip import Clip
 
 fn: Any = nvidia.dali.fn
@@ -51,7 +53,6 @@ pipeline_def: Any = nvidia.dali.pipeline_def
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-CROP = 0.9  # smallest share of the area that a crop keeps
 SAME = (0.5, 16)  # largest mean and single difference of pixels that are called the same, of 255 levels
 CHECKED = 32  # pictures whose pixels are compared
 
@@ -64,77 +65,75 @@ LINEAR, DECODED, ON_GPU = (
 )
 
 
-class Source(NamedTuple):
-    """Files, what becomes of them, and how many of them make an epoch."""
-
-    name: str
-    files: list[Path]
-    side: int
-    batch: int
-    batches: int
-
-    @property
-    def pictures(self) -> Index:
-        """As many pictures as an epoch has, files in turn."""
-        count = self.batch * self.batches
-        images = [self.files[i % len(self.files)] for i in range(count)]
-        return Index(self.name, images, ["picture"] * count, [["a picture"]] * count)
-
-    @property
-    def clip(self) -> Clip:
-        """The picture format of a model with this input size; captions are no part of this benchmark."""
-        mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-        return Clip(self.name, None, lambda captions: torch.zeros(len(captions), 1), self.side, mean, std)
+PICTURES = {
+    "pictures-per-second": "Bar charts: pictures per second of each loader, for large JPEGs and for small icons."
+}
 
 
-def drawing(seed: int, width: int, height: int) -> Image.Image:
-    """A picture with the spectrum of a photograph: amplitudes fall as 1/frequency, colours go together."""
-    rng = np.random.default_rng(seed)
-    y, x = np.fft.fftfreq(height) * height, np.fft.rfftfreq(width) * width
-    frequency = np.maximum(np.hypot(y[:, None], x), 1)
-
-    def texture() -> np.ndarray:
-        waves = rng.standard_normal((2, *frequency.shape))
-        found = np.fft.irfft2((waves[0] + 1j * waves[1]) / frequency, s=(height, width))
-        return found / found.std()
-
-    grey = 36 * texture()
-    levels = np.stack([128 + grey + 6 * texture() for _ in range(3)], 2)
-    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+# ---------------------------------------------------------------------------------------------------
+# The loaders.
 
 
-def photographs(folder: Path, count: int) -> list[Path]:
-    """``count`` JPEGs of 500×375 pixels, as ImageNet's are on average, the same on every machine."""
-    paths = [folder / f"{i}.jpg" for i in range(count)]
-    for i, path in enumerate(paths):
-        drawing(i, 500, 375).save(path, quality=80)
-    return paths
+class Entrant(NamedTuple):
+    """A loader: an epoch of training, and the first pictures as the evaluation transforms them."""
+
+    epoch: Callable[[], Iterable[Tensor]]
+    evaluation: Callable[[], Tensor] | None
+    same: bool  # whether the pixels must be PIL's
 
 
-def icons(folder: Path, count: int) -> tuple[str, list[Path]]:
-    """The demo's icons where they have been prepared, else drawings in their format; and what they are."""
-    listed = ICONS / "train.csv"
-    if listed.is_file():
-        with listed.open(newline="") as file:
-            return "demo's icons", [ICONS / row["image"] for row in csv.DictReader(file)][:count]
-    paths = [folder / f"{i}.png" for i in range(count)]
-    for i, path in enumerate(paths):
-        drawing(i, 64, 64).save(path)
-    return "drawings", paths
-
-
-def sources(folder: Path, quick: bool) -> list[Source]:
-    kind, files = icons(folder, 64 if quick else 512)
-    return [
-        Source(
-            "500×375 JPEG → 224×224", photographs(folder, 48 if quick else 192), 224, 64, 8 if quick else 16
+def entrants(source: Source, workers: int) -> dict[str, Entrant]:
+    """Return all loaders by name."""
+    cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True}
+    with_open_clip = partial(open_clip_transform, source.clip)
+    loaders = {
+        PIL: torch_loader(source, with_pil, with_open_clip, workers),
+        ALONE: torch_loader(source, with_pil, with_open_clip, 0),
+        TORCHVISION: torch_loader(
+            source, with_torchvision, partial(torchvision_transform, source.clip), workers
         ),
-        Source(f"64×64 PNG ({kind}) → 40×40", files, 40, 128, 8 if quick else 32),
-    ]
+        OURS: tracer_loader(source, workers, "cpu"),
+        CUBIC: dali_loader(source, workers, **cubic),
+        LINEAR: dali_loader(source, workers, interp_type=types.INTERP_LINEAR, antialias=False),
+        DECODED: dali_loader(source, workers),
+    }
+    return loaders | ({ON_GPU: tracer_loader(source, workers, "cuda")} if GPU else {})
+
+
+def _checked(index: Index) -> Index:
+    return index.take(list(range(min(CHECKED, len(index)))))
+
+
+def tracer_loader(source: Source, workers: int, device: str) -> Entrant:
+    """Return the package's loader, which decodes on ``device``."""
+    clip, index = source.clip, source.pictures
+    checked = _checked(index)
+
+    def epoch() -> Iterator[Tensor]:
+        batches = TrainingBatches(
+            index,
+            clip,
+            batch_size=source.batch,
+            steps=source.batches,
+            seed=0,
+            crop_scale=CROP,
+            workers=workers,
+            device=device,
+        )
+        return (batch.image for batch in batches)
+
+    def evaluation() -> Tensor:
+        size = len(checked)
+        pictures = Pictures(
+            checked, clip.picture_format, in_order(size, size), size, workers=workers, device=device
+        )
+        return next(iter(pictures))[0]
+
+    return Entrant(epoch, evaluation, device == "cpu")
 
 
 class Files(Dataset[Tensor]):
-    """What a DataLoader's workers read and transform."""
+    """A data set whose pictures a DataLoader's workers read and transform."""
 
     def __init__(self, files: list[Path], transform: Callable[[Path], Tensor]) -> None:
         self.files, self.transform = files, transform
@@ -146,29 +145,73 @@ class Files(Dataset[Tensor]):
         return self.transform(self.files[row])
 
 
+def torch_loader(
+    source: Source, read: Callable[..., Tensor], transform: Callable[[bool], Any], processes: int
+) -> Entrant:
+    """Return torch's DataLoader with this way to read a file, and this transform for training and evaluation."""
+    index = source.pictures
+    loader = DataLoader(
+        Files(index.images, partial(read, transform(True))),
+        source.batch,
+        shuffle=True,
+        num_workers=processes,
+        persistent_workers=processes > 0,
+    )
+    checked = Files(_checked(index).images, partial(read, transform(False)))
+    return Entrant(lambda: loader, lambda: torch.stack([checked[i] for i in range(len(checked))]), True)
+
+
 def with_pil(transform: Callable[[Image.Image], Tensor], path: Path) -> Tensor:
+    """Read and transform a file with PIL."""
     with Image.open(path) as picture:
         return transform(picture.convert("RGB"))
 
 
 def with_torchvision(transform: Callable[[Tensor], Tensor], path: Path) -> Tensor:
+    """Read and transform a file with torchvision."""
     return transform(decode_image(read_file(str(path)), ImageReadMode.RGB))
 
 
+def open_clip_transform(clip: Clip, training: bool) -> Any:
+    """Return open_clip's transform; it also converts the mode, which costs nothing for RGB."""
+    wanted = clip.picture_format
+    augmentation = {"scale": (CROP, 1.0)} if training else None
+    return open_clip.image_transform(wanted.size, training, wanted.mean, wanted.std, aug_cfg=augmentation)
+
+
 def torchvision_transform(clip: Clip, training: bool) -> Callable[[Tensor], Tensor]:
-    """open_clip's own transforms on tensors."""
-    side, cubic = clip.image_size, {"interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
+    """Return the same transform on tensors."""
+    wanted = clip.picture_format
+    side, cubic = wanted.size, {"interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
     resized: list[Any] = [v2.Resize(side, **cubic), v2.CenterCrop(side)]
     if training:
         resized = [v2.RandomResizedCrop(side, scale=(CROP, 1.0), **cubic)]
-    return v2.Compose([*resized, v2.ToDtype(torch.float32, scale=True), v2.Normalize(clip.mean, clip.std)])
+    return v2.Compose(
+        [*resized, v2.ToDtype(torch.float32, scale=True), v2.Normalize(wanted.mean, wanted.std)]
+    )
+
+
+def dali_loader(source: Source, workers: int, **sampling: Any) -> Entrant:
+    """Return a DALI pipeline without the package; without ``sampling`` it only decodes."""
+    index = source.pictures
+
+    def epoch() -> Iterator[Tensor]:
+        order = shuffled(len(index), source.batch, source.batches, 0)
+        return dali(source, order, workers, True, **sampling)
+
+    def evaluation() -> Tensor:
+        size = len(_checked(index))
+        order = in_order(size, size)
+        return next(dali(source._replace(batch=size), order, workers, False, **sampling))
+
+    return Entrant(epoch, evaluation if sampling else None, sampling.get("antialias", False))
 
 
 def dali(
     source: Source, order: Iterator[np.ndarray], workers: int, training: bool, **sampling: Any
 ) -> Iterator:
-    """Batches of a pipeline that is DALI's alone; without ``sampling`` the decoded pictures."""
-    files, clip = source.pictures.images, source.clip
+    """Return the batches of a DALI pipeline; without ``sampling`` the largest level of each decoded picture."""
+    files, wanted = source.pictures.images, source.clip.picture_format
 
     @pipeline_def(batch_size=source.batch, num_threads=workers, device_id=None, seed=0)
     def pipeline() -> Any:
@@ -179,20 +222,20 @@ def dali(
         )
         image = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
         if not sampling:
-            return fn.reductions.max(image)  # every pixel is there; pictures of many sizes make no tensor
+            # It needs every pixel, and pictures of different sizes do not fit into one tensor.
+            return fn.reductions.max(image)
         if training:
-            image = fn.random_resized_crop(image, size=clip.image_size, random_area=[CROP, 1.0], **sampling)
+            image = fn.random_resized_crop(image, size=wanted.size, random_area=[CROP, 1.0], **sampling)
         else:
             sides = fn.peek_image_shape(encoded, dtype=types.FLOAT)[:2]
-            size = dali_math.floor(
-                sides * clip.image_size / fn.reductions.min(sides)
-            )  # as torchvision rounds
+            # torchvision rounds down too.
+            size = dali_math.floor(sides * wanted.size / fn.reductions.min(sides))
             image = fn.resize(image, size=size, **sampling)
         return fn.crop_mirror_normalize(
             image,
-            crop=(clip.image_size, clip.image_size),
-            mean=[255 * m for m in clip.mean],
-            std=[255 * s for s in clip.std],
+            crop=(wanted.size, wanted.size),
+            mean=[255 * m for m in wanted.mean],
+            std=[255 * s for s in wanted.std],
             output_layout="CHW",
             dtype=types.FLOAT,
         )
@@ -201,113 +244,33 @@ def dali(
         yield batch["image"]
 
 
-class Entrant(NamedTuple):
-    """A way to load: an epoch of training, and the first pictures as the evaluation sees them."""
-
-    epoch: Callable[[], Iterable[Tensor]]
-    evaluation: Callable[[], Tensor] | None
-    same: bool  # whether the pixels must be PIL's
-
-
-def entrants(source: Source, workers: int) -> dict[str, Entrant]:
-    """All ways to load, by name."""
-    clip, index = source.clip, source.pictures
-    first = index.take(list(range(min(CHECKED, len(index)))))
-
-    def torch_loader(
-        read: Callable[..., Tensor], transform: Callable[[bool], Any], processes: int
-    ) -> Entrant:
-        loader = DataLoader(
-            Files(index.images, partial(read, transform(True))),
-            source.batch,
-            shuffle=True,
-            num_workers=processes,
-            persistent_workers=processes > 0,
-        )
-        checked = Files(first.images, partial(read, transform(False)))
-        return Entrant(lambda: loader, lambda: torch.stack([checked[i] for i in range(len(checked))]), True)
-
-    def ours(device: str) -> Entrant:
-        def epoch() -> Iterator[Tensor]:
-            batches = TrainingBatches(
-                index,
-                clip,
-                batch_size=source.batch,
-                steps=source.batches,
-                seed=0,
-                crop_scale=CROP,
-                workers=workers,
-                device=device,
-            )
-            return (batch.image for batch in batches)
-
-        def evaluation() -> Tensor:
-            size = len(first)
-            pictures = Pictures(first, clip, in_order(size, size), size, workers=workers, device=device)
-            return next(iter(pictures))[0]
-
-        return Entrant(epoch, evaluation, device == "cpu")
-
-    def dali_alone(**sampling: Any) -> Entrant:
-        def epoch() -> Iterator[Tensor]:
-            order = shuffled(len(index), source.batch, source.batches, 0)
-            return dali(source, order, workers, True, **sampling)
-
-        def evaluation() -> Tensor:
-            checked = source._replace(batch=len(first))
-            return next(dali(checked, in_order(len(first), len(first)), workers, False, **sampling))
-
-        return Entrant(epoch, evaluation if sampling else None, sampling.get("antialias", False))
-
-    def open_clip_transform(training: bool) -> Any:
-        """Both also mend the mode, which is no cost for RGB."""
-        augmentation = {"scale": (CROP, 1.0)}
-        return open_clip.image_transform(
-            source.side, training, clip.mean, clip.std, aug_cfg=augmentation if training else None
-        )
-
-    cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True}
-    found = {
-        PIL: torch_loader(with_pil, open_clip_transform, workers),
-        ALONE: torch_loader(with_pil, open_clip_transform, 0),
-        TORCHVISION: torch_loader(with_torchvision, partial(torchvision_transform, clip), workers),
-        OURS: ours("cpu"),
-        CUBIC: dali_alone(**cubic),
-        LINEAR: dali_alone(interp_type=types.INTERP_LINEAR, antialias=False),
-        DECODED: dali_alone(),
-    }
-    return found | ({ON_GPU: ours("cuda")} if GPU else {})
+# ---------------------------------------------------------------------------------------------------
+# Measuring.
 
 
 def difference(got: Tensor, expected: Tensor, clip: Clip) -> list[float]:
-    """Mean and largest difference of two normalised batches [n, 3, S, S], in levels of 255."""
-    levels = 255 * torch.tensor(clip.std)[:, None, None] * (got.cpu() - expected)
+    """Return the mean and largest difference of two normalised batches [n, 3, S, S], in levels of 255."""
+    levels = 255 * torch.tensor(clip.picture_format.std)[:, None, None] * (got.cpu() - expected)
     return [float(levels.abs().mean()), float(levels.abs().max())]
 
 
 def run_through(epoch: Callable[[], Iterable[Tensor]], count: int) -> None:
-    """Every picture of an epoch, on the device that a model would be on."""
-    got = sum(len(image.to(DEVICE, non_blocking=True)) for image in epoch())
-    assert got == count, f"{got} pictures of {count}"
+    """Load every picture of an epoch onto the device that a model would be on."""
+    loaded = sum(len(image.to(DEVICE, non_blocking=True)) for image in epoch())
+    assert loaded == count, f"{loaded} pictures instead of {count}"
 
 
 def compare(source: Source, workers: int, repeats: int, budget: float) -> list[dict[str, Any]]:
-    """Rows of one source. SystemExit where pixels that must be the same are not."""
-    ways = entrants(source, workers)
-    reference = ways[PIL].evaluation()  # type: ignore[misc]
-    apart = {}
-    for name, way in ways.items():
-        if way.evaluation is None or name in (PIL, ALONE):
-            continue
-        apart[name] = difference(way.evaluation(), reference, source.clip)
-        if way.same and not all(d <= limit for d, limit in zip(apart[name], SAME, strict=True)):
-            raise SystemExit(
-                f"no speed without a right result: {source.name}: pixels of {name} differ from PIL's by "
-                f"{apart[name][0]:.2f} of 255 in the mean and {apart[name][1]:.0f} at most, allowed {SAME}"
-            )
+    """Check and time all loaders of one source, and return their rows.
+
+    Raises:
+        WrongResult: pixels that must be PIL's differ; ends the benchmark.
+    """
+    loaders = entrants(source, workers)
+    differences = _differences(source, loaders)
     count = source.batch * source.batches
     times = interleaved(
-        {name: partial(run_through, way.epoch, count) for name, way in ways.items()},
+        {name: partial(run_through, loader.epoch, count) for name, loader in loaders.items()},
         repeats=repeats,
         budget=budget,
     )
@@ -319,11 +282,27 @@ def compare(source: Source, workers: int, repeats: int, budget: float) -> list[d
             "workers": 0 if name == ALONE else workers,
             "pictures": count,
             "time": times[name],
-            "difference": apart.get(name),
+            "difference": differences.get(name),
             "faster": times[PIL].median / times[name].median,
         }
-        for name in ways
+        for name in loaders
     ]
+
+
+def _differences(source: Source, loaders: dict[str, Entrant]) -> dict[str, list[float]]:
+    """Return by loader how its evaluation's pixels differ from PIL's, and check that those that must not don't."""
+    reference = loaders[PIL].evaluation()  # type: ignore[misc]
+    differences = {}
+    for name, loader in loaders.items():
+        if loader.evaluation is None or name in (PIL, ALONE):
+            continue
+        mean, largest = differences[name] = difference(loader.evaluation(), reference, source.clip)
+        if loader.same and not (mean <= SAME[0] and largest <= SAME[1]):
+            raise WrongResult(
+                f"{source.name}: pixels of {name} differ from PIL's by {mean:.2f} of 255 on average and "
+                f"{largest:.0f} at most, allowed {SAME[0]} and {SAME[1]}"
+            )
+    return differences
 
 
 def measure(
@@ -332,10 +311,10 @@ def measure(
     """Time all loaders on generated JPEGs and on the demo's icons.
 
     Args:
-        quick: fewer pictures and turns.
-        workers: threads, or worker processes, of each loader; default: the usable cores.
+        quick: fewer pictures and fewer turns.
+        workers: threads or worker processes of each loader; default: the number of usable cores.
         repeats: turns of each loader; default: 7, quick 3.
-        budget: seconds for the turns of one kind of picture, at most; three turns are always taken.
+        budget: seconds for the turns of one source; at least three turns are taken.
     """
     workers = workers or len(os.sched_getaffinity(0))
     rows = []
@@ -347,13 +326,13 @@ def measure(
 
 
 def _per_second(row: dict[str, Any]) -> tuple[float, float, float]:
-    """Pictures per second: median, 20th and 80th percentile."""
+    """Return the pictures per second: median, 20th and 80th percentile."""
     time = Timing(**row["time"])
     return row["pictures"] / time.median, row["pictures"] / time.high, row["pictures"] / time.low
 
 
 def report(results: dict[str, Any]) -> str:
-    """The table of each kind of picture."""
+    """Return a table for each source, as Markdown."""
     parts = []
     for source in dict.fromkeys(row["source"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["source"] == source]
@@ -367,57 +346,56 @@ def report(results: dict[str, Any]) -> str:
             ]
             for row in rows
         ]
-        head = ["loader", "workers", "pictures/s", "PIL's time / its", "mean (largest) difference from PIL"]
+        header = [
+            "loader",
+            "workers",
+            "pictures/s",
+            "PIL's time / its own",
+            "mean (largest) difference from PIL",
+        ]
         parts.append(
-            f"{source}, {rows[0]['kilobytes']:.0f} kB each, {rows[0]['pictures']} pictures a turn; "
-            "differences are those of the evaluation's pixels, of 255\n\n" + table(head, lines)
+            f"{source}, {rows[0]['kilobytes']:.0f} kB each, {rows[0]['pictures']} pictures per turn. Differences "
+            f"are in levels of 255, between pixels of the evaluation's transform.\n\n{table(header, lines)}"
         )
     return "\n\n".join(parts)
 
 
-def _row(results: dict[str, Any], loader: str) -> dict[str, Any]:
-    """Of the JPEGs."""
+def _jpeg_row(results: dict[str, Any], loader: str) -> dict[str, Any]:
+    """Return the loader's first row, which is that of the JPEGs."""
     return next(row for row in results["rows"] if row["loader"] == loader)
 
 
 def highlights(results: dict[str, Any]) -> list[Highlight]:
-    """The package's loader against PIL's on JPEGs."""
-    ours, theirs = _row(results, OURS), _row(results, PIL)
+    """Return the row of the JPEGs, compared with PIL."""
+    ours, pil = _jpeg_row(results, OURS), _jpeg_row(results, PIL)
     return [
         Highlight(
             f"loading {ours['source']}, same pixels, {ours['workers']} cores",
             f"{_per_second(ours)[0]:.0f} pictures/s",
-            f"PIL and DataLoader: {_per_second(theirs)[0]:.0f} pictures/s",
+            f"PIL and DataLoader: {_per_second(pil)[0]:.0f} pictures/s",
             f"{ours['faster']:.1f}×",
         )
     ]
 
 
-def figures(results: dict[str, Any]) -> dict[str, Any]:
-    """Bars of pictures per second."""
-    from matplotlib.figure import Figure
-
+def figures(results: dict[str, Any]) -> dict[str, Figure]:
+    """Draw the pictures per second as bars."""
     names = list(dict.fromkeys(row["source"] for row in results["rows"]))
     figure = Figure(figsize=(9, 1 + 2.2 * len(names)), layout="constrained")
     for axes, source in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
         rows = [row for row in results["rows"] if row["source"] == source][::-1]
         rates = np.array([_per_second(row) for row in rows])
-        colours = ["tab:orange" if row["loader"].startswith(OURS) else "tab:grey" for row in rows]
+        colours = [plots.OURS if row["loader"].startswith(OURS) else plots.OTHER for row in rows]
         spread = [rates[:, 0] - rates[:, 1], rates[:, 2] - rates[:, 0]]
         axes.barh([row["loader"] for row in rows], rates[:, 0], xerr=spread, color=colours)
         axes.set_title(source, fontsize="medium")
-        axes.spines[["top", "right"]].set_visible(False)
+        plots.bare(axes)
     axes.set_xlabel("pictures per second, on the same cores")
     return {"pictures-per-second": figure}
 
 
-def exact(results: dict[str, Any]) -> dict[str, float]:
-    """Nothing: decoders differ between machines."""
-    return {}
-
-
 def ratios(results: dict[str, Any]) -> dict[str, float]:
-    """PIL's time divided by ours."""
+    """Return PIL's time divided by TRACER's."""
     return {row["source"]: row["faster"] for row in results["rows"] if row["loader"] == OURS}
 
 

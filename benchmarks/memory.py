@@ -19,9 +19,9 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks._competitors import CASES, EAGER, Problem, Step, check, theirs
-from benchmarks._measure import allocated, table
-from benchmarks._part import Highlight, command_line, progress
+from benchmarks.competitors import CASES, EAGER, Problem, Step, baseline, check
+from benchmarks.harness import command_line, progress, table
+from benchmarks.measure import allocated
 from tracer.kernels import _blocked_tile
 
 BLOCKED, TRITON = "ours (blocked)", "ours (triton)"
@@ -36,21 +36,21 @@ def measure(*, quick: bool = False, width: int = 512) -> dict[str, Any]:
         quick: ours up to N 2048 instead of 4096, what stores N×N matrices at N 512 only.
         width: D.
     """
-    found = []
+    rows = []
     with one_thread(), any_processor():
         for case in CASES:
             for precision in PRECISIONS:
                 progress(f"memory: {case}, {precision}")
-                for who, most in ((BLOCKED, 4096), (EAGER, 1024), (theirs(case), 4096)):
+                for who, most in ((BLOCKED, 4096), (EAGER, 1024), (baseline(case), 4096)):
                     most = min(most, (2048 if who == BLOCKED else 512) if quick else most)
                     sizes = [n for n in SIZES if n <= most]
-                    found.append(_row(case, precision, who, _count(case, precision, who, sizes, width)))
+                    rows.append(_row(case, precision, who, _count(case, precision, who, sizes, width)))
             with launches_left_out():
                 counts = {
                     n: allocated(_step(case, "fp32", TRITON, n, width)) for n in SIZES[: 3 if quick else 4]
                 }
-            found.append(_row(case, "fp32", TRITON, counts))
-    return {"width": width, "rows": found}
+            rows.append(_row(case, "fp32", TRITON, counts))
+    return {"width": width, "rows": rows}
 
 
 def _row(case: str, precision: str, who: str, counts: dict[int, int]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def one_thread() -> Iterator[None]:
 def any_processor() -> Iterator[None]:
     """The CPU implementation takes the same products whatever the processor."""
     with (
-        patch.object(_blocked_tile, "cpu_has_bfloat16", lambda: True),
+        patch.object(_blocked_tile, "bfloat16_unit", lambda: "AMX"),
         patch.object(_blocked_tile, "mkl_knows_this_processor", lambda: False),
     ):
         yield
@@ -114,16 +114,6 @@ def report(results: dict[str, Any]) -> str:
     return f"MiB at the peak, D {results['width']}\n\n{table(header, lines)}"
 
 
-def highlights(results: dict[str, Any]) -> list[Highlight]:
-    """None: the table of times has the memory beside them."""
-    return []
-
-
-def figures(results: dict[str, Any]) -> dict[str, Any]:
-    """None: the picture of the batch size shows it."""
-    return {}
-
-
 def exact(results: dict[str, Any]) -> dict[str, float]:
     """Bytes of every row and size."""
     return {
@@ -131,11 +121,6 @@ def exact(results: dict[str, Any]) -> dict[str, float]:
         for row in results["rows"]
         for n, count in row["bytes"].items()
     }
-
-
-def ratios(results: dict[str, Any]) -> dict[str, float]:
-    """None: nothing here was timed."""
-    return {}
 
 
 if __name__ == "__main__":

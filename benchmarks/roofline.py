@@ -15,7 +15,7 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
-from benchmarks._measure import ROOT
+from benchmarks.harness import ROOT
 from benchmarks.work import OBJECTIVES, PASSES, gradient_bytes, tiles, visited_bytes
 from tracer.kernels import _grid
 from tracer.kernels._tiles import Tile

@@ -1,23 +1,24 @@
-"""The teacher's update: one pass over all parameters, against what people use today.
+"""Time of the teacher's update, one pass over all parameters, against the updates that people use today.
 
-    python -m benchmarks.teacher                    ViT-B/32, RN50 and ViT-L/14 parameter sets, on the GPU if any
-    python -m benchmarks.teacher --models '[RN50]' --repeats 9
+    python -m benchmarks.teacher                    ViT-B/32, RN50 and ViT-L/14 parameter sets, on the GPU if
+    any python -m benchmarks.teacher --models '[RN50]' --repeats 9
 
-Competitors, all moving float32 averages towards the same parameters with the same weight:
+All competitors move float32 averages towards the same parameters with the same weight:
 
-* published loop: the formula of the WMA's published code, tensor by tensor, with three temporaries each;
+* published loop: the formula of the published code of the weighted moving average, tensor by tensor, with three
+  temporary tensors each;
 * lerp_ loop: the same loop in place;
-* torch foreach (``torch._foreach_lerp_``), ``torch.optim.swa_utils.AveragedModel``, ema-pytorch (with
-  use_foreach), as they come;
+* torch foreach (``torch._foreach_lerp_``), ``torch.optim.swa_utils.AveragedModel`` and ema-pytorch (with
+  use_foreach), as these packages provide them;
 * tracer average_: the operation alone, on the lists that torch's foreach gets;
-* tracer: ``MovingAverageTeacher.update``, all of its Python and the model's buffers included;
-* floor: ``lerp_`` of one flat tensor of the same size, what the memory alone takes;
-* on a GPU, copy: ``copy_`` of one flat float32 tensor of the same size, whose bandwidth the others' is a share of
-  (on a CPU a copy also reads what it overwrites, and is no measure).
+* tracer: ``MovingAverageTeacher.update`` with all of its Python, and the model's buffers;
+* floor: ``lerp_`` of one flat tensor of the same size, which only the memory's speed limits;
+* on a GPU, copy: ``copy_`` of one flat float32 tensor of the same size. The table gives the bandwidth of the
+  others as a share of the copy's (on a CPU a copy also reads what it overwrites, so it is left out).
 
-Launches and bytes are counted from the operations that torch really dispatches, views apart, a multi-tensor
-call as one, and from the table of each kernel launch of ``average_``; times are interleaved medians, and the
-results are compared first.
+Launches and bytes are counted from the operations that torch dispatches, without views and with a multi-tensor
+call as one, and from the table of each kernel launch of ``average_``. Times are medians of interleaved calls,
+after the results have been compared.
 """
 
 from __future__ import annotations
@@ -29,19 +30,23 @@ from typing import Any, Literal
 import open_clip
 import torch
 from ema_pytorch import EMA as EmaPytorch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks._measure import Timing, interleaved, require_close, table
-from benchmarks._part import Highlight, command_line, progress
-from tracer.kernels import average as kernel
+from benchmarks import plots, published
+from benchmarks.harness import Highlight, command_line, progress, table
+from benchmarks.measure import Timing, interleaved, require_close
+from tracer.kernels._triton import recording
+from tracer.kernels.average_triton import bytes_moved
 from tracer.ops import average_
 from tracer.schedules import Schedule
 from tracer.teacher import MovingAverageTeacher
 
-Mode = Literal["fp32", "fp32 + bf16 copy", "bf16 + bf16 copy"]  # the student's dtype, and the teacher's own
+# The dtype of the student, and of the copy that the teacher runs with where that is not the average itself.
+Mode = Literal["fp32", "fp32 + bf16 copy", "bf16 + bf16 copy"]
 MODES: tuple[Mode, ...] = ("fp32", "fp32 + bf16 copy", "bf16 + bf16 copy")
 MODELS = ("ViT-B-32", "RN50", "ViT-L-14")
 WEIGHT = 0.01
@@ -51,16 +56,24 @@ OURS = "tracer"
 FLOOR = "floor: one flat lerp_"
 COPY = "copy of one flat tensor"
 
+PICTURES = {
+    "update": "Bar charts: milliseconds that each way to update the teacher of one model takes, by the dtypes of "
+    "student and teacher."
+}
+
 
 class Constant(Schedule):
-    """The same weight at every step, so that all competitors do the same arithmetic."""
+    """A schedule with the same weight at every step, so that all competitors do the same arithmetic."""
 
     def _weight(self, step: int) -> float:
         return WEIGHT
 
 
+UNCOUNTED = ("detach", "_local_scalar_dense", "empty", "empty_like")  # operations that move no elements
+
+
 class Counter(TorchDispatchMode):
-    """Launches (dispatched operations that touch elements) and the bytes they read and write."""
+    """Counts launches (dispatched operations that touch elements) and the bytes that they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,12 +84,7 @@ class Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         schema = func._schema
         is_view = any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments)
-        if is_view or func.overloadpacket.__name__ in (
-            "detach",
-            "_local_scalar_dense",
-            "empty",
-            "empty_like",
-        ):
+        if is_view or func.overloadpacket.__name__ in UNCOUNTED:
             return out
         self.launches += 1
         named = dict(zip((a.name for a in schema.arguments), args, strict=False)) | (kwargs or {})
@@ -90,33 +98,13 @@ class Counter(TorchDispatchMode):
 
 @contextmanager
 def counting() -> Iterator[Counter]:
-    """Count what torch dispatches within, and the launches of the moving average's kernel, which it does not."""
-    shipped, tables = kernel._average_kernel, []
-
-    class Launches:
-        def __getitem__(self, grid: Any) -> Callable[..., Any]:
-            def launch(chunks: Tensor, *args: Any, **options: Any) -> Any:
-                tables.append(chunks)
-                with _disable_current_modes():  # what Triton's interpreter does with torch is no launch
-                    return shipped[grid](chunks, *args, **options)
-
-            return launch
-
-    kernel._average_kernel = Launches()
-    try:
-        with Counter() as counter:
-            yield counter
-    finally:
-        kernel._average_kernel = shipped
-    counter.launches += len(tables)
-    counter.bytes += sum(map(moved_bytes, tables))
-
-
-def moved_bytes(chunks: Tensor) -> int:
-    """Bytes that a launch with this table reads and writes, the table included."""
-    *_, elements, code = chunks.cpu().T
-    size = torch.tensor([4, 2, 2, 0])  # of an element by dtype code; 0 where there is no copy
-    return int((elements * (8 + size[code & 3] + size[code >> 2 & 3])).sum()) + _bytes(chunks)
+    """Count what torch dispatches within the block, and the kernel launches of ``average_``, which it doesn't."""
+    with Counter() as counter, recording(execute=False, keep_arguments=True) as launches:
+        yield counter
+    for launch in launches:  # outside, because Triton's interpreter itself uses torch
+        launch.run()
+    counter.launches += len(launches)
+    counter.bytes += sum(bytes_moved(launch.arguments[0]) for launch in launches)
 
 
 def _bytes(value: Any) -> int:
@@ -124,7 +112,7 @@ def _bytes(value: Any) -> int:
 
 
 def build(name: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """An open_clip model with its real shapes and random values."""
+    """Return an open_clip model with its real shapes and random values."""
     model = open_clip.create_model(name, pretrained=None, device="meta").to_empty(device=device)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
@@ -133,15 +121,14 @@ def build(name: str, device: str, dtype: torch.dtype) -> nn.Module:
 
 
 def published_loop(averages: list[Tensor], params: list[nn.Parameter]) -> None:
-    """avg ← (avg + r·θ)/(1 + r), r = w_k / Σ_{i<k} w_i, each tensor anew, autograd on as in the original."""
-    relative = WEIGHT / (1 - WEIGHT)
+    """Move the averages as the published code does: each into a new tensor, and with autograd on."""
     for i, param in enumerate(params):
-        averages[i] = ((averages[i] + relative * param) / (1 + relative)).detach()
+        averages[i] = published.moved_average(averages[i], param, WEIGHT).detach()
 
 
 @torch.no_grad()
 def lerp_loop(averages: list[Tensor], params: list[nn.Parameter], copies: list[Tensor]) -> None:
-    """The loop in place: one operation per tensor, one more per copy."""
+    """Move the averages in place: one operation per tensor, one more per copy."""
     for average, param in zip(averages, params, strict=True):
         average.lerp_(param.float(), WEIGHT)
     for copy, average in zip(copies, averages, strict=False):
@@ -150,49 +137,55 @@ def lerp_loop(averages: list[Tensor], params: list[nn.Parameter], copies: list[T
 
 @torch.no_grad()
 def foreach(averages: list[Tensor], params: list[nn.Parameter], copies: list[Tensor]) -> None:
-    """The multi-tensor calls that torch has for it."""
+    """Move the averages with torch's multi-tensor calls."""
     torch._foreach_lerp_(averages, [p.float() for p in params], WEIGHT)
     if copies:
         torch._foreach_copy_(copies, averages)
 
 
+def averages_of(teacher: MovingAverageTeacher, names: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the teacher's float32 averages of these parameters, and its low-precision copies, if it has any."""
+    averages, copies = teacher.average.averages, teacher.average.rounded
+    return [averages[name] for name in names], [copies[name] for name in names if name in copies]
+
+
 def competitors(model: nn.Module, low: bool) -> dict[str, tuple[Callable[[], object], list[Tensor]]]:
-    """Name -> its update, and the averages that it moves."""
+    """Return by name each update and the averages that it moves; ``low``: with bfloat16 copies of the averages.
+
+    All updates but the published loop, which makes new tensors, move the same averages, to save memory.
+    """
     teacher = MovingAverageTeacher(model, Constant(), dtype=torch.bfloat16 if low else None)
-    names = [name for name, _ in model.named_parameters()]
     params = list(model.parameters())
-    averages = [teacher._averages[name] for name in names]
-    copies = [teacher._low[name] for name in names if name in teacher._low]
+    averages, copies = averages_of(teacher, [name for name, _ in model.named_parameters()])
     steps = iter(range(1, 10**9))
-    # All but the loop, which makes its averages anew, move the same tensors: memory for one more model.
-    calls: dict[str, Callable[[], object]] = {}
-    lists: dict[str, list[Tensor]] = {}
-    if not low:  # these make no low-precision copies
-        anew = [average.clone() for average in averages]
+    updates: dict[str, tuple[Callable[[], object], list[Tensor]]] = {}
+    if not low:  # these packages make no low-precision copies
+        replaced = [average.clone() for average in averages]
         averaged = AveragedModel(nn.Identity(), multi_avg_fn=get_ema_multi_avg_fn(1 - WEIGHT))
         averaged.module = teacher.module
         averaged.n_averaged.fill_(1)
         ema = EmaPytorch(model, ema_model=teacher.module, use_foreach=True, include_online_model=False)
-        calls[PUBLISHED] = lambda: published_loop(anew, params)
-        calls["AveragedModel"] = lambda: averaged.update_parameters(model)
-        calls["ema-pytorch"] = lambda: ema.update_moving_average(ema.ema_model, model, 1 - WEIGHT)
-    calls[LOOP] = lambda: lerp_loop(averages, params, copies)
-    calls["torch foreach"] = lambda: foreach(averages, params, copies)
-    calls["tracer average_"] = lambda: average_(averages, params, WEIGHT, copies=copies or None)
-    calls[OURS] = lambda: teacher.update(next(steps))
+        updates[PUBLISHED] = lambda: published_loop(replaced, params), replaced
+        updates["AveragedModel"] = lambda: averaged.update_parameters(model), averages
+        updates["ema-pytorch"] = (
+            lambda: ema.update_moving_average(ema.ema_model, model, 1 - WEIGHT),
+            averages,
+        )
+    updates[LOOP] = lambda: lerp_loop(averages, params, copies), averages
+    updates["torch foreach"] = lambda: foreach(averages, params, copies), averages
+    updates["tracer average_"] = lambda: average_(averages, params, WEIGHT, copies=copies or None), averages
+    updates[OURS] = lambda: teacher.update(next(steps)), averages
     size = sum(p.numel() for p in params)
     flat = torch.zeros(size, device=params[0].device), torch.zeros(size, device=params[0].device)
     if flat[0].is_cuda:
-        lists[COPY] = []
-        calls[COPY] = lambda: flat[0].copy_(flat[1])
+        updates[COPY] = lambda: flat[0].copy_(flat[1]), []
     if not low:
-        calls[FLOOR] = lambda: flat[0].lerp_(flat[1], WEIGHT)
-        lists |= {PUBLISHED: anew, FLOOR: []}
-    return {name: (call, lists.get(name, averages)) for name, call in calls.items()}
+        updates[FLOOR] = lambda: flat[0].lerp_(flat[1], WEIGHT), []
+    return updates
 
 
 def compare(name: str, mode: Mode, device: str, repeats: int, budget: float) -> list[dict[str, Any]]:
-    """One table: every competitor on one parameter set."""
+    """Check, count and time every competitor on one parameter set, and return their rows."""
     model = build(name, device, torch.bfloat16 if mode == "bf16 + bf16 copy" else torch.float32)
     params = [p.detach() for p in model.parameters()]
     largest = max(range(len(params)), key=lambda i: params[i].numel())
@@ -200,12 +193,12 @@ def compare(name: str, mode: Mode, device: str, repeats: int, budget: float) -> 
     entrants = competitors(model, low=mode != "fp32")
     counts = {}
     for label, (call, averages) in entrants.items():
-        call()  # builds what later calls keep
-        want = torch.lerp(averages[largest], params[largest].float(), WEIGHT) if averages else None
+        call()  # builds the tables that later calls reuse
+        expected = torch.lerp(averages[largest], params[largest].float(), WEIGHT) if averages else None
         with counting() as counts[label]:
             call()
-        if want is not None:
-            require_close(f"{name}, {mode}: {label}", averages[largest], want, 1e-6)
+        if expected is not None:
+            require_close(f"{name}, {mode}: {label}", averages[largest], expected, 1e-6)
     times = interleaved(
         {label: call for label, (call, _) in entrants.items()}, repeats=repeats, budget=budget
     )
@@ -233,17 +226,17 @@ def measure(
     repeats: int = 15,
     budget: float = 20.0,
 ) -> dict[str, Any]:
-    """Time one update of whole models' averages, each in turn with the others.
+    """Time every update of the averages of whole models, in turns.
 
     Args:
-        quick: ViT-B/32 only, five repeats.
-        models: open_clip model names instead.
-        modes: dtype of the student and of the teacher's low-precision copies; all three if not given.
+        quick: only ViT-B/32, with five repeats.
+        models: names of open_clip models; default: ViT-B-32, RN50, ViT-L-14.
+        modes: dtypes of the student and of the teacher's low-precision copies; all three by default.
         repeats: turns of each update.
-        budget: seconds of timing per model and mode, at most, after three turns.
+        budget: seconds for the turns of one model and mode; at least three turns are taken.
 
     Raises:
-        SystemExit: an update's result differs from the others'.
+        WrongResult: an update's result is wrong; ends the benchmark.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[dict[str, Any]] = []
@@ -258,7 +251,7 @@ Group = dict[str, dict[str, Any]]
 
 
 def _groups(results: dict[str, Any]) -> dict[tuple[str, str], Group]:
-    """(model, mode) → rows by update."""
+    """Return the rows by update of each model and mode."""
     groups: dict[tuple[str, str], Group] = {}
     for row in results["updates"]:
         groups.setdefault((row["model"], row["mode"]), {})[row["update"]] = row
@@ -274,7 +267,7 @@ def _ratio(group: Group, other: str) -> float:
 
 
 def report(results: dict[str, Any]) -> str:
-    """A table per model and mode, as Markdown."""
+    """Return a table for each model and mode, as Markdown."""
     parts = []
     for (name, mode), group in _groups(results).items():
         first = group[OURS]
@@ -296,57 +289,54 @@ def report(results: dict[str, Any]) -> str:
 
 
 def highlights(results: dict[str, Any]) -> list[Highlight]:
-    """ViT-B/32 in float32 against the published loop."""
+    """Return the row of ViT-B/32 in float32, compared with the published loop."""
     group = _groups(results).get(("ViT-B-32", "fp32"))
     if group is None:
         return []
-    ours, theirs = (f"{1e3 * _time(group[who]).median:.3g} ms" for who in (OURS, PUBLISHED))
+    ours, compared = (f"{1e3 * _time(group[update]).median:.3g} ms" for update in (OURS, PUBLISHED))
     what = f"teacher update, ViT-B/32, {group[OURS]['parameters'] / 1e6:.0f} M parameters"
-    return [Highlight(what, ours, f"{theirs} (published loop)", f"{_ratio(group, PUBLISHED):.1f}×")]
+    return [Highlight(what, ours, f"{PUBLISHED}: {compared}", f"{_ratio(group, PUBLISHED):.1f}×")]
 
 
-def figures(results: dict[str, Any]) -> dict[str, Any]:
-    """Bars of the first model's times, one panel per mode, ours in colour."""
-    from matplotlib import pyplot
-
+def figures(results: dict[str, Any]) -> dict[str, Figure]:
+    """Draw the times of the first model as bars, one panel per mode."""
     groups = _groups(results)
     model = next(iter(groups))[0]
     modes = {mode: group for (name, mode), group in groups.items() if name == model}
-    figure, panels = pyplot.subplots(
-        len(modes), 1, sharex=True, squeeze=False, layout="constrained",
-        height_ratios=[len(group) for group in modes.values()],
-        figsize=(8, 0.9 + 0.27 * sum(len(group) + 1 for group in modes.values())),
-    )  # fmt: skip
+    bars = sum(len(group) + 1 for group in modes.values())
+    figure = Figure(figsize=(8, 0.9 + 0.27 * bars), layout="constrained")
+    heights = [len(group) for group in modes.values()]
+    panels = figure.subplots(len(modes), 1, sharex=True, squeeze=False, height_ratios=heights)
     for panel, (mode, group) in zip(panels[:, 0], modes.items(), strict=True):
         updates = sorted(group, key=lambda update: -_time(group[update]).median)
-        times = [_time(group[update]) for update in updates]
-        colours = [
-            "#0072b2" if u.startswith(OURS) else "#d9d9d9" if u in (FLOOR, COPY) else "#8c8c8c"
-            for u in updates
-        ]
-        bars = panel.barh(updates, [1e3 * t.median for t in times], color=colours)
-        panel.bar_label(bars, [f"{1e3 * t.median:.3g}" for t in times], padding=3)
-        panel.set_title(
-            mode.replace(" + ", " student, ") + ("" if "+" in mode else " student and teacher"), loc="left"
-        )
-        panel.spines[["top", "right"]].set_visible(False)
+        times = [1e3 * _time(group[update]).median for update in updates]
+        drawn = panel.barh(updates, times, color=[_colour(update) for update in updates])
+        panel.bar_label(drawn, [f"{time:.3g}" for time in times], padding=3)
+        dtypes = mode.replace(" + ", " student, ") + ("" if "+" in mode else " student and teacher")
+        panel.set_title(dtypes, loc="left")
+        plots.bare(panel)
         panel.margins(x=0.08)
     panels[-1, 0].set_xlabel(f"milliseconds per update of {model}")
     return {"update": figure}
 
 
+def _colour(update: str) -> str:
+    if update in (FLOOR, COPY):
+        return plots.REFERENCE
+    return plots.OURS if update.startswith(OURS) else plots.OTHER
+
+
 def exact(results: dict[str, Any]) -> dict[str, float]:
-    """Launches and bytes of our update; they depend on the kind of device alone."""
-    found: dict[str, float] = {}
-    for (name, mode), group in _groups(results).items():
-        for what in ("launches", "bytes_per_parameter"):
-            label = f"teacher {name}, {mode}, {results['device']}: {what.replace('_', ' ')}"
-            found[label] = group[OURS][what]
-    return found
+    """Return launches and bytes of TRACER's update; they depend on the kind of device alone."""
+    return {
+        f"teacher {name}, {mode}, {results['device']}: {count.replace('_', ' ')}": group[OURS][count]
+        for (name, mode), group in _groups(results).items()
+        for count in ("launches", "bytes_per_parameter")
+    }
 
 
 def ratios(results: dict[str, Any]) -> dict[str, float]:
-    """The published loop's time divided by ours; the loop in place where copies are written."""
+    """Return the published loop's time divided by TRACER's; where copies are written, the lerp_ loop's."""
     return {
         f"teacher {name}, {mode}: {other} / ours": _ratio(group, other)
         for (name, mode), group in _groups(results).items()

@@ -1,6 +1,7 @@
-"""``pytest benchmarks --benchmark-only``: parts through pytest-benchmark, for its comparisons between runs.
+"""Cases of the losses, the teacher and the counting parts for ``pytest benchmarks --benchmark-only``.
 
-The step and the loader have files of their own. As everywhere, nothing is timed before it was found right.
+pytest-benchmark compares them between runs; the step and the loader have files of their own. As everywhere, a
+result is checked before it is timed.
 """
 
 from __future__ import annotations
@@ -8,27 +9,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import _competitors, _page, teacher
-from benchmarks._part import run_part
+from benchmarks import competitors, teacher
+from benchmarks.harness import Part, run_part
 
 PAIRS, WIDTH = 1024, 512
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("case", "who"),
-    [(case, who) for case in _competitors.CASES for who in (_competitors.OURS, _competitors.theirs(case))],
+    ("case", "name"),
+    [(case, name) for case in competitors.CASES for name in (competitors.OURS, competitors.baseline(case))],
 )
-def test_loss(benchmark, case, who, precision):
+def test_loss(benchmark, case, name, precision):
     """Forward and backward at N 1024, D 512."""
-    step = _competitors.Problem(PAIRS, WIDTH).step(case, who, precision)
+    step = competitors.Problem(PAIRS, WIDTH).step(case, name, precision)
     step()
-    _competitors.check(case, who, precision, step.result(), PAIRS, WIDTH)
-    benchmark.group = f"{_competitors.CASES[case]}, {precision}"
+    competitors.check(case, name, precision, step.result(), PAIRS, WIDTH)
+    benchmark.group = f"{competitors.CASES[case]}, {precision}"
 
     def finished() -> None:
         step()
-        _competitors.synchronize()
+        competitors.synchronize()
 
     benchmark(finished)
 
@@ -40,16 +41,16 @@ def test_loss(benchmark, case, who, precision):
 def test_teacher(benchmark, mode, update):
     """One update of ViT-B/32's averages."""
     dtype = torch.bfloat16 if mode.startswith("bf16") else torch.float32
-    model = teacher.build("ViT-B-32", _competitors.DEVICE, dtype)
+    model = teacher.build("ViT-B-32", competitors.DEVICE, dtype)
     call, _ = teacher.competitors(model, low=mode != "fp32")[update]
     benchmark.group = f"teacher, {mode}"
-    call()  # builds what later calls keep
+    call()  # builds the tables that later calls reuse
     with teacher.counting() as counter:
         call()
 
     def finished() -> None:
         call()
-        _competitors.synchronize()
+        competitors.synchronize()
 
     benchmark.pedantic(finished, rounds=5, warmup_rounds=1)
     benchmark.extra_info |= {"launches": counter.launches, "bytes": counter.bytes}
@@ -57,6 +58,6 @@ def test_teacher(benchmark, mode, update):
 
 @pytest.mark.parametrize("part", ["memory", "work", "machine_code"])
 def test_counting(benchmark, part):
-    """What has no clock, in a process of its own that interprets or compiles; with what was counted."""
+    """A part that times nothing, in a process of its own that interprets or compiles, with what it counted."""
     results = benchmark.pedantic(lambda: run_part(part, quick=True)["results"], rounds=1)
-    benchmark.extra_info |= _page.load(part).exact(results)
+    benchmark.extra_info |= Part(part).exact(results)

@@ -1,22 +1,22 @@
-"""``pytest benchmarks --benchmark-only``: one whole training step of the demo's model, each way."""
+"""Every kind of training step of the demo's model, for ``pytest benchmarks --benchmark-only``."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks import step
+from benchmarks.step_trainer import STEPS, Case, Trainer, problem
 from tracer.machine import resolve_precision
 
 
 @pytest.fixture(scope="module")
 def trainer():
-    trainer = step.Trainer(step.problem(step.Case("tracer-demo", 64)), resolve_precision("auto"))
+    trainer = Trainer(problem(Case("tracer-demo", 64)), resolve_precision("auto"))
     trainer.check("tracer-demo")
     return trainer
 
 
-@pytest.mark.parametrize("kind", step.STEPS)
+@pytest.mark.parametrize("kind", STEPS)
 def test_step(benchmark, trainer, kind):
     phases = trainer.phases(kind)
 

@@ -48,9 +48,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import interpreter
 
 from benchmarks import published
-from benchmarks._measure import table
-from benchmarks._part import Highlight, command_line, progress
-from tracer.kernels import _grid, average, contrastive_triton
+from benchmarks.harness import Highlight, command_line, progress, table
+from tracer.kernels import _grid, average_triton, contrastive_triton
 from tracer.kernels._tiles import TABLES, Tile
 from tracer.kernels._triton import INTERPRETED, planning_for, recording
 from tracer.kernels.contrastive import Inputs, Needs, Options
@@ -250,7 +249,7 @@ def count_average(mode: str) -> dict[str, Any]:
     params = [torch.ones(shape, dtype=dtype) for shape in AVERAGED]
     copies = [torch.zeros(shape, dtype=low) for shape in AVERAGED] if low else None
     with counting() as work:
-        average.average_(averages, params, 0.5, copies)
+        average_triton.average_(averages, params, 0.5, copies)
     numel = sum(t.numel() for t in averages)
     return {
         "mode": mode,
@@ -456,38 +455,33 @@ def highlights(results: dict[str, Any]) -> list[Highlight]:
     """The whole objective's products at the largest size counted."""
     rows = [r for r in results["loss"] if r["objective"] == "full objective"]
     largest = max(rows, key=lambda r: r["rows"])
-    ours, theirs = sum(largest["units"].values()), largest["published_units"]
+    ours, published_units = sum(largest["units"].values()), largest["published_units"]
     name = f"products of the whole objective, counted, N {largest['rows']}"
     return [
-        Highlight(name, f"{ours:.2f} N²D", f"{theirs:g} N²D (published formulation)", f"{theirs / ours:.2f}×")
+        Highlight(
+            name,
+            f"{ours:.2f} N²D",
+            f"{published_units:g} N²D (published formulation)",
+            f"{published_units / ours:.2f}×",
+        )
     ]
-
-
-def figures(results: dict[str, Any]) -> dict[str, Any]:
-    """None: the tables are short."""
-    return {}
 
 
 def exact(results: dict[str, Any]) -> dict[str, float]:
     """Every count by name."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for r in results["loss"]:
         name = f"work {r['objective']} {r['architecture']} {r['rows']}x{r['width']}"
         for what in ("units", "bytes", "launches", "operations_per_logit", "exponentials_per_logit"):
             for when, value in r[what].items():
-                found[f"{name} {what.replace('_', ' ')} {when}"] = value
+                numbers[f"{name} {what.replace('_', ' ')} {when}"] = value
     for r in results["average"]:
         for what in ("launches", "bytes_per_parameter"):
-            found[f"work moving average {r['mode']} {what.replace('_', ' ')}"] = r[what]
+            numbers[f"work moving average {r['mode']} {what.replace('_', ' ')}"] = r[what]
     for r in results["memory"]:
         for when in ("forward", "saved", "backward"):
-            found[f"memory {r['objective']} {r['architecture']} {r['rows']}x{r['width']} {when}"] = r[when]
-    return found
-
-
-def ratios(results: dict[str, Any]) -> dict[str, float]:
-    """None: nothing is timed."""
-    return {}
+            numbers[f"memory {r['objective']} {r['architecture']} {r['rows']}x{r['width']} {when}"] = r[when]
+    return numbers
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""open_clip's own training script with the fused loss in place of its own.
+"""Run open_clip's own training script with the fused loss in place of open_clip's.
 
     python examples/open_clip_training.py --model ViT-B-32 --train-data pairs.csv ...
     python examples/open_clip_training.py --tiny runs/tiny
 
-The first form takes every option of ``python -m open_clip_train.main``. The second needs nothing: it draws
-a few pictures, writes the config of a tiny model and trains it for two epochs on the CPU, in under a minute.
+The first form takes every option of ``python -m open_clip_train.main``. The second needs no data: it draws
+a few pictures, writes the config of a tiny model and trains it for two epochs on the CPU.
 
-open_clip's script asks ``create_loss`` for its loss; that is the one thing replaced here. It needs
-open_clip's training extras: pip install webdataset pandas.
+open_clip's script obtains its loss from ``create_loss``, and this example replaces only that function. The
+script needs open_clip's training extras: pip install webdataset pandas.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TINY_MODEL = {
 
 
 def create_loss(args: argparse.Namespace) -> nn.Module:
-    """Takes the place of ``open_clip.create_loss`` for CLIP models."""
+    """Return the fused CLIP loss for the options of open_clip's script, as ``open_clip.create_loss`` does."""
     return ClipLoss(
         local_loss=args.local_loss,
         gather_with_grad=args.gather_with_grad,
@@ -46,7 +46,7 @@ def create_loss(args: argparse.Namespace) -> nn.Module:
 
 
 def train(argv: Sequence[str], loss: Callable[[argparse.Namespace], nn.Module] = create_loss) -> None:
-    """Run open_clip's script on its own options, with another loss."""
+    """Run open_clip's script with the options ``argv`` and the loss that ``loss`` creates."""
     original = open_clip_script.create_loss
     open_clip_script.create_loss = loss
     try:
@@ -56,7 +56,7 @@ def train(argv: Sequence[str], loss: Callable[[argparse.Namespace], nn.Module] =
 
 
 def tiny_run(folder: Path, name: str = "tracer") -> list[str]:
-    """Draw 64 pictures, write a model config and return the options that train it on them."""
+    """Draw 64 pictures, write a model config, and return the options that train this model on them."""
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "tiny-clip.json"
     config.write_text(json.dumps(TINY_MODEL))
@@ -93,6 +93,7 @@ def tiny_run(folder: Path, name: str = "tracer") -> list[str]:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Run open_clip's script with ``argv``, or the tiny run if ``argv`` begins with ``--tiny``."""
     if argv[:1] == ["--tiny"]:
         argv = tiny_run(Path(argv[1] if len(argv) > 1 else "runs/open_clip_tiny").resolve())
     train(argv)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._processor import bfloat16_unit, mkl_knows_this_processor
 from .contrastive import Inputs, Options, accumulation_dtype, teacher_factor
 
 # Largest tile. Small enough that the tiles of the four logit matrices stay in the last-level cache,
@@ -319,23 +319,10 @@ def _operand_dtype(image: Tensor) -> torch.dtype:
     """
     if image.dtype == torch.float16:
         return torch.float32
-    if image.dtype == torch.bfloat16 and image.device.type == "cpu" and not cpu_has_bfloat16():
+    if image.dtype == torch.bfloat16 and image.device.type == "cpu" and bfloat16_unit() is None:
         return torch.float32
     return image.dtype
 
 
 def _mkldnn_is_faster(a: Tensor) -> bool:
     return a.dtype == torch.float32 and a.device.type == "cpu" and not mkl_knows_this_processor()
-
-
-@cache
-def mkl_knows_this_processor() -> bool:
-    """Return whether float32 products go to MKL, which takes its AVX-512 kernels on Intel's processors only."""
-    cpuinfo = Path("/proc/cpuinfo")
-    intel = cpuinfo.is_file() and "GenuineIntel" in cpuinfo.read_text()
-    return (intel and torch.backends.mkl.is_available()) or not torch.backends.mkldnn.is_available()
-
-
-def cpu_has_bfloat16() -> bool:
-    """Return whether this processor has instructions for bfloat16 products."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -109,7 +109,7 @@ def forward_kernel(
         offs_n = row + tl.arange(0, BLOCK_N)
         z, s = empty_statistics(Z_MAX, Z_NEGATIVE, BLOCK_N), empty_statistics(S_MAX, S_ARG, BLOCK_N)
         t, x = empty_statistics(T_MAX, T_MINUS_X, BLOCK_N), empty_statistics(X_MAX, COUNT, BLOCK_N)
-        # The first row of tiles starts the column statistics; later rows park theirs to be merged.
+        # The first row of tiles starts the column statistics; later rows park their statistics to be merged.
         if row == first_row:
             park_ptr = col_partial_ptr
         else:

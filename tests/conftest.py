@@ -1,4 +1,4 @@
-"""Shared pieces of the tests: a tiny open_clip model and a data set of drawn pictures."""
+"""What all tests share: poisoned memory, a tiny open_clip model and a data set of drawn pictures."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
 
+import poison
 import torch
 
 if not torch.cuda.is_available():  # before anything imports triton: its own library decides at import too
@@ -22,6 +23,15 @@ TINY = {
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
 SHAPES = ("circle", "square", "cross", "bar")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch) -> None:
+    """Fill what ``torch.empty`` and its relatives return to this repository's code with poison.
+
+    Fresh memory is usually zero, so a kernel that reads a lane that nobody wrote would pass its tests by luck.
+    """
+    poison.install(monkeypatch)
 
 
 @pytest.fixture(scope="session")

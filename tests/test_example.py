@@ -48,9 +48,9 @@ def test_open_clips_script_trains_the_same_with_our_loss(example, tmp_path):
     with own_logging():
         example.train(example.tiny_run(tmp_path, "ours"))
     with own_logging():
-        example.train(example.tiny_run(tmp_path, "theirs"), loss=open_clip.create_loss)
-    ours, theirs = logged_losses(tmp_path, "ours"), logged_losses(tmp_path, "theirs")
+        example.train(example.tiny_run(tmp_path, "open_clip"), loss=open_clip.create_loss)
+    ours, reference = logged_losses(tmp_path, "ours"), logged_losses(tmp_path, "open_clip")
     assert len(ours) == 8
-    assert ours == pytest.approx(theirs, abs=2e-4)
+    assert ours == pytest.approx(reference, abs=2e-4)
     assert ours[-1] < ours[0]
     assert (tmp_path / "logs" / "ours" / "checkpoints" / "epoch_2.pt").is_file()

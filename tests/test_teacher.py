@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tracer.schedules import EMA, WMA, Frozen, Uniform
-from tracer.teacher import MovingAverageTeacher, build_teacher
+from tracer.teacher import EMA, WMA, Frozen, MovingAverageTeacher, Schedule, Uniform, build_teacher
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
@@ -94,6 +93,20 @@ def test_frozen_never_moves():
 def test_schedule_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_custom_schedule():
+    """A subclass gives the weight alone; it may have a frequency."""
+
+    class Halves(Schedule):
+        every = 2
+
+        def _weight(self, step):
+            return 0.5
+
+    assert [Halves().weight(step) for step in (1, 2, 3, 4)] == [0.0, 0.5, 0.0, 0.5]
+    with pytest.raises(TypeError, match="abstract"):
+        Schedule()
 
 
 class Net(nn.Module):
@@ -265,12 +278,32 @@ def test_resume_is_bit_identical(dtype, tmp_path):
     assert torch.equal(resumed_teacher.encode(x), saved), "stale until the next update"
     resumed.cache.fill_(10.0)
     steps(resumed, resumed_teacher, 11, 20)
-    for mine, theirs in (
-        (teacher.gather(), resumed_teacher.gather()),
-        (teacher.module.state_dict(), resumed_teacher.module.state_dict()),
+    for got, want in (
+        (resumed_teacher.gather(), teacher.gather()),
+        (resumed_teacher.module.state_dict(), teacher.module.state_dict()),
     ):
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_a_state_of_an_earlier_release_loads():
+    """Checkpoints of unfinished runs hold these keys and texts."""
+    model = nn.BatchNorm1d(2)
+    state = {
+        "step": 3,
+        "schedule": "WMA(total_steps=20, beta=0.5, every=1)",
+        "shard": "rank 0 of 1",
+        "averages": {
+            name: torch.tensor([1.0, 2.0]) for name in ("weight", "bias", "running_mean", "running_var")
+        },
+        "copied": {"num_batches_tracked": torch.tensor(7)},
+    }
+    teacher = build_teacher(model, WMA(20))
+    assert teacher.state_dict().keys() == state.keys()
+    teacher.load_state_dict(state)
+    assert teacher.step == 3
+    assert torch.equal(teacher.gather()["running_var"], torch.tensor([1.0, 2.0]))
+    assert teacher.gather()["num_batches_tracked"] == 7
 
 
 def _other(kind):
@@ -310,6 +343,28 @@ def test_a_student_that_changes():
     model.head.bias = None
     with pytest.raises(ValueError, match=r"the student no longer has 'head.bias'"):
         teacher.update(2)
+
+
+def test_parameters_that_are_added_later_are_refused():
+    """Adapters belong into the model before the teacher is built; it would leave them behind otherwise."""
+    model = net()
+    teacher = build_teacher(model, Uniform())
+    model.drop = nn.Identity()  # a module without parameters changes nothing
+    model.more = nn.Dropout(0.1)
+    assert teacher.update(1)
+    model.head.adapter = nn.Linear(6, 6, bias=False)
+    with pytest.raises(ValueError, match=r"added after the teacher was built \(head\.adapter\.weight\)"):
+        teacher.update(2)
+    assert teacher.step == 1
+
+
+def test_a_compiled_student_is_unwrapped():
+    model = net()
+    teacher = build_teacher(torch.compile(model, backend="eager"), Uniform())
+    train_step(model, 1)
+    assert teacher.update(1)
+    assert list(teacher.gather()) == list(model.state_dict())
+    assert type(teacher.module) is Net
 
 
 def test_frozen_parameters_cost_nothing():

@@ -1,13 +1,13 @@
 """R-Adapter: linear adapters that are trained alone, and folded away at the end.
 
-Behind the output projection of the attention and behind the second linear layer of the MLP, in every
-transformer layer, stands h(X) = X W + X with W = 0 at the start. Everything else is frozen.
+An adapter h(X) = X W + X, with W = 0 at the start, follows the output projection of the attention and the
+second linear layer of the MLP in every transformer layer. Everything else is frozen.
 
-    add_adapters(model)                                    # step 0 is the pretrained model, exactly
-    average = build_teacher(model, accumulation(steps))    # W̃, the moving average of the adapters alone
-    ...                                                    # train; average.update(step) after each step
+    add_adapters(model)                                       # step 0 is the pretrained model, exactly
+    average = build_teacher(model, adapter_schedule(steps))   # W̃, the moving average of the adapters alone
+    ...                                                       # train; average.update(step) after each step
     for alpha in (0.3, 0.5, 0.8):
-        plain = fold(average.gather(), alpha)              # a state dict without adapters, for open_clip
+        plain = fold(average.gather(), alpha)                 # a state dict without adapters, for open_clip
 
 The adapter of a linear layer is its child ``adapter``, so the key of a tensor in a state dict says what
 it folds into: ``transformer.resblocks.0.mlp.c_proj.adapter.weight`` into ``….mlp.c_proj``. Dropout,
@@ -16,7 +16,7 @@ normalisation and layer scale that follow a linear layer follow its adapter too,
 Three self-ensembles: each adapter is dropped at random in training, W is averaged over the steps, and
 ``alpha`` interpolates between the pretrained and the adapted model.
 
-Source: R-Adapter (arXiv 2408.05749). Its publication counts W of all ViT-B/16 layers as 13 % of the model.
+Source: R-Adapter (arXiv 2408.05749), which counts W of all ViT-B/16 layers as 13 % of the model.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tracer.errors import UserError
-from tracer.models.weights import save_weights
+from tracer.files import read_tensors, write_tensors
+from tracer.recipes import R_ADAPTER
 from tracer.schedules import EMA
 
 # Where a layer keeps the last linear map of its attention and of its MLP.
@@ -43,12 +42,12 @@ _LAYERS = (
     ("layer.0.SelfAttention.o", "layer.1.DenseReluDense.wo"),  # … T5, mT5
     ("self_attn.out_proj", "fc2"),  # … M2M100, NLLB
 )
-_MARK = ".adapter."
+_MARK = ".adapter."  # in the key of every tensor of an adapter
 TOWERS = ("visual", "text")
 
 
 class Adapter(nn.Module):
-    """h(X) = X W + X over the last dimension; W is [width, width], or ``down @ up`` of rank r.
+    """Linear adapter h(X) = X W + X over the last dimension; W is [width, width], or ``down @ up`` of rank r.
 
     In training the term X W is dropped with probability ``drop`` at each forward pass, for the whole
     batch at once, and otherwise divided by 1 − drop. The draw comes from torch's default generator of the
@@ -72,7 +71,7 @@ class Adapter(nn.Module):
             self.up = nn.Parameter(like.new_zeros(rank, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [..., width] to h(X) of the same shape and dtype."""
+        """Return h(X) of X [..., width], in the same shape and dtype."""
         delta = x @ self.weight if hasattr(self, "weight") else x @ self.down @ self.up
         if self.training:
             one = torch.ones((), device=x.device)  # float32, so that 1/(1−p) isn't rounded; no new dtype
@@ -80,12 +79,12 @@ class Adapter(nn.Module):
         return x + delta
 
     def extra_repr(self) -> str:
-        """The settings, for ``print(model)``."""
+        """Return the settings, for ``print(model)``."""
         return ", ".join(f"{n}={list(p.shape)}" for n, p in self.named_parameters()) + f", drop={self.drop}"
 
 
 class Share(NamedTuple):
-    """How many parameters train, and how many the pretrained model has."""
+    """The number of parameters that train, and of those that the pretrained model has."""
 
     adapters: int
     pretrained: int
@@ -96,14 +95,14 @@ class Share(NamedTuple):
 
 
 def add_adapters(
-    model: nn.Module, *, rank: int | None = None, drop: float = 0.2, towers: Iterable[str] = TOWERS
+    model: nn.Module, *, rank: int | None = None, drop: float = R_ADAPTER.drop, towers: Iterable[str] = TOWERS
 ) -> Share:
     """Add adapters to every transformer layer of an open_clip model and freeze everything else.
 
-    They start as exactly nothing: the model computes what the pretrained one does, bit for bit. CoCa
+    They start at zero: the adapted model computes what the pretrained model does, bit for bit. CoCa
     gets them in its two contrastive towers; its captioning decoder, which a contrastive loss doesn't reach,
     stays as it is, and so do pooling layers such as SigLIP's attention head. A tower that mixes convolutions
-    with transformer layers (ViTamin) gets them in the latter.
+    with transformer layers (ViTamin) gets them in the transformer layers.
 
     Args:
         model: any open_clip model with transformer towers. Changed in place.
@@ -112,17 +111,17 @@ def add_adapters(
         towers: which of "visual" and "text" get adapters.
 
     Raises:
-        UserError: the model has adapters already; a tower has no transformer layers that are known; rank
+        ValueError: the model has adapters already; a tower has no transformer layers that are known; rank
             below 1 or above the width; drop outside [0, 1). The model is unchanged then.
     """
     if not 0 <= drop < 1:
-        raise UserError(f"adapter drop is {drop}: it must be at least 0 and below 1")
+        raise ValueError(f"adapter drop is {drop}: it must be at least 0 and below 1")
     if any(isinstance(module, Adapter) for module in model.modules()):
-        raise UserError("the model has adapters already: add them only once")
+        raise ValueError("the model has adapters already: add them only once")
     linears = _linears(model, towers)
     for name, linear in linears.items():
         if rank is not None and not 1 <= rank <= linear.out_features:
-            raise UserError(
+            raise ValueError(
                 f"adapter rank is {rank}: it must be from 1 to {linear.out_features}, the width of {name}"
             )
     pretrained = sum(p.numel() for p in model.parameters())
@@ -148,32 +147,32 @@ def _after_attention(attention: Any, _args: Any, output: tuple[Tensor, ...]) -> 
 
 
 def _linears(model: nn.Module, towers: Iterable[str]) -> dict[str, nn.Linear]:
-    """Name -> linear layer that an adapter follows, in the order of the model."""
+    """Return name -> linear layer that an adapter follows, in the order of the model."""
     # CLIP keeps its text tower in pieces, of which this one holds the layers; the other models have "text".
     paths = {"visual": "visual", "text": "text" if hasattr(model, "text") else "transformer"}
-    found: dict[str, nn.Linear] = {}
+    adapted: dict[str, nn.Linear] = {}
     if not (towers := list(towers)):
-        raise UserError(f"no tower to adapt: choose from {', '.join(TOWERS)}")
+        raise ValueError(f"no tower to adapt: choose from {', '.join(TOWERS)}")
     for which in towers:
         if which not in paths:
-            raise UserError(f"unknown tower '{which}': choose from {', '.join(TOWERS)}")
+            raise ValueError(f"unknown tower '{which}': choose from {', '.join(TOWERS)}")
         tower = getattr(model, paths[which], None)
         if tower is None:
-            raise UserError(f"a {type(model).__name__} has no {which} tower: give an open_clip dual encoder")
-        here: dict[str, nn.Linear] = {}
+            raise ValueError(f"a {type(model).__name__} has no {which} tower: give an open_clip dual encoder")
+        in_tower: dict[str, nn.Linear] = {}
         for name, layer in tower.named_modules(prefix=paths[which]):
             for pair in _LAYERS:
                 linears = {f"{name}.{path}": x for path in pair if (x := _linear(layer, path)) is not None}
-                here |= linears if len(linears) == len(pair) else {}
-        if not here:
+                in_tower |= linears if len(linears) == len(pair) else {}
+        if not in_tower:
             kind = type(getattr(tower, "trunk", tower)).__name__
             others = " or ".join(f"'{t}'" for t in TOWERS if t != which)
-            raise UserError(
+            raise ValueError(
                 f"the {which} tower is a {kind}, which has no transformer layers that R-Adapter knows: "
                 f"adapt the {others} tower alone, or choose another method"
             )
-        found |= here
-    return found
+        adapted |= in_tower
+    return adapted
 
 
 def _linear(layer: nn.Module, path: str) -> nn.Linear | None:
@@ -183,30 +182,30 @@ def _linear(layer: nn.Module, path: str) -> nn.Linear | None:
     return child if isinstance(child, nn.Linear) else None
 
 
-def accumulation(total_steps: int, momentum: float = 0.999) -> EMA:
-    """Schedule of W̃ for ``build_teacher``: W̃ ← m W̃ + (1 − m) W after every step."""
+def adapter_schedule(total_steps: int, momentum: float = R_ADAPTER.momentum) -> EMA:
+    """Return the schedule of W̃ for ``build_teacher``: W̃ ← m W̃ + (1 − m) W after every step."""
     return EMA(total_steps, start=momentum, end=momentum, warmup=0.0, every=1)
 
 
 def adapter_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters' part of an adapted model's state dict: all that a run has to keep."""
+    """Return the adapters' part of an adapted model's state dict: all that a run has to keep."""
     return {key: value for key, value in state.items() if _MARK in key}
 
 
-def load_adapters(model: nn.Module, adapters: Mapping[str, Tensor], drop: float = 0.2) -> None:
+def load_adapters(model: nn.Module, adapters: Mapping[str, Tensor], drop: float = R_ADAPTER.drop) -> None:
     """Put trained adapters into a model of the same architecture, adding them first if it has none.
 
     Args:
         model: open_clip model with or without adapters. Changed in place.
-        adapters: what :func:`adapter_state` gave; other entries of a state dict are left out.
+        adapters: what :func:`adapter_state` returned; other entries of a state dict are left out.
         drop: as for :func:`add_adapters`, if they are added.
 
     Raises:
-        UserError: they belong to another architecture, tower or rank; names the first difference.
+        ValueError: they belong to another architecture, tower or rank; the message names the first difference.
     """
     adapters = adapter_state(adapters)
     if not adapters:
-        raise UserError("there are no adapters to load: the state dict has no entry with '.adapter.'")
+        raise ValueError("there are no adapters to load: the state dict has no entry with '.adapter.'")
     rank = next((value.shape[1] for key, value in adapters.items() if key.endswith(".down")), None)
     visual = [key.startswith("visual.") for key in adapters]
     towers = [t for t, there in (("visual", any(visual)), ("text", not all(visual))) if there]
@@ -219,9 +218,9 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, Tensor], drop: float 
     given = {key: value.shape for key, value in adapters.items()}
     for key in sorted(given.keys() | expected.keys()):
         if given.get(key) != expected.get(key):
-            theirs, mine = (list(s[key]) if key in s else "missing" for s in (given, expected))
-            raise UserError(
-                f"these adapters belong to another model: '{key}' is {theirs} in them and {mine} here; "
+            saved, here = (list(s[key]) if key in s else "missing" for s in (given, expected))
+            raise ValueError(
+                f"these adapters belong to another model: '{key}' is {saved} in them and {here} here; "
                 "load them into the architecture that they were trained in"
             )
     if not adapted:
@@ -230,63 +229,62 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, Tensor], drop: float 
 
 
 def save_adapters(state: Mapping[str, Tensor], path: Path, model: str) -> None:
-    """Write the adapters in a state dict as a safetensors file that knows its open_clip ``model`` name."""
-    save_weights(adapter_state(state), path, {"model": model})
+    """Write the adapters in a state dict as a safetensors file that names its open_clip ``model``.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_tensors(path, adapter_state(state), {"model": model})
 
 
 def read_adapters(path: Path, model: str) -> dict[str, Tensor]:
-    """The adapters in a file of :func:`save_adapters`: for ``load_adapters``, or ``fold(weights | adapters, α)``.
+    """Return the adapters in a file of :func:`save_adapters`.
+
+    They fit ``load_adapters``, and ``fold(weights | adapters, alpha)``.
 
     Raises:
-        UserError: no such file, no file of adapters, or its adapters were trained in another architecture than
-            ``model``; ViT-B-32 and ViT-B-16 differ in nothing else that adapters could be told by.
+        ValueError: the file does not exist or holds no adapters, or they were trained in another architecture
+            than ``model``; the shapes of adapters alone cannot tell ViT-B-32 from ViT-B-16.
     """
-    if not path.is_file():
-        raise UserError(f"adapters '{path}' do not exist: check the path")
-    try:
-        with safe_open(path, "pt") as file:
-            theirs = (file.metadata() or {}).get("model")
-            adapters = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
-    except SafetensorError as error:
-        raise UserError(f"'{path}' is no whole safetensors file ({error}): give a run's adapters") from error
-    if theirs is None or not adapter_state(adapters):
-        raise UserError(f"'{path}' holds no adapters: give a run's adapters.safetensors")
-    if theirs != model:
-        raise UserError(f"the adapters in '{path}' belong to {theirs}, not to {model}: load them there")
+    adapters, metadata = read_tensors(path)
+    saved_model = metadata.get("model")
+    if saved_model is None or not adapter_state(adapters):
+        raise ValueError(f"'{path}' holds no adapters: give a run's adapters.safetensors")
+    if saved_model != model:
+        raise ValueError(f"the adapters in '{path}' belong to {saved_model}, not to {model}: load them there")
     return adapters
 
 
 def fold(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """Fold α-scaled adapters into the linear layers before them: W_rep = W_org (α W + I), and the bias.
 
-    A sweep over α calls this again with the same ``state``, which is neither changed nor, but for the
-    folded layers, copied.
+    ``state`` is not changed, and only the folded layers are copied: a sweep over α may fold it again.
 
     Args:
         state: state dict of an adapted model, as ``model.state_dict()`` or a teacher's ``gather()``.
         alpha: in [0, 1]; 0 is the pretrained model. Published: 0.5 classification, 0.8 retrieval.
 
     Returns:
-        State dict without adapters, dtypes as given, that the plain open_clip model loads.
+        A state dict without adapters, dtypes as given, that the plain open_clip model loads.
 
     Raises:
-        UserError: α outside [0, 1]; no adapters (folded already); adapters that fit no linear layer here.
+        ValueError: α outside [0, 1]; no adapters (folded already); adapters that fit no linear layer here.
     """
     if not 0 <= alpha <= 1:
-        raise UserError(f"alpha is {alpha}: it must be from 0 (pretrained) to 1 (adapted)")
+        raise ValueError(f"alpha is {alpha}: it must be from 0 (pretrained) to 1 (adapted)")
     adapters = adapter_state(state)
     if not adapters:
-        raise UserError("there are no adapters to fold: these weights are folded already, or never had any")
+        raise ValueError("there are no adapters to fold: these weights are folded already, or never had any")
     plain = {key: value for key, value in state.items() if key not in adapters}
     for name in dict.fromkeys(key.rpartition(_MARK)[0] for key in adapters):
         delta, down, up = (adapters.get(f"{name}{_MARK}{kind}") for kind in ("weight", "down", "up"))
         if delta is None:
             if down is None or up is None:
-                raise UserError(f"half of the adapter of '{name}' is missing: give its 'down' and its 'up'")
+                raise ValueError(f"half of the adapter of '{name}' is missing: give its 'down' and its 'up'")
             delta = down.float() @ up.float()
         width = delta.shape[1]
         if f"{name}.weight" not in plain or plain[f"{name}.weight"].shape[0] != width:
-            raise UserError(
+            raise ValueError(
                 f"these adapters belong to another model: it has no '{name}' of width {width}; "
                 "fold them into the architecture that they were trained in"
             )

@@ -1,7 +1,7 @@
-"""The one exception for mistakes a user can mend: a single line that names the thing and the remedy."""
+"""The exception for mistakes that a user of the command line can mend."""
 
 from __future__ import annotations
 
 
-class UserError(Exception):
-    """Bad input, named in one line together with what to do; the command line prints only that line."""
+class UserError(ValueError):
+    """Bad input in the rooms behind the command line, which prints its one line; the library raises ValueError."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tracer.ops import ContrastiveOutput, contrastive_loss
+from tracer.recipes import R_ADAPTER, TRACER
 
 
 class ClipLoss(nn.Module):
@@ -88,7 +89,12 @@ class MPMNCELoss(ClipLoss):
     Further arguments are :class:`ClipLoss`'s. The paper sums over rows where this takes the mean.
     """
 
-    def __init__(self, margin: float = 0.05, smoothing: float = 0.05, **options: bool | int | str) -> None:
+    def __init__(
+        self,
+        margin: float = R_ADAPTER.margin,
+        smoothing: float = R_ADAPTER.smoothing,
+        **options: bool | int | str,
+    ) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
         self.margin = margin
         self.smoothing = smoothing
@@ -110,15 +116,15 @@ class TracerLoss(nn.Module):
 
     def __init__(
         self,
-        distill_weight: float = 0.9,
-        relational: float = 1.0,
-        feature: float = 2000.0,
-        interactive: float = 1.0,
-        cross: float = 1.0,
-        projection_product: float = 0.05,
-        projection_orthogonal: float = 0.0,
-        margin: float = 0.0,
-        smoothing: float = 0.0,
+        distill_weight: float = TRACER.distill_weight,
+        relational: float = TRACER.relational,
+        feature: float = TRACER.feature,
+        interactive: float = TRACER.interactive,
+        cross: float = TRACER.cross,
+        projection_product: float = TRACER.projection_product,
+        projection_orthogonal: float = TRACER.projection_orthogonal,
+        margin: float = TRACER.margin,
+        smoothing: float = TRACER.smoothing,
         teacher_temperature: float = 1.0,
         impl: str = "auto",
     ) -> None:
@@ -162,7 +168,9 @@ class TracerLoss(nn.Module):
             output_dict: return the *weighted* terms, named ``..._loss``, in a dictionary.
         """
         weights = self.distill_weights if teacher is not None else dict.fromkeys(self.distill_weights, 0.0)
-        teacher_image, teacher_text, teacher_scale = teacher if teacher is not None else (None, None, None)
+        teacher_image, teacher_text, teacher_logit_scale = (
+            teacher if teacher is not None else (None, None, None)
+        )
         loss, terms, measured = contrastive_loss(
             image_features,
             text_features,
@@ -171,7 +179,7 @@ class TracerLoss(nn.Module):
             text_labels=text_labels,
             teacher_image=teacher_image,
             teacher_text=teacher_text,
-            teacher_logit_scale=teacher_scale,
+            teacher_logit_scale=teacher_logit_scale,
             stats=stats,
             **weights,  # type: ignore[arg-type]
             **self.options,  # type: ignore[arg-type]

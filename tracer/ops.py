@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tracer import _autograd, _checks
 from tracer.diagnostics import named_diagnostics, sampled_diagnostics
-from tracer.kernels import contrastive_eager, foreach
+from tracer.kernels import average_foreach, contrastive_eager
 from tracer.kernels.contrastive import TERMS, Inputs, Options, accumulation_dtype
 
 __all__ = ["ContrastiveOutput", "average_", "contrastive_loss", "sampled_diagnostics"]
@@ -104,20 +104,9 @@ def contrastive_loss(
     labels, text_labels = _checks.check_labels(image, text, labels, text_labels)
     teacher = _checks.check_teacher(image, text, teacher_image, teacher_text, weights)
     impl = _checks.resolve(impl, image, text)
-    scale_dtype = accumulation_dtype(image)
-    scale = _checks.scalar("logit_scale", logit_scale, image.device, scale_dtype)
+    scale = _checks.scalar("logit_scale", logit_scale, image.device, accumulation_dtype(image))
     _checks.refuse_forward_mode(impl, image, text, scale)
 
-    distance: Tensor | None = None
-    if teacher is not None and feature:
-        distance = contrastive_eager.feature_distance(image, teacher[0])
-        distance = distance + contrastive_eager.feature_distance(text, teacher[1])
-
-    # The kernels see one dtype: autocast's if it is on, else the student's.
-    dtype = image.dtype
-    if dtype != torch.float64 and _checks.autocast_is_on(image):
-        dtype = torch.get_autocast_dtype(image.device.type)
-    inputs = Inputs(image.to(dtype), text.to(dtype), scale, labels=labels, text_labels=text_labels)
     options = Options(
         margin=float(margin),
         smoothing=float(smoothing),
@@ -127,30 +116,42 @@ def contrastive_loss(
         cross=cross > 0,
         stats=stats,
     )
+    # The kernels see one dtype: autocast's if it is on, else the student's.
+    dtype = image.dtype
+    if dtype != torch.float64 and _checks.autocast_is_on(image):
+        dtype = torch.get_autocast_dtype(image.device.type)
+    inputs = Inputs(image.to(dtype), text.to(dtype), scale, labels=labels, text_labels=text_labels)
+    distance = None
+    if teacher is not None and feature:
+        distance = contrastive_eager.feature_distance(image, teacher[0])
+        distance = distance + contrastive_eager.feature_distance(text, teacher[1])
     if teacher is not None and (stats or options.relational or options.crossed):
         sigma = scale if teacher_logit_scale is None else teacher_logit_scale
+        sigma = _checks.scalar("teacher_logit_scale", sigma, image.device, scale.dtype).detach()
         inputs = inputs._replace(
-            teacher_image=teacher[0].to(dtype),
-            teacher_text=teacher[1].to(dtype),
-            teacher_logit_scale=_checks.scalar(
-                "teacher_logit_scale", sigma, image.device, scale_dtype
-            ).detach(),
+            teacher_image=teacher[0].to(dtype), teacher_text=teacher[1].to(dtype), teacher_logit_scale=sigma
         )
     if impl == "eager":
         vector, measured = contrastive_eager.contrastive_terms(inputs, options)
     else:
         vector, measured = _autograd.contrastive_terms(impl, inputs, options)
+    named = named_diagnostics(measured, inputs.has_teacher, len(image), len(text)) if stats else {}
+    return _weighted(vector, distance, weights, named)
 
+
+def _weighted(
+    vector: Tensor, distance: Tensor | None, weights: dict[str, float], stats: dict[str, Tensor]
+) -> ContrastiveOutput:
+    """Return the weighted sum of the terms beside each of them; ``distance`` is the feature term, if it is on."""
     terms = dict(zip(TERMS, vector.unbind(), strict=True))
     loss = terms["contrastive"]
     for name in TERMS:
         if name in weights and weights[name] > 0:
             loss = loss + weights[name] * terms[name]
     if distance is not None:
-        loss = loss + feature * distance
+        loss = loss + weights["feature"] * distance
     terms["feature"] = vector.new_zeros(()) if distance is None else distance
-    named = named_diagnostics(measured, inputs.has_teacher, len(image), len(text)) if stats else {}
-    return ContrastiveOutput(loss, terms, named)
+    return ContrastiveOutput(loss, terms, stats)
 
 
 @torch.no_grad()
@@ -171,8 +172,8 @@ def average_(
             (read there by the kernel: no host sync; ``foreach`` reads it on the host).
         copies: low-precision copies of the averages, written in the same pass; None for those that
             need none.
-        impl: ``"triton"``, one launch for the whole list (``kernels/average.py``); ``"foreach"``, torch
-            operations (``kernels/foreach.py``); ``"auto"``, the former for CUDA and ROCm tensors.
+        impl: ``"triton"``, one launch for the whole list (``kernels/average_triton.py``); ``"foreach"``, torch
+            operations (``kernels/average_foreach.py``); ``"auto"``, the former for CUDA and ROCm tensors.
 
     Raises:
         ValueError: lists that don't match, dtypes or memory formats that the implementation can't
@@ -183,6 +184,6 @@ def average_(
     if impl == "auto":
         impl = "triton" if averages and averages[0].is_cuda else "foreach"
     if impl == "triton":
-        importlib.import_module("tracer.kernels.average").average_(averages, params, weight, copies)
+        importlib.import_module("tracer.kernels.average_triton").average_(averages, params, weight, copies)
     else:
-        foreach.average_(averages, params, float(weight), copies)
+        average_foreach.average_(averages, params, float(weight), copies)

@@ -1,41 +1,57 @@
-"""Schedules of a moving average: how far it moves after each optimizer step."""
+"""Schedules of a moving average: how far it moves after each optimizer step.
+
+Sources: WMA and EMA from TRACER (arXiv 2605.29380).
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+__all__ = ["EMA", "WMA", "Frozen", "Schedule", "Uniform"]
+from tracer import recipes
 
-@dataclass(frozen=True)
-class Schedule:
+
+class Schedule(ABC):
     """How far the average moves: θ̄_k = θ̄_{k−1} + weight(k) · (θ_k − θ̄_{k−1}), θ̄_0 = pretrained.
 
-    The step is the only state: ``weight(step)`` is a pure function of it. ``every`` is the update
-    frequency: the average moves after the steps that it divides, and rests (weight 0) after others.
+    The step is the only state: ``weight(step)`` is a pure function of it.
+
+    Attributes:
+        every: the average moves after the steps that ``every`` divides, and rests (weight 0) after the others.
     """
 
-    def weight(self, step: int) -> float:
-        """Weight in [0, 1] after optimizer step ``step`` = 1, 2, …; 0 where the average rests."""
-        if step < 1:
-            raise ValueError(f"step is {step}: the first update follows optimizer step 1")
-        every: int = getattr(self, "every", 1)
-        return 0.0 if step % every else self._weight(step)
-
-    def _weight(self, step: int) -> float:
-        raise NotImplementedError
+    every: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "every"):
-            if getattr(self, name, 1) < 1:
-                raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)}: at least 1")
+        self._check_at_least_1("every", self.every)
+
+    def weight(self, step: int) -> float:
+        """Return the weight in [0, 1] after optimizer step ``step`` = 1, 2, …; 0 where the average rests.
+
+        Raises:
+            ValueError: ``step`` is below 1, or past the run that the schedule was made for.
+        """
+        if step < 1:
+            raise ValueError(f"step is {step}: the first update follows optimizer step 1")
+        return 0.0 if step % self.every else self._weight(step)
+
+    @abstractmethod
+    def _weight(self, step: int) -> float:
+        """Return the weight after a step that ``every`` divides."""
+
+    def _check_at_least_1(self, name: str, value: int) -> None:
+        if value < 1:
+            raise ValueError(f"{type(self).__name__}.{name} is {value}: at least 1")
 
 
 @lru_cache(maxsize=4)
 def _wma_weights(total_steps: int, beta: float, every: int) -> Tensor:
-    """w_k / Σ_{i≤k} w_i over the visited steps k = 0, every, 2·every, … ≤ total_steps, float64.
+    """Return w_k / Σ_{i≤k} w_i over the visited steps k = 0, every, 2·every, … ≤ total_steps, in float64.
 
     w_k = x^(β−1) (1−x)^(β−1) at x = (k + ½)/(K + 1); the constant 1/B(β, β) cancels in the ratio.
     """
@@ -54,10 +70,11 @@ class WMA(Schedule):
     """
 
     total_steps: int
-    beta: float = 0.5
-    every: int = 1
+    beta: float = recipes.WMA.beta
+    every: int = recipes.WMA.every
 
     def __post_init__(self) -> None:
+        self._check_at_least_1("total_steps", self.total_steps)
         super().__post_init__()
         if not self.beta > 0:
             raise ValueError(f"WMA.beta is {self.beta}: a Beta(β, β) density needs β > 0")
@@ -79,12 +96,13 @@ class EMA(Schedule):
     """
 
     total_steps: int
-    start: float = 0.05
-    end: float = 0.9
-    warmup: float = 0.2
-    every: int = 500
+    start: float = recipes.EMA.start
+    end: float = recipes.EMA.end
+    warmup: float = recipes.EMA.warmup
+    every: int = recipes.EMA.every
 
     def __post_init__(self) -> None:
+        self._check_at_least_1("total_steps", self.total_steps)
         super().__post_init__()
         for name in ("start", "end", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
@@ -97,7 +115,7 @@ class EMA(Schedule):
 
 @dataclass(frozen=True)
 class Uniform(Schedule):
-    """Plain mean of the visited parameters θ_0, θ_every, θ_{2·every}, …"""
+    """Uniform mean of the visited parameters θ_0, θ_every, θ_{2·every}, …"""
 
     every: int = 1
 
@@ -107,7 +125,7 @@ class Uniform(Schedule):
 
 @dataclass(frozen=True)
 class Frozen(Schedule):
-    """The pretrained weights: the average never moves."""
+    """No movement: the teacher keeps the pretrained weights."""
 
     def _weight(self, step: int) -> float:
         return 0.0

@@ -1,14 +1,14 @@
-"""Checks that the settings of every command share."""
+"""The check of numbers that the settings of every command share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tracer.errors import UserError
 
-# What a number must be, in the words of the message.
+# The condition on a number, under the words by which the message states it.
 MUST_BE: dict[str, Callable[[float], bool]] = {
     "at least 0": lambda x: x >= 0,
     "at least 1": lambda x: x >= 1,
@@ -16,12 +16,20 @@ MUST_BE: dict[str, Callable[[float], bool]] = {
     "above 0 and at most 1": lambda x: 0 < x <= 1,
     "at least 0 and below 1": lambda x: 0 <= x < 1,
     "from 0 to 1": lambda x: 0 <= x <= 1,
-    "from 0 to 2147483647": lambda x: 0 <= x < 2**31,  # what every random generator in use takes
+    "from 0 to 2147483647": lambda x: 0 <= x < 2**31,  # every random generator in use takes these seeds
 }
 
 
-def check_ranges(settings: Any, ranges: dict[str, str]) -> None:
-    """Raise UserError for the first number that is not what ``ranges`` says, {must be: names}, or not finite."""
+def check_ranges(settings: Any, ranges: Mapping[str, str]) -> None:
+    """Check that the numbers in ``settings`` are finite and in their ranges; None stands for "not set".
+
+    Args:
+        settings: a dataclass whose fields are numbers, tuples of numbers, or None.
+        ranges: a key of :data:`MUST_BE` → names of fields, divided by spaces.
+
+    Raises:
+        UserError: names the first number that is out of range, and the range.
+    """
     for must, names in ranges.items():
         for name in names.split():
             value = getattr(settings, name)

@@ -1,4 +1,4 @@
-"""Pretraining: the augmentation, the captions, the schedule, and a run of seconds that is cut off and goes on."""
+"""Pretraining: the captions, the schedule, and a run that is interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -9,56 +9,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from demo.test_augment import glyphs
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors.torch import load_file
 
-from tracer.demo import pretrain, small_clip, themes
+from tracer.demo import pretrain, small_clip
 from tracer.demo.config import PretrainConfig
+from tracer.demo.corpus import Corpus
+from tracer.demo.render import on_paper
 from tracer.errors import UserError
-
-S = 40  # the demo model's picture size
-
-
-def glyphs(n: int, colour: tuple[int, int, int], left: bool = True) -> torch.Tensor:
-    """Premultiplied RGBA [n, 4, S, S]: an opaque block in one half of the picture."""
-    pictures = torch.zeros(n, 4, S, S, dtype=torch.uint8)
-    columns = slice(6, 18) if left else slice(22, 34)
-    pictures[:, :3, 12:28, columns] = torch.tensor(colour, dtype=torch.uint8)[:, None, None]
-    pictures[:, 3, 12:28, columns] = 255
-    return pictures
-
-
-def unnormalised(x: torch.Tensor) -> torch.Tensor:
-    mean, std = torch.tensor(OPENAI_DATASET_MEAN), torch.tensor(OPENAI_DATASET_STD)
-    return x * std[:, None, None] + mean[:, None, None]
-
-
-@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (200, 30, 40)], ids=["dark", "white", "red"])
-def test_augmented_pictures_vary_stay_in_range_and_show_their_ink(colour):
-    x = unnormalised(pretrain.augment(glyphs(64, colour), torch.Generator().manual_seed(0)))
-    assert x.shape == (64, 3, S, S)
-    assert x.dtype == torch.float32
-    assert x.min() >= -1e-5
-    assert x.max() <= 1 + 1e-5
-    assert x.flatten(1).unique(dim=0).shape[0] == 64
-    assert (x.flatten(2).amax(2) - x.flatten(2).amin(2)).amax(1).min() > 0.2  # paper and ink differ, always
-
-
-def test_augmentation_never_mirrors():
-    both = torch.cat([glyphs(200, (0, 0, 0), left=True), glyphs(200, (0, 0, 0), left=False)])
-    x = unnormalised(pretrain.augment(both, torch.Generator().manual_seed(1))).mean(1)
-    paper = x[:, :2, :2].mean((1, 2))
-    ink = (x - paper[:, None, None]).abs()
-    centre = (ink.sum(1) * torch.arange(S)).sum(1) / ink.sum((1, 2))
-    assert (centre[:200] < S / 2).float().mean() > 0.9
-    assert (centre[200:] > S / 2).float().mean() > 0.9
-
-
-def test_augmentation_follows_its_generator():
-    pictures = glyphs(4, (10, 90, 200))
-    one, two, three = (pretrain.augment(pictures, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
-    assert torch.equal(one, two)
-    assert not torch.equal(one, three)
 
 
 def test_captions_are_drawn_from_the_picture_s_own():
@@ -78,12 +37,12 @@ def test_learning_rate_rises_and_falls_with_the_clock():
     assert rate == pytest.approx([1e-3, 0.5, 0.999, 0.5, 1e-3], abs=1e-3)
 
 
-def tiny_corpus(n: int = 64) -> pretrain.Corpus:
+def tiny_corpus(n: int = 64) -> Corpus:
     """Four kinds of pictures (colour and side), two captions each."""
     kinds = [("red left", (220, 20, 20), True), ("red right", (220, 20, 20), False)]
     kinds += [("blue left", (20, 20, 220), True), ("blue right", (20, 20, 220), False)]
     pictures = torch.cat([glyphs(n // 4, colour, left) for _, colour, left in kinds])
-    return pretrain.Corpus(
+    return Corpus(
         pictures=pictures.permute(0, 2, 3, 1).numpy(),
         captions=[[name, f"{name} block"] for name, _, _ in kinds for _ in range(n // 4)],
         labels=np.repeat(np.arange(4), n // 4),
@@ -121,7 +80,7 @@ def test_run_learns_and_goes_on_after_a_cut_as_if_nothing_had_been(tmp_path, tic
         {"step": step, "seconds": step, "loss": 1.0} for step in (5, 9)
     ]  # one of them past the checkpoint
     (config.output / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 1')
-    with pytest.raises(UserError, match=r"resume.pt' was made with --lr 0.001, not 0.5: give the same"):
+    with pytest.raises(UserError, match=r"resume.pt' was made with --lr 0.001, not 0.5: give the same value"):
         pretrain.fit(dataclasses.replace(config, lr=0.5), tiny_corpus())
     path = pretrain.fit(dataclasses.replace(config, workers=1, save_every=0.2), tiny_corpus())
     log = [json.loads(line) for line in (config.output / "log.jsonl").read_text().splitlines()]
@@ -135,7 +94,7 @@ def test_run_learns_and_goes_on_after_a_cut_as_if_nothing_had_been(tmp_path, tic
 
     model, tokenizer = small_clip.demo_model(path).eval(), small_clip.demo_tokenizer()
     corpus = tiny_corpus(16)
-    rgb = torch.from_numpy(themes.on_paper(corpus.pictures)).permute(0, 3, 1, 2).float() / 255
+    rgb = torch.from_numpy(on_paper(corpus.pictures)).permute(0, 3, 1, 2).float() / 255
     mean, std = torch.tensor(OPENAI_DATASET_MEAN), torch.tensor(OPENAI_DATASET_STD)
     with torch.no_grad():
         u = model.encode_image((rgb - mean[:, None, None]) / std[:, None, None], normalize=True)
@@ -149,7 +108,7 @@ def test_run_learns_and_goes_on_after_a_cut_as_if_nothing_had_been(tmp_path, tic
     [
         ({"minutes": 0.0}, "--minutes is 0.0: it must be above 0"),
         ({"batch_size": 1}, "--batch_size is 1: a contrastive loss needs at least 2"),
-        ({"warmup": 1.5}, "--warmup is 1.5: it is a share"),
+        ({"warmup": 1.5}, "--warmup is 1.5: it must be a share"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, change, said):

@@ -11,14 +11,21 @@ from torch import Tensor
 
 from tracer.data.dali import Pictures
 from tracer.data.index import Index
-from tracer.data.order import CAPTIONS, random_crops, shuffled
+from tracer.data.order import caption_choice, random_crops, shuffled
 from tracer.errors import UserError
 from tracer.models.clip import Clip
 
 
 @dataclass
 class Batch:
-    """``image`` [n, 3, S, S] float32, ``text`` [n, context], ``label`` [n], ``index`` [n], all int64."""
+    """n pictures, each with one of its captions and its label.
+
+    Attributes:
+        image: normalised pictures [n, 3, S, S] float32.
+        text: tokens of the captions [n, context] int64.
+        label: numbers of the classes [n] int64.
+        index: numbers of the pictures in the data set [n] int64, on the CPU.
+    """
 
     image: Tensor
     text: Tensor
@@ -27,9 +34,21 @@ class Batch:
 
 
 class TrainingBatches:
-    """Batches ``first``, … ``steps`` − 1 of a run: pictures, a caption of each drawn at random, integer labels.
+    """Iterate over the batches ``first``, …, ``steps`` − 1 of a run; those before ``first`` are not read.
 
-    Pictures are random crops of at least ``crop_scale`` of their area. What comes before ``first`` is not read.
+    Args:
+        index: the data set; a label's number is its place in ``index.classes``.
+        clip: the model that gives the tokenizer and the picture format.
+        batch_size: pictures of a batch.
+        steps: number of batches of the whole run.
+        seed: of the order, the crops and the choice of captions.
+        crop_scale: smallest share of a picture's area that a random crop keeps.
+        first: number of the first batch.
+        workers: threads that decode pictures.
+        device: where the batches are put.
+
+    Raises:
+        UserError: the data set has fewer pictures than one batch.
     """
 
     def __init__(
@@ -50,27 +69,29 @@ class TrainingBatches:
                 f"'{index.name}' holds {len(index)} pictures, fewer than one batch of {batch_size}: "
                 "lower --batch_size or add pictures"
             )
-        self.numbers, self.seed, self.device = range(first, steps), seed, torch.device(device)
+        self._numbers, self._seed, self._device = range(first, steps), seed, torch.device(device)
         order = shuffled(len(index), batch_size, steps, seed, first)
-        crops = (random_crops(batch_size, seed, batch, crop_scale) for batch in self.numbers)
-        # With nothing left to read there is no pipeline: it would ask for a batch at once.
-        self.pictures: Iterable[tuple[Tensor, Tensor]] = (
-            Pictures(index, clip, order, batch_size, crops=crops, workers=workers, device=device)
-            if self.numbers
+        crops = (random_crops(batch_size, seed, batch, crop_scale) for batch in self._numbers)
+        # A pipeline asks for its first batch at once; with none left to read there must be no pipeline.
+        self._pictures: Iterable[tuple[Tensor, Tensor]] = (
+            Pictures(
+                index, clip.picture_format, order, batch_size, crops=crops, workers=workers, device=device
+            )
+            if self._numbers
             else ()
         )
         number = {name: i for i, name in enumerate(index.classes)}
-        self.labels = torch.tensor([number[label] for label in index.labels])
-        self.first = torch.tensor(np.cumsum([0] + [len(c) for c in index.captions]))
-        self.tokens = clip.tokenizer([c for captions in index.captions for c in captions])
+        self._labels = torch.tensor([number[label] for label in index.labels])
+        # All captions are tokenized once; those of picture i are the rows offsets[i], …, offsets[i + 1] − 1.
+        self._offsets = torch.tensor(np.cumsum([0] + [len(captions) for captions in index.captions]))
+        self._tokens = clip.tokenizer([caption for captions in index.captions for caption in captions])
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self._numbers)
 
     def __iter__(self) -> Iterator[Batch]:
-        for number, (image, index) in zip(self.numbers, self.pictures, strict=True):
-            start, count = self.first[index], self.first[index + 1] - self.first[index]
-            chance = np.random.default_rng((self.seed, number, CAPTIONS)).random(len(index))
-            row = start + (torch.from_numpy(chance) * count).long()
-            text, label = self.tokens[row], self.labels[index]
-            yield Batch(image, text.to(self.device), label.to(self.device), index)
+        for number, (image, index) in zip(self._numbers, self._pictures, strict=True):
+            start, count = self._offsets[index], self._offsets[index + 1] - self._offsets[index]
+            choice = torch.from_numpy(caption_choice(len(index), self._seed, number))
+            text, label = self._tokens[start + (choice * count).long()], self._labels[index]
+            yield Batch(image, text.to(self._device), label.to(self._device), index)

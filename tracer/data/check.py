@@ -1,4 +1,4 @@
-"""A look at every picture before a run: a damaged one is named now, not in its middle."""
+"""A check of every picture before a run, so that a damaged one is refused at once and not hours later."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from tracer.data.index import Index
 from tracer.errors import UserError
 from tracer.files import whole_file
 
-FORMATS = {"JPEG", "PNG", "WEBP", "BMP", "TIFF"}  # what DALI decodes of what PIL reads
+FORMATS = {"JPEG", "PNG", "WEBP", "BMP", "TIFF"}  # what both PIL and DALI decode
 
 
 def check_pictures(index: Index, cache: Path, workers: int) -> None:
-    """Decode every picture once, so that a damaged one is named now and not in the middle of a run.
+    """Decode every picture once, with ``workers`` threads.
 
-    What was found whole is remembered in ``cache``.
+    A data set that passed is remembered in the folder ``cache`` by its digest, and not decoded again.
 
     Raises:
-        UserError: naming the pictures that cannot be decoded.
+        UserError: some pictures cannot be decoded; the message counts them and names the first.
     """
-    done = cache / f"checked-{index.digest()[:16]}.json"
-    if done.is_file():
+    passed = cache / f"checked-{index.digest()[:16]}.json"
+    if passed.is_file():
         return
     with ThreadPoolExecutor(workers) as pool:
         faults = pool.map(_fault, index.images)  # PIL decodes without the GIL
         progress = tqdm(faults, total=len(index), desc=f"checking {index.name}", unit="picture", delay=1)
-        bad = [(p, fault) for p, fault in zip(index.images, progress, strict=True) if fault]
-    if bad:
-        path, fault = bad[0]
+        damaged = [(path, fault) for path, fault in zip(index.images, progress, strict=True) if fault]
+    if damaged:
+        path, fault = damaged[0]
         raise UserError(
-            f"{len(bad)} of {len(index)} pictures of '{index.name}' cannot be decoded, "
+            f"{len(damaged)} of {len(index)} pictures of '{index.name}' cannot be decoded, "
             f"first '{path}' ({fault}): repair them or remove their rows"
         )
-    with whole_file(done) as part:
+    with whole_file(passed) as part:
         part.write_text(json.dumps({"pictures": len(index)}))
 
 
 def _fault(path: Path) -> str | None:
+    """Return why the picture cannot be decoded, or None."""
     try:
         with Image.open(path) as picture:
             if picture.format not in FORMATS:

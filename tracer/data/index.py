@@ -1,24 +1,30 @@
-"""An index of pictures with labels and captions, and the one call that reads any source."""
+"""The index of a data set: its pictures, labels and captions, whichever format they were read from."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from tracer.data.table import _read_csv
-from tracer.data.text import default_caption
+from tracer.data.folder import read_folder
+from tracer.data.sample import Sample
+from tracer.data.table import read_table
 from tracer.errors import UserError
-
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 @dataclass
 class Index:
-    """N pictures: ``images`` [N] paths, ``labels`` [N] class names, ``captions`` [N] lists of strings."""
+    """A data set of N pictures, column by column.
+
+    Attributes:
+        name: what messages and results call it.
+        images: N paths.
+        labels: N class names.
+        captions: N lists of at least one caption.
+    """
 
     name: str
     images: list[Path]
@@ -27,13 +33,14 @@ class Index:
 
     @cached_property
     def classes(self) -> list[str]:
+        """The distinct labels, sorted."""
         return sorted(set(self.labels))
 
     def __len__(self) -> int:
         return len(self.images)
 
     def digest(self) -> str:
-        """Changes with any name, label, caption, or picture file (by size and time of change)."""
+        """Return a hash of all labels, captions and picture files; a file counts by path, size and mtime."""
         stats = [path.stat() for path in self.images]
         stamps = [
             (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
@@ -42,7 +49,7 @@ class Index:
         return hashlib.sha256(json.dumps([self.labels, self.captions, stamps]).encode()).hexdigest()
 
     def take(self, rows: list[int]) -> Index:
-        """The index of some of the pictures."""
+        """Return the index of the pictures in ``rows``, in that order."""
         return Index(
             self.name,
             [self.images[r] for r in rows],
@@ -52,37 +59,35 @@ class Index:
 
 
 def read_index(source: Path, name: str | None = None) -> Index:
-    """Read a CSV (columns image, label and/or captions) or a folder with a sub-folder of pictures per class.
+    """Read a CSV file (:func:`read_table`) or a folder with a sub-folder per class (:func:`read_folder`).
 
-    Paths in a CSV are relative to it. Without captions a caption is made of the label; without labels each
-    picture is its own class.
+    Args:
+        source: the file or the folder.
+        name: name of the index; default: that of the source without its suffix.
 
     Raises:
-        UserError: missing source, no CSV, wrong columns, missing files, empty data set.
+        UserError: the source does not exist, cannot be read, holds no pictures, or names some that do not exist.
     """
-    name = name or source.stem
-    if source.is_dir():
-        images = sorted(p for p in source.glob("*/**/*") if p.suffix.lower() in PICTURES)
-        labels = [p.relative_to(source).parts[0] for p in images]
-        captions = [[default_caption(label)] for label in labels]
-    elif source.is_file():
-        try:
-            images, labels, captions = _read_csv(source)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UserError(
-                f"'{source}' is no CSV in UTF-8: {error}: save it as one, or give a folder of class folders"
-            ) from error
-    else:
-        raise UserError(f"data '{source}' does not exist: give a CSV file or a folder of class folders")
-    if not images:
+    samples = list(_samples(source))
+    if not samples:
         raise UserError(
             f"data '{source}' holds no pictures: a CSV needs at least one row below its header, "
             "a folder needs <class>/<picture>"
         )
-    missing = [p for p in images if not p.is_file()]
+    index = Index(name or source.stem, *(list(column) for column in zip(*samples, strict=True)))
+    missing = [path for path in index.images if not path.is_file()]
     if missing:
         raise UserError(
             f"'{source}' names {len(missing)} pictures that do not exist, first '{missing[0]}': "
             "paths are relative to the CSV"
         )
-    return Index(name, images, labels, captions)
+    return index
+
+
+def _samples(source: Path) -> Iterator[Sample]:
+    """Choose the reader by what the source is; a new format is a new file and a line here."""
+    if source.is_dir():
+        return read_folder(source)
+    if source.is_file():
+        return read_table(source)
+    raise UserError(f"data '{source}' does not exist: give a CSV file or a folder of class folders")

@@ -1,4 +1,4 @@
-"""The demo's data set on disk."""
+"""The icon benchmark on disk: pictures, CSV files, prompts, and a manifest of where they come from."""
 
 from __future__ import annotations
 
@@ -14,27 +14,17 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tracer.demo.packages import _describe, download
-from tracer.demo.split import _repeats, ambiguous, fingerprints, groups, split
-from tracer.demo.themes import (
-    HANDS,
-    LINE,
-    TRAIN_FAMILY,
-    Drawing,
-    captions,
-    class_of,
-    on_paper,
-    one_ink,
-    read_classes,
-    read_themes,
-    render_all,
-    words,
-)
+from tracer.demo.captions import captions, class_of, read_classes, words
+from tracer.demo.packages import describe, download
+from tracer.demo.render import has_one_ink, on_paper, render_all
+from tracer.demo.split import ambiguous, fingerprints, groups, repeats, split
+from tracer.demo.themes import LINE, THEMES, TRAIN_FAMILY, Icon, read_themes
 from tracer.files import whole_folder
 
 RECIPE = 1  # raised whenever the same packages would give other files
 
-KINDS = {
+# family of themes → its role as an evaluation set, seen from the training data
+FAMILY_ROLES = {
     "shaded": "in-distribution",
     "smooth": "near",
     "square": "shifted",
@@ -45,19 +35,24 @@ KINDS = {
 
 @dataclass
 class Benchmark:
-    """Files of the prepared benchmark; ``eval_data`` in the order of KINDS, the first in-distribution."""
+    """Files of the prepared benchmark; ``eval_data`` is in the order of FAMILY_ROLES, in-distribution first."""
 
     train_data: Path
     eval_data: dict[str, Path]
-    kinds: dict[str, str]
+    roles: dict[str, str]
     classes: Path
 
 
 @dataclass
-class _Pictures:
-    """Rendered drawings of the benchmark's classes and their sides."""
+class Pictures:
+    """The icons of the benchmark's classes, rendered and split; each field but the last has n entries.
 
-    drawings: list[Drawing]
+    ``rgb`` [n, S, S, 3] uint8, ``labels`` and ``families`` [n] str, ``prints`` [n, 576] float32 (see
+    :func:`tracer.demo.split.fingerprints`), ``test`` [n] bool. ``ambiguous`` counts the icons that were left
+    out because they stand for two classes.
+    """
+
+    icons: list[Icon]
     rgb: np.ndarray
     labels: np.ndarray
     families: np.ndarray
@@ -66,43 +61,24 @@ class _Pictures:
     ambiguous: int
 
 
-def _benchmark_pictures(drawings: list[Drawing], classes: dict[str, str], workers: int) -> _Pictures:
-    named = [d for d in drawings if d.hand in HANDS and class_of(d, classes)]
-    named, rgba = render_all(named, workers)
-    rgb = on_paper(rgba)
-    lines = one_ink(rgba)
-    labels = np.array([class_of(d, classes) for d in named], dtype=object)
-    families = np.array(
-        [LINE if line else HANDS[d.hand][1] for d, line in zip(named, lines, strict=True)], dtype=object
-    )
-    prints = fingerprints(rgb)
-    bad = ambiguous(labels, rgb, prints)
-    keep = np.flatnonzero(~bad)
-    named = [named[i] for i in keep]
-    rgb, labels, families, prints = rgb[keep], labels[keep], families[keep], prints[keep]
-    styles = [f"{d.hand}/{line}" for d, line in zip(named, lines[keep], strict=True)]
-    test = split(labels, families, groups(labels, styles, prints), [d.key for d in named])
-    return _Pictures(named, rgb, labels, families, prints, test, int(bad.sum()))
-
-
 def prepare(root: Path, workers: int = 2) -> Benchmark:
-    """The benchmark below ``root``, built when it is not there yet (about 100 MB to download).
+    """Return the benchmark below ``root``; build it first if it is not there (about 100 MB to download).
 
     Downloaded packages are kept in ``packages`` beside ``root``.
 
     Raises:
-        UserError: packages that cannot be had; see :func:`download`.
+        UserError: a package cannot be downloaded; see :func:`tracer.demo.packages.download`.
     """
     if not _is_prepared(root):
         shutil.rmtree(root, ignore_errors=True)
-        files = download(sorted({package for package, _ in HANDS.values()}), root.parent / "packages")
-        drawings = read_themes(files, HANDS, workers)
+        files = download(sorted({package for package, _ in THEMES.values()}), root.parent / "packages")
+        icons = read_themes(files, THEMES, workers)
         with whole_folder(root) as folder:
-            _write(folder, files, drawings, workers)
+            _write(folder, files, icons, workers)
     return Benchmark(
         train_data=root / "train.csv",
-        eval_data={family: root / "eval" / f"{family}.csv" for family in KINDS},
-        kinds=dict(KINDS),
+        eval_data={family: root / "eval" / f"{family}.csv" for family in FAMILY_ROLES},
+        roles=dict(FAMILY_ROLES),
         classes=root / "classes.json",
     )
 
@@ -112,50 +88,89 @@ def _is_prepared(root: Path) -> bool:
     return manifest.is_file() and json.loads(manifest.read_text()).get("recipe") == RECIPE
 
 
-def _write(folder: Path, files: dict[str, Path], drawings: list[Drawing], workers: int) -> None:
-    classes, phrases = read_classes()
-    known = {d.name for d in drawings}
-    p = _benchmark_pictures(drawings, classes, workers)
-    train = ~p.test & (p.families == TRAIN_FAMILY)
-    learnt = set(p.labels[train])
-    chosen = p.test & np.array([label in learnt for label in p.labels], bool)
-    rows = np.flatnonzero(chosen)
-    repeat = _repeats(p.labels[rows], p.families[rows], p.prints[rows])
-    chosen[rows[repeat]] = False
+def labelled_pictures(icons: list[Icon], classes: dict[str, str], workers: int) -> Pictures:
+    """Render the icons that belong to a class and split them into training and test pictures.
 
-    texts = [captions(d, c, phrases[c], known) for d, c in zip(p.drawings, p.labels, strict=True)]
-    sets = {"train": train} | {f"eval/{family}": chosen & (p.families == family) for family in KINDS}
+    Args:
+        icons: icons of any themes; those of :data:`THEMES` alone are used.
+        classes: icon name → class.
+    """
+    labelled, rgba = render_all([d for d in icons if d.theme in THEMES and class_of(d, classes)], workers)
+    rgb, one_ink = on_paper(rgba), has_one_ink(rgba)
+    labels = np.array([class_of(icon, classes) for icon in labelled], dtype=object)
+    families = np.array(
+        [LINE if line else THEMES[icon.theme][1] for icon, line in zip(labelled, one_ink, strict=True)],
+        dtype=object,
+    )
+    prints = fingerprints(rgb)
+    left_out = ambiguous(labels, rgb, prints)
+    keep = np.flatnonzero(~left_out)
+    labelled = [labelled[i] for i in keep]
+    rgb, labels, families, prints = rgb[keep], labels[keep], families[keep], prints[keep]
+    styles = [f"{icon.theme}/{line}" for icon, line in zip(labelled, one_ink[keep], strict=True)]
+    test = split(labels, families, groups(labels, styles, prints), [icon.key for icon in labelled])
+    return Pictures(labelled, rgb, labels, families, prints, test, int(left_out.sum()))
+
+
+def _write(folder: Path, files: dict[str, Path], icons: list[Icon], workers: int) -> None:
+    """Write the whole benchmark into ``folder``."""
+    classes, phrases = read_classes()
+    pictures = labelled_pictures(icons, classes, workers)
+    train = ~pictures.test & (pictures.families == TRAIN_FAMILY)
+    learnt = set(pictures.labels[train])
+    chosen = pictures.test & np.array([label in learnt for label in pictures.labels], bool)
+    rows = np.flatnonzero(chosen)
+    repeated = repeats(pictures.labels[rows], pictures.families[rows], pictures.prints[rows])
+    chosen[rows[repeated]] = False
+    sets = {"train": train}
+    sets |= {f"eval/{family}": chosen & (pictures.families == family) for family in FAMILY_ROLES}
+
+    known = {icon.name for icon in icons}
+    texts = [
+        captions(icon, label, phrases[label], known)
+        for icon, label in zip(pictures.icons, pictures.labels, strict=True)
+    ]
     with tqdm(total=int(sum(s.sum() for s in sets.values())), desc="writing pictures", unit="icon") as bar:
         for name, members in sets.items():
-            path = folder / f"{name}.csv"
-            path.parent.mkdir(exist_ok=True)
-            with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(("image", "label", "captions"))
-                for i in np.flatnonzero(members):
-                    picture = folder / "pictures" / f"{p.drawings[i].key}.png"
-                    picture.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(p.rgb[i]).save(picture)
-                    relative = os.path.relpath(picture, path.parent)
-                    writer.writerow((relative, p.labels[i], "|".join(dict.fromkeys(texts[i]))))
-                    bar.update()
+            _write_set(folder, folder / f"{name}.csv", np.flatnonzero(members), pictures, texts, bar)
     prompts = {label: list(dict.fromkeys([*phrases[label], words(label)])) for label in sorted(learnt)}
     (folder / "classes.json").write_text(json.dumps(prompts, indent=1))
     manifest = {
         "recipe": RECIPE,
-        "packages": {name: _describe(name, path) for name, path in sorted(files.items())},
-        "sets": {
-            name: {
-                "pictures": int(members.sum()),
-                "classes": len(set(p.labels[members])),
-                "hands": dict(Counter(p.drawings[i].hand for i in np.flatnonzero(members))),
-            }
-            for name, members in sets.items()
-        },
+        "packages": {name: describe(name, path) for name, path in sorted(files.items())},
+        "sets": {name: _describe_set(pictures, members) for name, members in sets.items()},
         "left_out": {
-            "stands for two classes": p.ambiguous,
-            "test picture that repeats another": int(repeat.sum()),
-            "test picture of a class without training pictures": int((p.test & ~chosen).sum() - repeat.sum()),
+            "stands for two classes": pictures.ambiguous,
+            "test picture that repeats another": int(repeated.sum()),
+            "test picture of a class without training pictures": int(
+                (pictures.test & ~chosen).sum() - repeated.sum()
+            ),
         },
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def _write_set(
+    folder: Path, path: Path, rows: np.ndarray, pictures: Pictures, texts: list[list[str]], bar: tqdm
+) -> None:
+    """Write the pictures ``rows`` below ``folder`` and the CSV file at ``path`` that lists them."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("image", "label", "captions"))
+        for i in rows:
+            picture = folder / "pictures" / f"{pictures.icons[i].key}.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pictures.rgb[i]).save(picture)
+            relative = os.path.relpath(picture, path.parent)
+            writer.writerow((relative, pictures.labels[i], "|".join(dict.fromkeys(texts[i]))))
+            bar.update()
+
+
+def _describe_set(pictures: Pictures, members: np.ndarray) -> dict[str, object]:
+    """Return the manifest's entry of one set; ``members`` [n] bool."""
+    return {
+        "pictures": int(members.sum()),
+        "classes": len(set(pictures.labels[members])),
+        "hands": dict(Counter(pictures.icons[i].theme for i in np.flatnonzero(members))),
+    }

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from tracer.errors import UserError
+from tracer.recipes import R_ADAPTER
 from tracer.settings import check_ranges
 from tracer.train.config import Config
 
 ICONS = Path("runs/data/icons")  # where the demo keeps its data
 
-KINDS = ("in-distribution", "near", "shifted")  # of evaluation sets, as seen from the training data
+ROLES = ("in-distribution", "near", "shifted")  # of an evaluation set, seen from the training data
 
 
 @dataclass
@@ -21,10 +22,10 @@ class DemoConfig(Config):
 
     Args:
         seeds: runs of each method.
-        alphas: interpolation weights at which WiSE-FT and R-Adapter are measured, besides 0 and 1.
-        wise_alpha: the one at which WiSE-FT stands in the table; R-Adapter's is adapter_alpha.
+        alphas: interpolation coefficients α at which WiSE-FT and R-Adapter are measured, besides 0 and 1.
+        wise_alpha: the α of WiSE-FT in the table; R-Adapter's is adapter_alpha.
         ablate: also train R-Adapter with InfoNCE and without dropping, and fold it without each self-ensemble.
-        adapter_lr: peak learning rate where adapters train; lr is that of the whole models.
+        adapter_lr: peak learning rate of runs that train adapters; lr is that of the whole models.
         kinds: evaluation set → in-distribution, near or shifted; default: the first is in-distribution, the
             others are shifted.
     """
@@ -37,7 +38,7 @@ class DemoConfig(Config):
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
     wise_alpha: float = 0.5
     ablate: bool = False
-    adapter_lr: float = 5e-4
+    adapter_lr: float = R_ADAPTER.lr
     kinds: dict[str, str] = field(default_factory=dict)
 
     teacher_every: int | None = 1
@@ -49,17 +50,17 @@ class DemoConfig(Config):
     default_steps: ClassVar[int] = 100
 
     def validate(self) -> None:
-        """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
+        """Raise UserError for the first invalid setting, naming it and the remedy."""
         super().validate()
         check_ranges(
             self, {"at least 1": "seeds", "from 0 to 1": "alphas wise_alpha", "above 0": "adapter_lr"}
         )
-        for name, kind in self.kinds.items():
-            if kind not in KINDS:
-                raise UserError(f"--kinds.{name} is '{kind}': it must be one of {', '.join(KINDS)}")
+        for name, role in self.kinds.items():
+            if role not in ROLES:
+                raise UserError(f"--kinds.{name} is '{role}': it must be one of {', '.join(ROLES)}")
             if self.eval_data and name not in self.eval_data:
                 raise UserError(
-                    f"--kinds.{name} names no set: those to evaluate on are {', '.join(self.eval_data)}"
+                    f"--kinds.{name} names no evaluation set: the sets are {', '.join(self.eval_data)}"
                 )
 
 
@@ -68,15 +69,15 @@ class PretrainConfig:
     """Train the small CLIP that the demo starts from; the defaults are the recipe of the shipped checkpoint.
 
     Args:
-        data: folder whose ``packages`` holds the downloaded icon themes; filled when they are missing.
-        output: folder of ``model.safetensors``, ``log.jsonl`` and, until it is done, ``resume.pt``.
+        data: folder whose ``packages`` holds the downloaded icon themes; what is missing is downloaded.
+        output: folder of ``model.safetensors``, ``log.jsonl`` and, until the run is complete, ``resume.pt``.
         minutes: wall-clock budget of the training; the learning rate follows the clock.
-        batch_size: pictures per step; each brings one of its captions.
+        batch_size: pictures per step, each with one of its captions.
         lr: peak learning rate of AdamW.
         weight_decay: weight decay of AdamW, on matrices only.
         warmup: share of the budget in which the learning rate rises linearly; then cosine to 0.
-        named: how much likelier a drawing of a benchmark class is to be drawn than another.
-        precision: bf16 runs the towers in bfloat16 autocast, weights stay fp32.
+        named: how many times as often a step draws an icon of a benchmark class as another icon.
+        precision: bf16 runs the towers in bfloat16 autocast; weights stay fp32.
         save_every: minutes between two resumable checkpoints.
         workers: threads that render pictures.
         seed: seed of the weights, the order, the captions and the augmentation.
@@ -96,7 +97,7 @@ class PretrainConfig:
     seed: int = 0
 
     def validate(self) -> None:
-        """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
+        """Raise UserError for the first invalid setting, naming it and the remedy."""
         check_ranges(
             self,
             {
@@ -108,4 +109,4 @@ class PretrainConfig:
         if self.batch_size < 2:
             raise UserError("--batch_size is 1: a contrastive loss needs at least 2 pairs to compare")
         if not 0 < self.warmup < 1:  # also refuses NaN
-            raise UserError(f"--warmup is {self.warmup}: it is a share of the budget, between 0 and 1")
+            raise UserError(f"--warmup is {self.warmup}: it must be a share of the budget, between 0 and 1")

@@ -1,4 +1,4 @@
-"""Debian packages of icon themes: download without root."""
+"""Debian packages of icon themes, downloaded with apt but without root."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ APT_HELPER = Path("/usr/lib/apt/apt-helper")  # part of apt; needs neither root 
 
 
 def packages() -> dict[str, dict]:
-    """The packages that we know, by name: version, path in a mirror, size in bytes, SHA-256, licence."""
+    """Return the pinned packages by name: version, path in an archive, size in bytes, SHA-256, licence."""
     return {entry["package"]: entry for entry in json.loads((ASSETS / "icon_packages.json").read_text())}
 
 
 def mirrors() -> list[str]:
-    """The package archives that this machine's apt is set up for."""
+    """Return the package archives that this machine's apt is configured for."""
     command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
-    found = subprocess.run(command, capture_output=True, text=True).stdout.split()
-    return list(dict.fromkeys(address.rstrip("/") for address in found))
+    addresses = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    return list(dict.fromkeys(address.rstrip("/") for address in addresses))
 
 
 def download(names: Sequence[str], folder: Path, archives: Sequence[str] | None = None) -> dict[str, Path]:
-    """Fetch the named packages into ``folder`` (what is there is kept) with apt, without root.
+    """Download the named packages into ``folder``, unless they are there, and return their files by name.
 
-    The versions are pinned, so that every machine whose archive has them gets the same pictures. Where it has
-    not (Ubuntu's has its own), the package of that name is taken in whatever version apt gives; the manifest
-    says which.
+    The versions are pinned, so that every machine whose archive has them gets the same pictures. Where an
+    archive lacks the pinned version (Ubuntu has versions of its own), apt's version of the package is taken;
+    the manifest records which.
 
     Args:
         archives: where to look for the pinned versions; by default :func:`mirrors`.
 
     Raises:
-        UserError: no apt or dpkg on this machine, or a package that apt cannot give.
+        UserError: this machine lacks apt or dpkg, or apt cannot download a package.
     """
     if not shutil.which("dpkg-deb"):
         raise UserError("dpkg-deb is missing: the icons come as Debian packages, so install 'dpkg'")
@@ -65,17 +65,17 @@ def download(names: Sequence[str], folder: Path, archives: Sequence[str] | None 
         tqdm(total=total, desc="downloading icon themes", unit="B", unit_scale=True) as bar,
     ):
         for name in missing:
-            entry, said = packages()[name], "no archive has it"
+            entry, problem = packages()[name], "no archive has it"
             path = folder / Path(entry["path"]).name
             for archive in archives:
-                said = _fetch(f"{archive}/{entry['path']}", path, entry["sha256"])
-                if not said:
+                problem = _fetch(f"{archive}/{entry['path']}", path, entry["sha256"])
+                if not problem:
                     break
             else:
                 other = _fetch_any_version(name, folder, Path(lists))
                 if other is None:
                     raise UserError(
-                        f"package {name} {entry['version']} cannot be downloaded ({said}): check the network "
+                        f"package {name} {entry['version']} cannot be downloaded ({problem}): check the network "
                         f"and the free space, or put '{path.name}' into '{folder}' yourself"
                     )
                 path = other
@@ -85,7 +85,7 @@ def download(names: Sequence[str], folder: Path, archives: Sequence[str] | None 
 
 
 def _kept(name: str, folder: Path) -> Path | None:
-    """The package in ``folder``, if it is there: the pinned version whole, or else another version."""
+    """Return the package in ``folder``, if it is there: the pinned version undamaged, or else another version."""
     pinned = folder / Path(packages()[name]["path"]).name
     if _is_package(pinned, packages()[name]["sha256"]):
         return pinned
@@ -93,24 +93,27 @@ def _kept(name: str, folder: Path) -> Path | None:
 
 
 def _fetch_any_version(name: str, folder: Path, state: Path) -> Path | None:
-    """``apt-get download NAME``, with package lists of our own below ``state``: needs no root, no ``update``."""
+    """Run ``apt-get download NAME`` with package lists of our own below ``state``, which needs no root.
+
+    Returns the file, moved into ``folder``, or None if apt has no such package.
+    """
     for part in ("lists/partial", "cache/archives/partial", "new"):
         (state / part).mkdir(parents=True, exist_ok=True)
     apt = [*APT, "-o", f"Dir::State::Lists={state}/lists", "-o", f"Dir::Cache={state}/cache"]
     apt += [
         "-o",
         "APT::Sandbox::User=root",
-    ]  # else apt, run by root, warns that its own user cannot write here
+    ]  # otherwise apt, run by root, warns that its user cannot write here
     if not any((state / "lists").glob("*Packages*")):
         subprocess.run([*apt, "update"], capture_output=True)
     if subprocess.run([*apt, "download", name], capture_output=True, cwd=state / "new").returncode:
         return None
-    (found,) = (state / "new").glob("*.deb")
-    return Path(shutil.move(found, folder / found.name))
+    (package,) = (state / "new").glob("*.deb")
+    return Path(shutil.move(package, folder / package.name))
 
 
 def _fetch(url: str, path: Path, sha256: str) -> str:
-    """Download one file; returns what went wrong, '' for nothing."""
+    """Download one file; return what went wrong, or '' on success."""
     part = path.with_name(path.name + ".part").resolve()
     try:
         command = [str(APT_HELPER), "-o", "Acquire::Retries=2", "download-file", url, str(part)]
@@ -129,8 +132,8 @@ def _is_package(path: Path, sha256: str) -> bool:
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
-def _describe(name: str, path: Path) -> dict[str, object]:
-    """What the manifest says of a package: its real version, and whether that is the pinned one."""
+def describe(name: str, path: Path) -> dict[str, object]:
+    """Return the manifest's entry of a package: its version, whether that is the pinned version, its licence."""
     version = path.name.split("_")[1].replace("%3a", ":")
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     pinned = packages()[name]

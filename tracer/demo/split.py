@@ -1,4 +1,4 @@
-"""The benchmark's split, by groups of drawings that look alike."""
+"""The benchmark's split into training and test pictures, by groups of icons that look alike."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from PIL import Image
 
 from tracer.demo.themes import TRAIN_FAMILY
 
-SAME_CLASS_ALIKE = 0.93  # correlation above which two drawings of one class count as copies
+SAME_CLASS_ALIKE = 0.93  # correlation above which two icons of one class count as copies
 
-ANY_CLASS_ALIKE = 0.97  # the same for drawings of different names, where one stroke makes the difference
+ANY_CLASS_ALIKE = 0.97  # the same for icons of different names, where one stroke makes the difference
 
-IDENTICAL = 0.98  # above which a test picture adds nothing to an earlier one of its class and family
+IDENTICAL = 0.98  # above which a test picture repeats an earlier one of its class and family
 
 
 def fingerprints(rgb: np.ndarray) -> np.ndarray:
-    """[n, 576] float32 whose dot products are the correlations of the pictures' 24 × 24 luminances.
+    """Return [n, 576] float32 whose dot products are the correlations of the pictures' 24 × 24 luminances.
 
-    Blind to colour and contrast on purpose: many themes are another's drawings in new colours.
+    They ignore colour and contrast on purpose: many themes are another theme's icons in new colours.
     """
     out = np.empty((len(rgb), 24 * 24), np.float32)
     for i, picture in enumerate(rgb):
@@ -31,13 +31,13 @@ def fingerprints(rgb: np.ndarray) -> np.ndarray:
     return out / np.linalg.norm(out, axis=1, keepdims=True).clip(1e-6)
 
 
-def _unit(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: the same on every machine."""
+def hash_to_unit(text: str) -> float:
+    """Return a number in [0, 1) that depends on the text alone and is the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def ambiguous(labels: np.ndarray, rgb: np.ndarray, prints: np.ndarray) -> np.ndarray:
-    """Pictures [n] bool that stand, as good as pixel for pixel, for another class too."""
+    """Return which pictures, [n] bool, match a picture of another class almost pixel for pixel."""
     bad = np.zeros(len(labels), bool)
     for start in range(0, len(labels), 2048):
         rows, columns = np.nonzero(prints[start : start + 2048] @ prints.T > 0.995)
@@ -48,7 +48,7 @@ def ambiguous(labels: np.ndarray, rgb: np.ndarray, prints: np.ndarray) -> np.nda
 
 
 def groups(labels: np.ndarray, styles: Sequence[str], prints: np.ndarray) -> np.ndarray:
-    """Group number [n]: drawings of one class that are in one style, or look alike, stay together."""
+    """Return group numbers [n]: icons of one class that share a style or look alike form a group."""
     group = np.arange(len(labels))
 
     def root(i: int) -> int:
@@ -68,10 +68,10 @@ def groups(labels: np.ndarray, styles: Sequence[str], prints: np.ndarray) -> np.
 
 
 def split(labels: np.ndarray, families: np.ndarray, group: np.ndarray, keys: Sequence[str]) -> np.ndarray:
-    """Which pictures are test pictures, [n] bool: whole groups, by hash.
+    """Return which pictures are test pictures, [n] bool; a group goes to one side as a whole.
 
-    Per class the groups with a drawing of the training family take turns, the first to training, so that every
-    class has something to learn from; every other group is a coin toss.
+    In each class the groups with an icon of the training family alternate, the first to training, so that every
+    class has training pictures. Every other group is assigned by a hash, as by the toss of a coin.
     """
     members: dict[tuple[str, str], np.ndarray] = {}
     for number in np.unique(group):
@@ -79,17 +79,17 @@ def split(labels: np.ndarray, families: np.ndarray, group: np.ndarray, keys: Seq
         members[labels[rows[0]], min(keys[int(i)] for i in rows)] = rows
     test = np.zeros(len(labels), bool)
     turn: Counter[str] = Counter()
-    for (label, key), rows in sorted(members.items(), key=lambda item: _unit(":".join(item[0]))):
+    for (label, key), rows in sorted(members.items(), key=lambda item: hash_to_unit(":".join(item[0]))):
         if (families[rows] == TRAIN_FAMILY).any():
             test[rows] = turn[label] % 2 == 1
             turn[label] += 1
         else:
-            test[rows] = _unit(f"{label}:{key}") < 0.5
+            test[rows] = hash_to_unit(f"{label}:{key}") < 0.5
     return test
 
 
-def _repeats(labels: np.ndarray, families: np.ndarray, prints: np.ndarray) -> np.ndarray:
-    """Pictures [n] bool that show the same as an earlier one of their class and family."""
+def repeats(labels: np.ndarray, families: np.ndarray, prints: np.ndarray) -> np.ndarray:
+    """Return which pictures, [n] bool, show the same as an earlier one of their class and family."""
     repeat = np.zeros(len(labels), bool)
     together: dict[tuple[str, str], list[int]] = defaultdict(list)
     for i, place in enumerate(zip(labels, families, strict=True)):

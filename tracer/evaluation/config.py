@@ -10,17 +10,17 @@ from tracer.settings import check_ranges
 
 @dataclass
 class EvaluateConfig:
-    """Zero-shot accuracy and calibration of any open_clip model on your own sets.
+    """Measure the zero-shot accuracy and calibration of any open_clip model on your own sets.
 
     Args:
-        eval_data: name → CSV or folder of each set.
-        classes: JSON file {class: [prompt, …]}; default: a prompt per label.
+        eval_data: name → CSV or folder of each evaluation set.
+        classes: JSON file {class: [prompt, …]}; default: one prompt for each label, made of its name.
         model: open_clip model name, a model config (.json), or tracer-demo.
         pretrained: open_clip tag or local checkpoint file.
-        output: JSON file for the results; default: only the table on the terminal.
+        output: JSON file for the results; default: the results are only printed.
         workers: threads that decode pictures.
-        check_images: decode every picture once up front, so that a damaged one is named.
-        cache: folder where it is remembered which pictures were found whole.
+        check_images: decode every picture once before the evaluation, so that a damaged one is named at once.
+        cache: folder that remembers which data sets have passed this check.
     """
 
     eval_data: dict[str, Path]

@@ -2,4 +2,31 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+
 CALIBRATION_BINS = 15
+
+
+def accuracy(probabilities: Tensor, truth: Tensor) -> float:
+    """Return the top-1 accuracy, in [0, 1].
+
+    Args:
+        probabilities: [N, C], each row sums to 1.
+        truth: class numbers [N] int64.
+    """
+    return float(multiclass_accuracy(probabilities, truth, probabilities.shape[1], average="micro"))
+
+
+def calibration_error(probabilities: Tensor, truth: Tensor) -> float:
+    """Return the expected calibration error, in [0, 1]: Σ_b |b|/N · |accuracy(b) − mean confidence(b)|.
+
+    The bins b divide the confidence, the largest probability of a row, into ``CALIBRATION_BINS`` equal intervals
+    (Guo et al. 2017, arXiv 1706.04599).
+
+    Args:
+        probabilities: [N, C], each row sums to 1.
+        truth: class numbers [N] int64.
+    """
+    classes = probabilities.shape[1]
+    return float(multiclass_calibration_error(probabilities, truth, classes, n_bins=CALIBRATION_BINS))

@@ -5,67 +5,45 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 from PIL import Image
 
 from tracer.errors import UserError
-from tracer.report.figures import COLOURS, STYLE, draw
-from tracer.report.results import (
-    Method,
-    Summary,
-    best_of,
-    chances,
-    clearly_differ,
-    number,
-    sampling_error,
-    seeds_of,
-    sizes,
-    summarise,
-)
-from tracer.report.sentences import amount, duration, findings, headline, percent, with_spread
-
-PARTS = ("start", "times", "machine", "versions", "settings")  # that results may lack
+from tracer.files import whole_file
+from tracer.report.figures import draw
+from tracer.report.palette import COLOURS, PAGE
+from tracer.report.results import Example, Results, number, sampling_error, sizes_of
+from tracer.report.sentences import amount, duration, findings, gap_sentence, headline, percent, with_spread
+from tracer.report.tables import table_rows
 
 
-def write_report(results: dict[str, Any], path: Path) -> Path:
-    """Write the HTML page that shows ``results``; it holds all it needs and asks for nothing else.
+def write_report(results: Results, path: Path) -> Path:
+    """Write the HTML page that shows ``results`` and return its path; the page loads nothing from elsewhere.
 
     Args:
-        results: title, start, domains, methods (with their runs), curves (over an interpolation weight α),
-            examples, settings, versions, machine and times; and optionally command, the line that repeats
-            the run.
-        path: where to write. The file appears only when it is complete. Relative paths of example
-            pictures are looked up from the working directory, then from the page's folder.
+        path: where to write; the file appears only when it is complete. Relative paths of example pictures
+            are looked up from the working directory, then from the page's folder.
 
     Raises:
-        ValueError: there is no domain or no method to report on.
         UserError: the page cannot be written.
     """
-    path = Path(path)
     page = render(results, path.parent)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
+        with whole_file(path) as part:
+            part.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{path}: cannot write the report ({error.strerror or error}); "
             "free some space or choose another output folder"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 
-def render(results: dict[str, Any], folder: Path) -> str:
-    """The page as text."""
-    summary = summarise(results)
+def render(results: Results, folder: Path) -> str:
+    """Return the page as text; ``folder`` is where it will lie."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -73,77 +51,45 @@ def render(results: dict[str, Any], folder: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        percent=percent, duration=duration, with_spread=with_spread, amount=lambda v: amount(number(v))
-    )
-    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]  # its stub knows no plain str keys
-        figures = draw(results, summary)
+    environment.filters.update(percent=percent, duration=duration, with_spread=with_spread, amount=amount)
     return environment.get_template("page.html.j2").render(
-        results={**dict.fromkeys(PARTS), "title": "Robust fine-tuning", "command": "make demo", **results},
-        summary=summary,
+        results=results,
         colours=COLOURS,
-        headline=headline(summary),
-        findings=findings(summary),
-        seeds=seeds_of(summary),
-        accuracy=table(summary, "accuracy"),
-        ece=table(summary, "ece"),
-        teachers=table(summary, "accuracy", of="teacher_eval"),
-        parts={
-            full: [table(summary, what, full=full) for what in ("accuracy", "ece")] for full in summary.parts
+        page_colours=PAGE,
+        headline=headline(results),
+        findings=findings(results),
+        gap_text=gap_sentence(results),
+        accuracy=table_rows(results, "accuracy"),
+        ece=table_rows(results, "ece"),
+        teachers=table_rows(results, "accuracy", teacher=True),
+        variants={
+            full: [table_rows(results, measure, full=full) for measure in ("accuracy", "ece")]
+            for full in results.variants
         },
-        sizes=sizes(summary),
-        sampling=sampling_error(results, summary),
-        chances=chances(results, summary),
-        runs=[(m, run) for m in summary.methods for run in m.runs],
-        examples=[example(e, summary, folder) for e in results.get("examples") or []],
+        sizes=sizes_of(results),
+        sampling_error=sampling_error(results),
+        runs=[(method, run) for method in results.methods for run in method.runs],
+        examples=[_example(example, results, folder) for example in results.examples],
         number=number,
         isfinite=math.isfinite,
-        **figures,
+        figures=draw(results),
     )
 
 
-def table(summary: Summary, what: str, of: str = "eval", full: Method | None = None) -> list[dict[str, Any]]:
-    """Rows of a table: for each method its cells, with the best of a column and clear changes marked.
-
-    Changes are against the baseline; of ``full``, a method with variants, against it, with its variants as rows.
-    """
-    lower = what == "ece"
-    base = full or summary.baseline
-    methods = [full, *summary.parts[full]] if full else summary.main
-    methods = [m for m in methods if any(math.isfinite(m.stat(c, what, of).mean) for c in summary.columns)]
-    columns = [(c, [m.stat(c, what, of) for m in methods]) for c in summary.columns]
-    rows = []
-    for i, m in enumerate(methods):
-        cells = []
-        for c, stats in columns:
-            stat, change, trend = stats[i], math.nan, ""
-            if base is not None and m is not base:
-                start = base.stat(c, what)
-                change = stat.mean - start.mean
-                if clearly_differ(stat, start):
-                    trend = "up" if (change < 0) == lower else "down"
-            cells.append({"stat": stat, "best": best_of(stats, lower) == i, "change": change, "trend": trend})
-        rows.append({"method": m, "cells": cells})
-    return rows
+def _example(example: Example, results: Results, folder: Path) -> dict[str, Any]:
+    """Return one example for the template: its picture, embedded, and each method's prediction."""
+    rows = [
+        {"method": m, "label": label, "confidence": confidence, "right": label == example.truth}
+        for m in results.methods
+        if m.key in example.predictions
+        for label, confidence in [example.predictions[m.key]]
+    ]
+    return {"example": example, "picture": embed(example.image, folder), "rows": rows}
 
 
-def example(item: dict[str, Any], summary: Summary, folder: Path) -> dict[str, Any]:
-    """One example picture, embedded, and what each method called it."""
-    predictions = item.get("predictions") or {}
-    truth = str(item.get("truth", ""))
-    rows = []
-    for m in summary.methods:
-        if m.key in predictions:
-            label, confidence = (list(predictions[m.key] or []) + [None, None])[:2]
-            rows.append({"method": m, "label": str(label), "confidence": number(confidence),
-                         "right": str(label) == truth})  # fmt: skip
-    return {"picture": embed(item.get("image"), folder), "domain": str(item.get("domain", "")),
-            "truth": truth, "rows": rows}  # fmt: skip
-
-
-def embed(image: Any, folder: Path, size: int = 192) -> str | None:
-    """A picture as a data URI (PNG, at most ``size`` pixels wide and high); None if it cannot be read."""
-    for path in (Path(str(image)), folder / str(image)):
+def embed(image: str, folder: Path, size: int = 192) -> str | None:
+    """Return a picture as a data URI (PNG, at most ``size`` pixels on a side); None if it cannot be read."""
+    for path in (Path(image), folder / image):
         try:
             with Image.open(path) as picture:
                 small = picture.convert("RGBA")

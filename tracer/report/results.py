@@ -1,42 +1,123 @@
-"""Results arranged for reading: statistics over seeds, columns and methods."""
+"""The results of a comparison: the schema of ``results.json`` as records, and statistics over the seeds."""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
+
+from tracer.errors import UserError
 
 NBSP = "\N{NO-BREAK SPACE}"
 
-BLOCKS = 100  # most points of a curve: longer logs are averaged over blocks of steps
+POINTS = 100  # the most points of a logged curve: a longer log is averaged over blocks of steps
+
+DIRECTIONS = ("image_to_text", "text_to_image")
+
+# Where a run's gap between teacher and student comes from; the first source that the run logged is used.
+# kl is measured without mixed precision, the others come from the training step and its rounding.
+GAP_SOURCES = (("kl",), tuple(f"pair/{direction}/kl" for direction in DIRECTIONS), ("relational",))
+
+Scores = dict[str, dict[str, float]]  # evaluation set → accuracy and ece, fractions in [0, 1]
 
 
 @dataclass(frozen=True)
-class Stat:
-    """Mean over seeds, and the spread: the sample standard deviation, None if it cannot be known."""
+class Domain:
+    """An evaluation set. ``role`` is in-distribution, near or shifted; ``chance`` is the accuracy of guessing."""
 
-    mean: float
-    spread: float | None
-    values: tuple[float, ...] = ()
-
-    @classmethod
-    def of(cls, values: Iterable[float], exact: bool = False) -> Stat:
-        """Over the finite ``values``; ``exact`` says that a single value has no randomness in it."""
-        finite = tuple(v for v in values if math.isfinite(v))
-        if not finite:
-            return cls(math.nan, None)
-        if len(finite) == 1:
-            return cls(finite[0], 0.0 if exact else None, finite)
-        return cls(statistics.fmean(finite), statistics.stdev(finite), finite)
+    name: str
+    role: str
+    pictures: float
+    classes: float
+    chance: float
 
 
-def clearly_differ(a: Stat, b: Stat) -> bool:
-    """Whether the ranges mean ± spread are known and do not overlap."""
-    if a.spread is None or b.spread is None:
-        return False
-    return abs(a.mean - b.mean) > a.spread + b.spread
+@dataclass(frozen=True)
+class Run:
+    """One training run, or one model that was not trained (``seed`` None).
+
+    ``log`` holds one row for each optimizer step. A quantity that was not measured at a step is missing from
+    its row.
+    """
+
+    seed: int | None
+    eval: Scores
+    teacher_eval: Scores
+    log: list[dict[str, float]]
+    seconds: float
+    sizes: dict[str, float]
+
+    def series(self, *keys: str) -> dict[float, float]:
+        """Return step → mean of ``keys``, for the steps at which all of them were measured."""
+        series = {}
+        for row in self.log:
+            values = [row.get(key, math.nan) for key in keys]
+            if math.isfinite(row.get("step", math.nan)) and all(map(math.isfinite, values)):
+                series[row["step"]] = statistics.fmean(values)
+        return series
+
+    def gap(self) -> dict[float, float]:
+        """Return step → KL(teacher ‖ student) in nats, the mean of both directions.
+
+        Rounding can push a vanishing KL below 0; such a value counts as 0.
+        """
+        measured = (self.series(*keys) for keys in GAP_SOURCES)
+        gap = next((series for series in measured if series), {})
+        return {step: max(value, 0.0) for step, value in gap.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A row of the tables: a method with its runs. A variant names the method of which it lacks a part."""
+
+    key: str
+    name: str
+    note: str
+    runs: list[Run]
+    variant_of: str | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether any run has a seed or a log; otherwise the single result has no randomness."""
+        return any(run.seed is not None or run.log for run in self.runs)
+
+    def stat(self, column: Column, measure: str = "accuracy", teacher: bool = False) -> Stat:
+        """Return mean and spread of ``measure`` (accuracy or ece) over the runs, or over their teachers."""
+        scores = [run.teacher_eval if teacher else run.eval for run in self.runs]
+        return Stat.of((column.read(score, measure) for score in scores), exact=not self.trained)
+
+
+@dataclass(frozen=True)
+class Point:
+    """The scores of one seed's weights at interpolation coefficient ``alpha``."""
+
+    alpha: float
+    seed: int | None
+    eval: Scores
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """A method measured along α, from the start (0) to the trained weights (1)."""
+
+    key: str
+    name: str
+    points: list[Point]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A test picture. ``predictions`` maps a method's key to the predicted label and its confidence."""
+
+    image: str
+    domain: str
+    truth: str
+    predictions: dict[str, tuple[str, float]]
 
 
 @dataclass(frozen=True)
@@ -48,124 +129,228 @@ class Column:
     label: str
     detail: str
     domains: tuple[str, ...]
+    chance: float
 
-    def read(self, evaluation: dict[str, Any] | None, what: str) -> float:
-        """The value in one evaluation, a fraction; NaN if a domain is missing or not a number."""
-        cells = [number(((evaluation or {}).get(d) or {}).get(what)) for d in self.domains]
-        return statistics.fmean(cells) if cells else math.nan
-
-
-@dataclass(frozen=True, eq=False)
-class Method:
-    """A row of the tables."""
-
-    index: int
-    key: str
-    name: str
-    note: str
-    runs: list[dict[str, Any]]
-    variant_of: str | None = None  # of an ablation: in a table of their own, in that method's colour
-
-    @property
-    def trained(self) -> bool:
-        """Whether any run has a seed or a log; otherwise its single result has no randomness."""
-        return any(run.get("seed") is not None or run.get("log") for run in self.runs)
-
-    def stat(self, column: Column, what: str = "accuracy", of: str = "eval") -> Stat:
-        """Mean and spread over the runs. ``of``: eval for the model itself, teacher_eval for its teacher."""
-        return Stat.of((column.read(run.get(of), what) for run in self.runs), exact=not self.trained)
+    def read(self, scores: Scores, measure: str) -> float:
+        """Return the value in one evaluation, a fraction; NaN if a domain was not measured."""
+        return statistics.fmean(scores.get(domain, {}).get(measure, math.nan) for domain in self.domains)
 
 
 @dataclass(frozen=True)
-class Summary:
-    """The results, arranged for reading."""
+class Stat:
+    """Mean over seeds, and the spread: their sample standard deviation, None where one value leaves it unknown."""
 
+    mean: float
+    spread: float | None
+    values: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, values: Iterable[float], exact: bool = False) -> Stat:
+        """Summarise the finite ``values``; ``exact`` says that a single value has no randomness in it."""
+        finite = tuple(v for v in values if math.isfinite(v))
+        if not finite:
+            return cls(math.nan, None)
+        if len(finite) == 1:
+            return cls(finite[0], 0.0 if exact else None, finite)
+        return cls(statistics.fmean(finite), statistics.stdev(finite), finite)
+
+
+@dataclass(frozen=True)
+class Results:
+    """All results of a comparison, as ``results.json`` holds them, and how they are arranged for reading.
+
+    Every part but ``domains`` and ``methods`` may be empty.
+    """
+
+    title: str
+    command: str
+    start: dict[str, Any]
+    domains: list[Domain]
     methods: list[Method]
-    columns: list[Column]
-    baseline: Method | None  # zero-shot
-    plain: Method | None  # fine-tuned without any regularisation
-    home: Column  # in distribution
-    away: Column | None  # mean over the shifted domains
+    curves: list[Interpolation]
+    examples: list[Example]
+    settings: dict[str, Any]
+    versions: dict[str, Any]
+    machine: dict[str, Any]
+    times: dict[str, float]
 
-    @property
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Results:
+        """Build the records from the parsed JSON file.
+
+        Raises:
+            UserError: the results hold no domain or no method.
+        """
+        if not content.get("domains") or not content.get("methods"):
+            raise UserError(
+                "the results hold no domains or no methods, so there is nothing to report: "
+                "run the comparison again"
+            )
+        return cls(
+            title=content.get("title") or "Robust fine-tuning",
+            command=content.get("command") or "make demo",
+            start=content.get("start") or {},
+            domains=[_domain(domain) for domain in content["domains"]],
+            methods=[_method(method) for method in content["methods"]],
+            curves=[_interpolation(curve) for curve in content.get("curves") or []],
+            examples=[_example(example) for example in content.get("examples") or []],
+            settings=content.get("settings") or {},
+            versions=content.get("versions") or {},
+            machine=content.get("machine") or {},
+            times=content.get("times") or {},
+        )
+
+    @cached_property
     def main(self) -> list[Method]:
-        """The methods that are compared with each other: without the variants of an ablation."""
+        """The methods that are compared with each other: all but the variants."""
         return [m for m in self.methods if m.variant_of is None]
 
+    @cached_property
+    def variants(self) -> dict[Method, list[Method]]:
+        """Method → its variants, for the methods that have any."""
+        groups = {full: [m for m in self.methods if m.variant_of == full.key] for full in self.main}
+        return {full: group for full, group in groups.items() if group}
+
+    @cached_property
+    def baseline(self) -> Method | None:
+        """The method that the others are measured against: zero-shot, or else the first untrained one."""
+        named = next((m for m in self.methods if m.key == "zero-shot"), None)
+        return named or next((m for m in self.methods if not m.trained), None)
+
+    @cached_property
+    def plain(self) -> Method | None:
+        """Fine-tuning without regularisation: flyp, or else the first trained method."""
+        named = next((m for m in self.methods if m.key == "flyp"), None)
+        return named or next((m for m in self.methods if m.trained), None)
+
+    @cached_property
+    def in_distribution(self) -> Column:
+        """The mean over the in-distribution domains; the first domain where none has that role."""
+        return _mean_column(self._home, "in-distribution", "In distribution")
+
+    @cached_property
+    def under_shift(self) -> Column | None:
+        """The mean over the shifted domains, if there are any."""
+        shifted = self._shifted
+        return _mean_column(shifted, "shifted", "Under shift") if shifted else None
+
+    @cached_property
+    def columns(self) -> list[Column]:
+        """The columns of the tables: the means, then each domain that they do not already show alone."""
+        columns = [self.in_distribution] + ([self.under_shift] if self.under_shift else [])
+        if len(self._home) > 1:
+            columns += [domain_column(d, "In distribution") for d in self._home]
+        for role in dict.fromkeys(d.role for d in self.domains):
+            if role != "shifted" or len(self._shifted) > 1:
+                rest = [d for d in self.domains if d.role == role and d not in self._home]
+                columns += [domain_column(d, role.capitalize()) for d in rest]
+        return columns
+
     @property
-    def parts(self) -> dict[Method, list[Method]]:
-        """Method → its variants, each with a part switched off, for methods that have any."""
-        variants = {full: [m for m in self.methods if m.variant_of == full.key] for full in self.main}
-        return {full: some for full, some in variants.items() if some}
+    def _home(self) -> list[Domain]:
+        return [d for d in self.domains if d.role == "in-distribution"] or self.domains[:1]
+
+    @property
+    def _shifted(self) -> list[Domain]:
+        return [d for d in self.domains if d.role == "shifted" and d not in self._home]
+
+    @cached_property
+    def seeds(self) -> int:
+        """The largest number of runs with a seed that a method has."""
+        return max(sum(run.seed is not None for run in m.runs) for m in self.methods)
+
+    def place(self, method: Method) -> int:
+        """Return the position that decides colour and marker; a variant takes its method's."""
+        keys = [m.key for m in self.methods]
+        return keys.index(method.variant_of if method.variant_of in keys else method.key)
+
+
+def read_results(path: Path) -> Results:
+    """Read ``results.json``.
+
+    Raises:
+        UserError: the file holds no domain or no method.
+    """
+    return Results.from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
 def number(value: Any) -> float:
-    """``value`` as a float; NaN for None and for anything that is not a number."""
+    """Return ``value`` as a float; NaN for None and for anything else that is not a number."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         return math.nan
 
 
-def summarise(results: dict[str, Any]) -> Summary:
-    """Arrange ``results``: which columns there are, which method is the baseline and which the plain one.
+def _numbers(values: dict[str, Any] | None) -> dict[str, float]:
+    return {str(name): number(value) for name, value in (values or {}).items()}
 
-    Raises:
-        ValueError: there is no domain or no method to report on.
-    """
-    domains, listed = results.get("domains") or [], results.get("methods") or []
-    if not domains or not listed:
-        raise ValueError("results hold no domains or no methods; there is nothing to report")
-    place = {str(m["key"]): i for i, m in enumerate(listed)}
-    methods = []
-    for i, m in enumerate(listed):
-        key, of = str(m["key"]), m.get("variant_of")
-        name, note = str(m.get("name") or key), str(m.get("note") or "")
-        methods.append(Method(place.get(of, i), key, name, note, m.get("runs") or [], of))
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for domain in domains:
-        kinds.setdefault(str(domain.get("kind", "shifted")), []).append(domain)
-    at_home = kinds.get("in-distribution") or domains[:1]
-    shifted = [d for d in kinds.get("shifted", []) if d not in at_home]
 
-    def size(domain: dict[str, Any]) -> str:
-        parts = [f"{domain[k]}{NBSP}{k}" for k in ("pictures", "classes") if domain.get(k) is not None]
-        return ", ".join(parts)
+def _scores(content: dict[str, Any] | None) -> Scores:
+    return {str(name): _numbers(score) for name, score in (content or {}).items()}
 
-    def one(domain: dict[str, Any], group: str) -> Column:
-        name = str(domain["name"])
-        return Column(name, group, name, size(domain), (name,))
 
-    def mean(some: list[dict[str, Any]], key: str, group: str, label: str) -> Column:
-        names = tuple(str(d["name"]) for d in some)
-        detail = f"mean of {len(some)}" if len(some) > 1 else names[0]
-        return Column(key, group, label, detail, names)
+def _domain(content: dict[str, Any]) -> Domain:
+    sizes = (number(content.get(key)) for key in ("pictures", "classes", "chance"))
+    return Domain(str(content["name"]), str(content.get("kind", "shifted")), *sizes)
 
-    home = mean(at_home, "in-distribution", "Summary", "In distribution")
-    away = mean(shifted, "shifted", "Summary", "Under shift") if shifted else None
-    columns = [home] + ([away] if away else [])
-    if len(at_home) > 1:
-        columns += [one(d, "In distribution") for d in at_home]
-    for kind, some in kinds.items():
-        rest = [d for d in some if d not in at_home]
-        if kind != "shifted" or len(shifted) > 1:
-            columns += [one(d, kind.capitalize()) for d in rest]
 
-    untrained = [m for m in methods if not m.trained]
-    trained = [m for m in methods if m.trained]
-    named = {m.key: m for m in methods}
-    return Summary(
-        methods,
-        columns,
-        baseline=named.get("zero-shot") or next(iter(untrained), None),
-        plain=named.get("flyp") or next(iter(trained), None),
-        home=home,
-        away=away,
+def _run(content: dict[str, Any]) -> Run:
+    return Run(
+        seed=content.get("seed"),
+        eval=_scores(content.get("eval")),
+        teacher_eval=_scores(content.get("teacher_eval")),
+        log=[_numbers(row) for row in content.get("log") or []],
+        seconds=number(content.get("seconds")),
+        sizes=_numbers(content.get("sizes")),
     )
 
 
+def _method(content: dict[str, Any]) -> Method:
+    key, runs = str(content["key"]), [_run(run) for run in content.get("runs") or []]
+    name, note = str(content.get("name") or key), str(content.get("note") or "")
+    return Method(key, name, note, runs, content.get("variant_of"))
+
+
+def _interpolation(content: dict[str, Any]) -> Interpolation:
+    points = [
+        Point(number(point.get("alpha")), point.get("seed"), _scores(point.get("eval")))
+        for point in content["points"]
+    ]
+    return Interpolation(str(content["key"]), str(content["name"]), points)
+
+
+def _example(content: dict[str, Any]) -> Example:
+    predictions = {
+        str(key): (str(label), number(confidence))
+        for key, (label, confidence) in (content.get("predictions") or {}).items()
+    }
+    image, domain, truth = (str(content.get(key, "")) for key in ("image", "domain", "truth"))
+    return Example(image, domain, truth, predictions)
+
+
+def domain_column(domain: Domain, group: str) -> Column:
+    """Return the column of one domain, under the heading ``group``."""
+    sizes = {"pictures": domain.pictures, "classes": domain.classes}
+    detail = ", ".join(f"{size:.0f}{NBSP}{what}" for what, size in sizes.items() if math.isfinite(size))
+    return Column(domain.name, group, domain.name, detail, (domain.name,), domain.chance)
+
+
+def _mean_column(domains: list[Domain], key: str, label: str) -> Column:
+    names = tuple(d.name for d in domains)
+    detail = f"mean of {len(domains)}" if len(domains) > 1 else names[0]
+    return Column(key, "Summary", label, detail, names, statistics.fmean(d.chance for d in domains))
+
+
+def clearly_differ(a: Stat, b: Stat) -> bool:
+    """Return whether the ranges mean ± spread are known and do not overlap."""
+    if a.spread is None or b.spread is None:
+        return False
+    return abs(a.mean - b.mean) > a.spread + b.spread
+
+
 def best_of(stats: Sequence[Stat], lower_is_better: bool = False) -> int | None:
-    """Index of the best mean, if it differs clearly from every other; else None."""
+    """Return the index of the best mean, if it differs clearly from every other; else None."""
     known = [i for i, s in enumerate(stats) if math.isfinite(s.mean)]
     if len(known) < 2:
         return None
@@ -173,105 +358,78 @@ def best_of(stats: Sequence[Stat], lower_is_better: bool = False) -> int | None:
     return best if all(clearly_differ(stats[best], stats[i]) for i in known if i != best) else None
 
 
-def seeds_of(summary: Summary) -> int:
-    """The largest number of runs with a seed that a method has."""
-    return max(sum(run.get("seed") is not None for run in m.runs) for m in summary.methods)
+def sampling_error(results: Results) -> float | None:
+    """Return the largest standard error, over the domains, that the choice of test pictures gives an accuracy."""
+    errors = []
+    for domain in results.domains:
+        for method in results.methods:
+            p = method.stat(domain_column(domain, "")).mean
+            if math.isfinite(p) and domain.pictures > 0:
+                errors.append(math.sqrt(max(p * (1 - p), 0.0) / domain.pictures))
+    return max(errors, default=None)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a method trained and kept, of its first run that tells; bytes, NaN where it was not measured."""
+    """What a method trains and keeps: a number of parameters, then bytes; NaN where it was not measured."""
 
     method: Method
     parameters: float
     optimizer: float
-    checkpoint: float  # what a run that was cut off resumes from
+    checkpoint: float  # from which an interrupted run resumes
     weights: float  # what was trained, at the end: the adapters, or the whole model
 
 
-def sizes(summary: Summary) -> list[Sizes]:
-    """For every method that was trained, the plain one first."""
-    found = []
-    for m in sorted(summary.main, key=lambda m: m is not summary.plain):
-        own = next((run["sizes"] for run in m.runs if run.get("sizes")), None)
-        if own:
-            weights = own.get("adapters_bytes", own.get("student_bytes"))
-            kept = own.get("optimizer_bytes"), own.get("checkpoint_bytes"), weights
-            found.append(Sizes(m, number(own.get("trained_parameters")), *map(number, kept)))
-    return found
+def sizes_of(results: Results) -> list[Sizes]:
+    """Return the sizes of each trained method, from its first run that recorded them; the plain one first."""
+    table = []
+    for method in sorted(results.main, key=lambda m: m is not results.plain):
+        recorded = next((run.sizes for run in method.runs if run.sizes), {})
+        if recorded:
+            weights = "adapters_bytes" if "adapters_bytes" in recorded else "student_bytes"
+            keys = ("trained_parameters", "optimizer_bytes", "checkpoint_bytes", weights)
+            table.append(Sizes(method, *(recorded.get(key, math.nan) for key in keys)))
+    return table
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A logged quantity of one method over steps: mean, smallest and largest over the seeds."""
+class LoggedCurve:
+    """A logged quantity of one method over the steps: mean, smallest and largest over the seeds.
+
+    Each point is the mean over ``block`` steps at which the quantity was measured.
+    """
 
     method: Method
     steps: list[float]
     mean: list[float]
     low: list[float]
     high: list[float]
+    block: int
 
     def end(self) -> float:
-        """Mean over the last tenth of the steps."""
+        """Return the mean over the last tenth of the steps."""
         start = self.steps[0] + 0.9 * (self.steps[-1] - self.steps[0])
         return statistics.fmean(v for s, v in zip(self.steps, self.mean, strict=True) if s >= start)
 
 
-def curves_of(summary: Summary, read: Callable[[dict[str, Any]], float], records: str = "log") -> list[Curve]:
-    """The curve of each method that logged the quantity with any value but 0."""
-    curves = []
-    for method in summary.main:
-        seeds = []
-        for run in method.runs:
-            points = [(number(r.get("step")), read(r)) for r in run.get(records) or []]
-            kept = {s: v for s, v in points if math.isfinite(s) and math.isfinite(v)}
-            if kept:
-                seeds.append(kept)
-        steps = sorted(set().union(*seeds)) if seeds else []
-        if not steps or all(v == 0 for seed in seeds for v in seed.values()):
-            continue  # never logged, or a term that was switched off
-        curve = Curve(method, [], [], [], [])
-        width = -(-len(steps) // BLOCKS)
-        for i in range(0, len(steps), width):
-            block = steps[i : i + width]
-            present = [[seed[s] for s in block if s in seed] for seed in seeds]
-            means = [statistics.fmean(values) for values in present if values]
-            curve.steps.append(statistics.fmean(block))
-            curve.mean.append(statistics.fmean(means))
-            curve.low.append(min(means))
-            curve.high.append(max(means))
-        curves.append(curve)
-    return curves
+def logged_curves(results: Results, series: Callable[[Run], dict[float, float]]) -> list[LoggedCurve]:
+    """Return the curve of each method whose runs have a ``series`` (step → value) that is not always 0."""
+    return [curve for method in results.main if (curve := _logged_curve(method, series))]
 
 
-def gap_of(record: dict[str, Any]) -> float:
-    """Teacher–student KL of one logged step, mean of both directions, in nats.
-
-    From the measured diagnostics if they were logged, else the relational term, which is that same KL.
-    Rounding may leave a vanishing KL below 0; that counts as 0.
-    """
-    directions = [number(record.get(f"pair/{d}/kl")) for d in ("image_to_text", "text_to_image")]
-    if all(math.isfinite(v) for v in directions):
-        gap = statistics.fmean(directions)
-    else:
-        gap = number(record.get("kl", record.get("relational")))
-    return gap if math.isnan(gap) else max(gap, 0.0)
-
-
-def sampling_error(results: dict[str, Any], summary: Summary) -> float | None:
-    """Largest standard error, over the domains, that the choice of test pictures gives one accuracy."""
-    errors = []
-    for d in results["domains"]:
-        count = number(d.get("pictures"))
-        column = Column("", "", "", "", (str(d["name"]),))
-        for m in summary.methods:
-            p = m.stat(column).mean
-            if math.isfinite(p) and count > 0:
-                errors.append(math.sqrt(max(p * (1 - p), 0.0) / count))
-    return max(errors, default=None)
-
-
-def chances(results: dict[str, Any], summary: Summary) -> list[float]:
-    """Accuracy of guessing, per column."""
-    by_name = {str(d["name"]): number(d.get("chance")) for d in results["domains"]}
-    return [statistics.fmean(by_name[d] for d in c.domains) for c in summary.columns]
+def _logged_curve(method: Method, series: Callable[[Run], dict[float, float]]) -> LoggedCurve | None:
+    seeds = [values for run in method.runs if (values := series(run))]
+    steps = sorted(set().union(*seeds))
+    if all(value == 0 for values in seeds for value in values.values()):
+        return None  # never logged, or a term that was switched off
+    block = -(-len(steps) // POINTS)
+    curve = LoggedCurve(method, [], [], [], [], block)
+    for start in range(0, len(steps), block):
+        within = steps[start : start + block]
+        present = [[values[s] for s in within if s in values] for values in seeds]
+        means = [statistics.fmean(values) for values in present if values]
+        curve.steps.append(statistics.fmean(within))
+        curve.mean.append(statistics.fmean(means))
+        curve.low.append(min(means))
+        curve.high.append(max(means))
+    return curve

@@ -1,4 +1,4 @@
-"""Numbers and sentences of the report."""
+"""The report's sentences, computed from the results, and how its numbers are written."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any
 from tracer.report.results import (
     NBSP,
     Column,
+    LoggedCurve,
     Method,
+    Results,
+    Run,
+    Sizes,
     Stat,
-    Summary,
     clearly_differ,
-    curves_of,
-    gap_of,
+    logged_curves,
     number,
-    sizes,
+    sizes_of,
 )
 
 
 def percent(value: float, signed: bool = False) -> str:
-    """A fraction in per cent with one decimal: 41.2, with a sign +3.1, −0.4; a dash for NaN."""
+    """Return a fraction in per cent with one decimal: 41.2, with a sign +3.1 or −0.4; a dash for NaN."""
     if not math.isfinite(value):
         return "–"
     text = f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
@@ -29,14 +31,13 @@ def percent(value: float, signed: bool = False) -> str:
 
 
 def with_spread(stat: Stat) -> str:
-    """41.2 ± 0.3, without the spread where it is unknown or there is none."""
-    return percent(stat.mean) + (
-        f"{NBSP}±{NBSP}{percent(stat.spread)}" if stat.spread and len(stat.values) > 1 else ""
-    )
+    """Return 41.2 ± 0.3, without the spread where it is unknown or there is none."""
+    shown = stat.spread and len(stat.values) > 1
+    return percent(stat.mean) + (f"{NBSP}±{NBSP}{percent(stat.spread)}" if shown and stat.spread else "")
 
 
 def amount(value: float) -> str:
-    """A number of any size in two or three figures: 1,300, 0.35, 0.000027, 3e−09; a dash for NaN."""
+    """Return a number of any size in two or three figures: 1,300, 0.35, 0.000027, 3e−09; a dash for NaN."""
     if not math.isfinite(value):
         return "–"
     rounded = float(f"{value:.{3 if 1 <= abs(value) < 100 else 2}g}")
@@ -48,7 +49,7 @@ def amount(value: float) -> str:
 
 
 def duration(seconds: Any) -> str:
-    """Seconds in words: 0.42 s, 31.2 s, 4 min 07 s, 2 h 05 min."""
+    """Return seconds in words: 0.42 s, 31.2 s, 4 min 07 s, 2 h 05 min; a dash for what is no number."""
     s = number(seconds)
     if not math.isfinite(s):
         return "–"
@@ -60,193 +61,203 @@ def duration(seconds: Any) -> str:
 
 
 def listing(items: Sequence[str]) -> str:
-    """A, B and C."""
+    """Return A, B and C."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 
 def change(stat: Stat, base: Stat) -> str:
-    """The change of ``stat`` against ``base`` in points, and how far the seeds let one trust it."""
+    """Return the change of ``stat`` against ``base`` in points, and whether it lies within the spread."""
     text = f"{percent(stat.mean - base.mean, signed=True)} points"
     if stat.spread is None or base.spread is None:
         return text
     return text if clearly_differ(stat, base) else f"{text} (within the spread)"
 
 
-def headline(summary: Summary) -> str:
-    """What happened, in one sentence: the best of the trained methods where it counts, beside the others."""
-    column, where = (summary.away, "under shift") if summary.away else (summary.home, "in distribution")
-    assert column is not None
-    ranked = sorted(
-        (m for m in summary.main if m.trained and math.isfinite(m.stat(column).mean)),
-        key=lambda m: -m.stat(column).mean,
-    )
-    if not ranked:
+def headline(results: Results) -> str:
+    """Return one sentence that names the best trained model, under shift if that was measured."""
+    if results.under_shift:
+        column, where = results.under_shift, "under shift"
+    else:
+        column, where = results.in_distribution, "in distribution"
+    scored = [m for m in results.main if m.trained and math.isfinite(m.stat(column).mean)]
+    if not scored:
         return "No training run has a usable result."
-    best, rest = ranked[0], ranked[1:]
-    rivals = [m.name for m in rest if not clearly_differ(best.stat(column), m.stat(column))]
+    best, *rest = sorted(scored, key=lambda m: -m.stat(column).mean)
+    stat, score = best.stat(column), f"{with_spread(best.stat(column))} %"
+    rivals = [m.name for m in rest if not clearly_differ(stat, m.stat(column))]
     if not rest:
-        text = f"{best.name} reaches {with_spread(best.stat(column))} % {where}"
-    elif best.stat(column).spread is None:
-        text = f"{best.name} scores highest {where}, with one seed: {percent(best.stat(column).mean)} %"
+        text = f"{best.name} reaches {score} {where}"
+    elif stat.spread is None:
+        text = f"With one seed, {best.name} scores highest {where}: {score}"
     elif not rivals:
-        text = f"{best.name} is the best fine-tuned model {where}: {with_spread(best.stat(column))} %"
+        text = f"{best.name} is the best fine-tuned model {where}: {score}"
     else:
         text = (
-            f"No fine-tuned model is clearly ahead {where}: {best.name} is highest with "
-            f"{with_spread(best.stat(column))} %, {listing(rivals)} within the spread"
+            f"No fine-tuned model is clearly ahead {where}: {best.name} scores highest with {score}, "
+            f"and {listing(rivals)} {'lies' if len(rivals) == 1 else 'lie'} within the spread"
         )
     others = [
         f"{m.name} {with_spread(m.stat(column))} %"
-        for m in (summary.baseline, summary.plain)
+        for m in (results.baseline, results.plain)
         if m is not None and m is not best and math.isfinite(m.stat(column).mean)
     ]
     return text + (f" ({', '.join(others)})." if others else ".")
 
 
-def findings(summary: Summary) -> list[tuple[str, str]]:
-    """Further sentences: (topic, what this run shows)."""
-    found: list[tuple[str, str]] = []
-    trained = [m for m in summary.main if m.trained]
-    base = summary.baseline
-    if base is not None and trained:
-        start = base.stat(summary.home)
-        gains = [
-            f"{m.name} {change(m.stat(summary.home), start)}"
-            for m in trained
-            if math.isfinite(m.stat(summary.home).mean)
-        ]
-        if gains and math.isfinite(start.mean):
-            found.append(
-                ("In distribution", f"{base.name} starts at {percent(start.mean)} %; {'; '.join(gains)}.")
-            )
-    if base is not None and summary.away is not None and summary.plain is not None:
-        shift = _shift_sentence(summary, base, summary.plain, summary.away)
-        if shift:
-            found.append(("Under shift", shift))
-    gap = gap_sentence(summary)
-    if gap:
-        found.append(("Teacher–student gap", gap))
-    column = summary.away or summary.home
-    found += ablations(summary) + size_sentence(summary)
-    calibrated = [m for m in summary.main if math.isfinite(m.stat(column, "ece").mean)]
-    if len(calibrated) > 1:
-        ranked = sorted(calibrated, key=lambda m: m.stat(column, "ece").mean)
-        values = [f"{m.name} {with_spread(m.stat(column, 'ece'))}" for m in ranked]
-        found.append(
-            (
-                "Calibration",
-                f"Expected calibration error {column.label.lower()}, in points, from best to worst: "
-                f"{', '.join(values)}.",
-            )
-        )
-    return found
+def findings(results: Results) -> list[tuple[str, str]]:
+    """Return what else the results show, as pairs of a topic and its sentences."""
+    topics = [
+        ("In distribution", in_distribution_sentence(results)),
+        ("Under shift", shift_sentence(results)),
+        ("Teacher–student gap", gap_sentence(results)),
+        *ablation_sentences(results),
+        ("Size", size_sentence(results)),
+        ("Calibration", calibration_sentence(results)),
+    ]
+    return [(topic, text) for topic, text in topics if text]
 
 
-def _shift_sentence(summary: Summary, base: Method, plain: Method, away: Column) -> str:
-    start, fallen = base.stat(away), plain.stat(away)
-    if plain is base or not (math.isfinite(start.mean) and math.isfinite(fallen.mean)):
+def in_distribution_sentence(results: Results) -> str:
+    """Return what fine-tuning gains on the training domain; nothing where there is no start to compare with."""
+    if results.baseline is None:
         return ""
+    column = results.in_distribution
+    start = results.baseline.stat(column)
+    gains = [
+        f"{m.name} {change(m.stat(column), start)}"
+        for m in results.main
+        if m.trained and math.isfinite(m.stat(column).mean)
+    ]
+    if not gains or not math.isfinite(start.mean):
+        return ""
+    return f"{results.baseline.name} scores {percent(start.mean)} %. Fine-tuning changes this: {'; '.join(gains)}."
+
+
+def shift_sentence(results: Results) -> str:
+    """Return what plain fine-tuning loses under shift, and how much of it each other method keeps."""
+    base, plain, column = results.baseline, results.plain, results.under_shift
+    if base is None or plain is None or column is None or plain is base:
+        return ""
+    start, fallen = base.stat(column), plain.stat(column)
+    if not (math.isfinite(start.mean) and math.isfinite(fallen.mean)):
+        return ""
+    text = (
+        f"{base.name} scores {percent(start.mean)} %; {plain.name} changes this by {change(fallen, start)}."
+    )
+    others = [m for m in results.main if m.trained and m is not plain and math.isfinite(m.stat(column).mean)]
     lost = start.mean - fallen.mean
-    text = f"{base.name} starts at {percent(start.mean)} %; {plain.name} {change(fallen, start)}. "
-    others = [m for m in summary.main if m.trained and m is not plain and math.isfinite(m.stat(away).mean)]
+    clear = lost > 0 and (fallen.spread is None or clearly_differ(start, fallen))
+    parts = [_kept_under_shift(m, column, start, fallen, clear) for m in others]
     if not others:
-        return text.strip()
-    no_loss = lost <= 0 or (fallen.spread is not None and not clearly_differ(start, fallen))
-    parts = []
-    for m in others:
-        now = m.stat(away)
-        saved = now.mean - fallen.mean
-        if no_loss:
-            part = percent(saved, signed=True)
-        elif saved < 0:
-            part = f"loses {percent(-saved)} more"
-        elif now.mean < start.mean:
-            part = f"keeps {percent(saved)}"
-        elif clearly_differ(now, start):
-            part = f"keeps them all and gains {percent(now.mean - start.mean)}"
-        else:
-            part = "keeps them all"
-        known = now.spread is not None and fallen.spread is not None
-        unsure = " (within the spread)" if known and not clearly_differ(now, fallen) else ""
-        parts.append(f"{m.name} {part}{unsure}")
-    if no_loss:
-        return text + f"{plain.name} shows no clear loss; against it {listing(parts)}."
-    return text + f"Of the {percent(lost)} points that {plain.name} loses, {listing(parts)}."
+        return text
+    if not clear:
+        return f"{text} {plain.name} shows no clear loss. Compared with {plain.name}: {'; '.join(parts)}."
+    return f"{text} Of the {percent(lost)} points that {plain.name} loses, {listing(parts)}."
 
 
-def ablations(summary: Summary) -> list[tuple[str, str]]:
-    """What each variant of a method changes against it, unless that is within the spread."""
-    found = []
-    columns = [c for c in (summary.home, summary.away) if c is not None]
-    for full, variants in summary.parts.items():
-        changed: list[str] = []
-        unchanged: list[str] = []
+def _kept_under_shift(method: Method, column: Column, start: Stat, fallen: Stat, clear: bool) -> str:
+    """Return the part of the sentence about one method; ``clear``: the plain method's loss is clear."""
+    now = method.stat(column)
+    saved = now.mean - fallen.mean
+    if not clear:
+        text = f"{percent(saved, signed=True)} points"
+    elif saved < 0:
+        text = f"loses {percent(-saved)} more"
+    elif now.mean < start.mean:
+        text = f"keeps {percent(saved)}"
+    elif clearly_differ(now, start):
+        text = f"keeps all and gains {percent(now.mean - start.mean)}"
+    else:
+        text = "keeps all"
+    known = now.spread is not None and fallen.spread is not None
+    unsure = " (within the spread)" if known and not clearly_differ(now, fallen) else ""
+    return f"{method.name} {text}{unsure}"
+
+
+def calibration_sentence(results: Results) -> str:
+    """Return the calibration errors of the methods, ranked; nothing for fewer than two."""
+    column = results.under_shift or results.in_distribution
+    measured = [(m.stat(column, "ece"), m.name) for m in results.main]
+    ranked = sorted((pair for pair in measured if math.isfinite(pair[0].mean)), key=lambda pair: pair[0].mean)
+    if len(ranked) < 2:
+        return ""
+    values = ", ".join(f"{name} {with_spread(stat)}" for stat, name in ranked)
+    return f"Expected calibration error {column.label.lower()}, in points, from best to worst: {values}."
+
+
+def ablation_sentences(results: Results) -> list[tuple[str, str]]:
+    """Return, for each method with variants, what each variant changes; with one seed all changes are told."""
+    columns = [c for c in (results.in_distribution, results.under_shift) if c is not None]
+    topics = []
+    for full, variants in results.variants.items():
+        sentences, unchanged = [], []
         for m in variants:
             pairs = [(c, m.stat(c), full.stat(c)) for c in columns]
             clear = [
-                f"{c.label.lower()} {change(a, b)}"
-                for c, a, b in pairs
-                if clearly_differ(a, b) or a.spread is None or b.spread is None
+                f"{c.label.lower()} by {change(stat, base)}"
+                for c, stat, base in pairs
+                if clearly_differ(stat, base) or stat.spread is None or base.spread is None
             ]
-            (changed if clear else unchanged).append(f"{m.name}: {', '.join(clear)}" if clear else m.name)
-        sentences = [f"Against the full method, {'; '.join(changed)}."] if changed else []
+            if clear:
+                sentences.append(f"{m.name} changes accuracy {listing(clear)}.")
+            else:
+                unchanged.append(m.name)
         if unchanged:
-            sentences.append(f"Within the spread of the full method: {listing(unchanged)}.")
-        found.append((f"Parts of {full.name}", " ".join(sentences)))
-    return found
+            verb = "lies" if len(unchanged) == 1 else "lie"
+            sentences.append(f"{listing(unchanged)} {verb} within the spread of the full method.")
+        topics.append((f"Parts of {full.name}", " ".join(sentences)))
+    return topics
 
 
-def size_sentence(summary: Summary) -> list[tuple[str, str]]:
-    """How much less a method that trains a part of the model keeps than the plain one."""
-    measured = sizes(summary)
-    if not measured or measured[0].method is not summary.plain:
-        return []
-    whole, parts = measured[0], []
-    for own in measured:
-        if own.parameters < whole.parameters:
-            kinds = {
-                "optimizer state": "optimizer",
-                "a checkpoint": "checkpoint",
-                "trained weights": "weights",
-            }
-            pairs = {what: (getattr(own, kind), getattr(whole, kind)) for what, kind in kinds.items()}
-            kept = [
-                f"{what} {amount(a / 1e6)} MB against {amount(b / 1e6)}"
-                for what, (a, b) in pairs.items()
-                if math.isfinite(a) and math.isfinite(b)
-            ]
-            parts.append(
-                f"{own.method.name} trains {own.parameters:,.0f} parameters, "
-                f"{percent(own.parameters / whole.parameters)} % of {whole.method.name}'s: {', '.join(kept)}."
-            )
-    return [("Size", " ".join(parts))] if parts else []
-
-
-def gap_sentence(summary: Summary) -> str:
-    """What the teacher–student KL of this run shows, next to the published claim."""
-    curves = curves_of(summary, gap_of)
-    if not curves:
+def size_sentence(results: Results) -> str:
+    """Return how much less each method that trains a part of the model keeps than the plain one."""
+    recorded = sizes_of(results)
+    if not recorded or recorded[0].method is not results.plain:
         return ""
-    ends, peaks = {c.method.key: c.end() for c in curves}, {c.method.key: max(c.mean) for c in curves}
-    parts = []
-    for c in curves:
-        end, peak = ends[c.method.key], peaks[c.method.key]
-        word = "collapses" if end < 0.1 * peak else "shrinks" if end < 0.5 * peak else "stays"
-        parts.append(
-            f"{c.method.name}: the gap {word} (largest {amount(peak)}, at the end {amount(end)}: "
-            f"{amount(100 * end / peak)} % of it)"
-        )
-    text = f"{'; '.join(parts)}."
-    if "ema" in ends and "wma" in ends:
-        times = f"{amount(ends['wma'] / ends['ema'])} times" if ends["ema"] else "infinitely many times"
-        text += f" At the end WMA's teacher is {times} as far from its student as EMA's."
-        ema_gone = ends["ema"] < 0.1 * max(peaks["ema"], ends["wma"])
-        wma_kept = ends["wma"] >= 0.1 * peaks["wma"]
-        claim = "The published claim, that EMA's gap collapses and WMA's does not,"
-        if ema_gone and wma_kept:
-            text += f" {claim} is what this run shows."
-        else:
-            why = [] if ema_gone else ["EMA's does not collapse"]
-            why += [] if wma_kept else ["WMA's collapses too"]
-            text += f" {claim} is not what this run shows: {listing(why)}."
-    return text
+    whole = recorded[0]
+    return " ".join(_size_against(part, whole) for part in recorded if part.parameters < whole.parameters)
+
+
+def _size_against(part: Sizes, whole: Sizes) -> str:
+    pairs = {
+        "of optimizer state": (part.optimizer, whole.optimizer),
+        "in a checkpoint": (part.checkpoint, whole.checkpoint),
+        "of trained weights": (part.weights, whole.weights),
+    }
+    kept = [
+        f"{amount(mine / 1e6)} MB {what} ({whole.method.name} {amount(full / 1e6)} MB)"
+        for what, (mine, full) in pairs.items()
+        if math.isfinite(mine) and math.isfinite(full)
+    ]
+    share = percent(part.parameters / whole.parameters)
+    text = f"{part.method.name} trains {part.parameters:,.0f} parameters, {share} % of {whole.method.name}'s"
+    return f"{text}, and keeps {listing(kept)}." if kept else f"{text}."
+
+
+def gap_sentence(results: Results) -> str:
+    """Return how each method's teacher–student KL develops, and whether that agrees with the published claim."""
+    curves = logged_curves(results, Run.gap)
+    text = " ".join(_gap_of_one(curve) for curve in curves)
+    ends = {curve.method.key: curve.end() for curve in curves}
+    peaks = {curve.method.key: max(curve.mean) for curve in curves}
+    if "ema" not in ends or "wma" not in ends:
+        return text
+    if ends["ema"]:
+        text += f" At the end WMA's gap is {amount(ends['wma'] / ends['ema'])} times EMA's."
+    collapsed = ends["ema"] < 0.1 * max(peaks["ema"], ends["wma"])
+    kept = ends["wma"] >= 0.1 * peaks["wma"]
+    claim = "the published claim that EMA's gap collapses and WMA's does not"
+    if collapsed and kept:
+        return f"{text} This agrees with {claim}."
+    reasons = [] if collapsed else ["EMA's gap does not collapse"]
+    reasons += [] if kept else ["WMA's gap collapses too"]
+    return f"{text} This does not agree with {claim}: {listing(reasons)}."
+
+
+def _gap_of_one(curve: LoggedCurve) -> str:
+    end, peak = curve.end(), max(curve.mean)
+    verb = "collapses" if end < 0.1 * peak else "shrinks" if end < 0.5 * peak else "persists"
+    return (
+        f"{curve.method.name}: the gap {verb}; it peaks at {amount(peak)} nats and ends at {amount(end)}, "
+        f"{amount(100 * end / peak)} % of the peak."
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -10,73 +11,80 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tracer.evaluation.zero_shot import Scores
-from tracer.report.page import table
-from tracer.report.results import NBSP, chances, summarise
+from tracer.report.results import NBSP, Results
 from tracer.report.sentences import headline, percent, size_sentence, with_spread
+from tracer.report.tables import Row, table_rows
 
 
-def print_scores(results: dict[str, Scores]) -> None:
-    """One row per model and set: top-1 accuracy and calibration error in percent."""
-    table = Table(title="zero-shot evaluation")
+def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Print one row for each model and set: number of pictures, top-1 accuracy and calibration error.
+
+    Args:
+        scores: model → set → {accuracy and ece as fractions, pictures}.
+    """
+    table = Table(title="Zero-shot evaluation")
     for column in ("model", "set", "pictures", "accuracy %", "ECE %"):
         table.add_column(column, justify="left" if column in ("model", "set") else "right")
-    for model, scores in results.items():
-        for name, score in scores.items():
+    for model, sets in scores.items():
+        for name, score in sets.items():
             values = (f"{100 * score['accuracy']:.1f}", f"{100 * score['ece']:.1f}")
             table.add_row(model, name, str(int(score["pictures"])), *values)
     Console().print(table)
 
 
-def print_table(results: dict[str, Any]) -> None:
-    """Print the page's headline and main table: accuracy in per cent, mean ± spread over the seeds.
-
-    Raises:
-        ValueError: there is no domain or no method to report on.
-    """
-    summary = summarise(results)
+def print_results(results: Results) -> None:
+    """Print the page's main table and headline: accuracy in per cent, mean ± spread over the seeds."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = max(console.width, 140)  # a log file: never break the columns
+        console.width = max(console.width, 140)  # in a log file the columns must not break
+    encoding = console.encoding
+    console.print(_accuracy_table(results, encoding))
+    console.print(_printable(_legend(results), encoding, "dim"))
+    if text := size_sentence(results):
+        console.print(_printable(text, encoding))
+    console.print(_printable(headline(results), encoding, "bold"))
 
+
+def _accuracy_table(results: Results, encoding: str) -> Table:
     def printable(text: str, style: str = "") -> Text:
-        text = text.replace(NBSP, " ")
-        for fancy, simple in (("−", "-"), ("–", "-"), ("±", "+/-")):
-            if not fancy.encode(console.encoding, "ignore"):
-                text = text.replace(fancy, simple)
-        return Text(text.encode(console.encoding, "replace").decode(console.encoding), style)
+        return _printable(text, encoding, style)
 
-    shown = Table(
-        title=printable(str(results.get("title") or "")),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    shown.add_column("Accuracy, %", no_wrap=True)
-    for c in summary.columns:
-        detail = c.detail if c.group == "Summary" else c.group.lower()
-        shown.add_column(printable(f"{c.label}\n{detail}"), justify="right")
-
-    def add(rows: list[dict[str, Any]]) -> None:
+    def add(rows: list[Row]) -> None:
         for row in rows:
             cells = []
-            for cell in row["cells"]:
-                text = with_spread(cell["stat"]) + (" *" if cell["best"] else "")
-                if math.isfinite(cell["change"]):
-                    text += "\n" + percent(cell["change"], signed=True)
-                cells.append(printable(text, "bold" if cell["best"] else ""))
-            shown.add_row(printable(row["method"].name), *cells)
-        shown.add_section()
+            for cell in row.cells:
+                text = with_spread(cell.stat) + (" *" if cell.best else "")
+                if math.isfinite(cell.change):
+                    text += "\n" + percent(cell.change, signed=True)
+                cells.append(printable(text, "bold" if cell.best else ""))
+            table.add_row(printable(row.method.name), *cells)
+        table.add_section()
 
-    add(table(summary, "accuracy"))
-    for full in summary.parts:
-        add(table(summary, "accuracy", full=full)[1:])
-    shown.add_row("Chance", *(printable(percent(v)) for v in chances(results, summary)), style="dim")
-    console.print(shown)
-    start = summary.baseline.name if summary.baseline else "the start"
-    of_parts = "".join(f", for its parts against {full.name}" for full in summary.parts)
-    marks = f"Second line: change against {start}{of_parts}, in points. *: clearly the best of its column."
-    console.print(printable(marks, "dim"))
-    for _, text in size_sentence(summary):
-        console.print(printable(text))
-    console.print(printable(headline(summary), "bold"))
+    table = Table(title=printable(results.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("Accuracy, %", no_wrap=True)
+    for c in results.columns:
+        detail = c.detail if c.group == "Summary" else c.group.lower()
+        table.add_column(printable(f"{c.label}\n{detail}"), justify="right")
+    add(table_rows(results, "accuracy"))
+    for full in results.variants:
+        add(table_rows(results, "accuracy", full=full)[1:])
+    table.add_row("Chance", *(printable(percent(c.chance)) for c in results.columns), style="dim")
+    return table
+
+
+def _legend(results: Results) -> str:
+    start = results.baseline.name if results.baseline else "the start"
+    variants = "".join(f" (in the rows of its variants: against {full.name})" for full in results.variants)
+    return (
+        f"The second line of a row is the change against {start} in points{variants}. "
+        "An asterisk marks a method that is clearly the best of its column."
+    )
+
+
+def _printable(text: str, encoding: str, style: str = "") -> Text:
+    """Return ``text`` with the characters that the terminal's ``encoding`` lacks replaced by simpler ones."""
+    text = text.replace(NBSP, " ")
+    for fancy, simple in (("−", "-"), ("–", "-"), ("±", "+/-")):
+        if not fancy.encode(encoding, "ignore"):
+            text = text.replace(fancy, simple)
+    return Text(text.encode(encoding, "replace").decode(encoding), style)

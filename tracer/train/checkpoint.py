@@ -1,4 +1,4 @@
-"""Checkpoints of an unfinished run."""
+"""Checkpoints of an unfinished run, from which the same command continues it."""
 
 from __future__ import annotations
 
@@ -17,32 +17,35 @@ from tracer.errors import UserError
 from tracer.files import sync, whole_folder
 from tracer.teacher import MovingAverageTeacher
 
-WHOLE = "checkpoint-*[0-9]"  # not what is still being written
+WHOLE = "checkpoint-*[0-9]"  # matches no checkpoint that is still being written
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in the folder of an unfinished run."""
+    """Return the newest whole checkpoint in the folder of an unfinished run, or None."""
     return max(folder.glob(WHOLE), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def belongs(folder: Path, fingerprint: str) -> bool:
-    """Whether ``folder`` holds a checkpoint of the run with this fingerprint."""
+    """Return whether ``folder`` holds a checkpoint of the run with this fingerprint."""
     last = newest(folder)
-    return last is not None and _about(last)["fingerprint"] == fingerprint
+    return last is not None and _read_record(last)["fingerprint"] == fingerprint
 
 
 class Checkpoints:
-    """The checkpoints in the folder of an unfinished run.
+    """The checkpoints in the folder of an unfinished run. Only the newest one is kept.
+
+    A checkpoint is a folder: DeepSpeed's files under ``engine``, the moving averages and random generators of
+    each rank in ``rank-R.pt``, and ``checkpoint.json`` with the step, the seconds so far, the settings and the
+    fingerprint.
 
     Args:
         folder: of the run, with or without a checkpoint of an earlier attempt.
-        settings: all that a user can set and that decides the result; named where they differ.
+        settings: all settings that decide the result; the error names those that differ.
         fingerprint: digest of these, the data and the versions.
         started: ``time.perf_counter()`` at which this attempt began.
 
     Attributes:
         step: optimizer steps done in the newest checkpoint; 0 where there is none.
-        seconds: how long the run has taken; what an earlier attempt did after its checkpoint does not count.
 
     Raises:
         UserError: the folder holds an unfinished run with another fingerprint, or a damaged checkpoint.
@@ -50,24 +53,25 @@ class Checkpoints:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], fingerprint: str, started: float) -> None:
         self._folder = folder
-        self._about = {"fingerprint": fingerprint, "settings": dict(settings)}
+        self._identity = {"fingerprint": fingerprint, "settings": dict(settings)}
         self._last = newest(folder)
         self.step, self._started = 0, started
         if self._last is None:
             return
-        about = _about(self._last)
-        if about["fingerprint"] != fingerprint:
-            before = about["settings"]
+        record = _read_record(self._last)
+        if record["fingerprint"] != fingerprint:
+            before = record["settings"]
             differ = [f"--{n}" for n in {**before, **settings} if before.get(n) != settings.get(n)]
             raise UserError(
                 f"'{folder}' holds an unfinished run with other {', '.join(differ) or 'data or versions'}: "
                 "give the same to go on with it, choose another --output, or remove that folder"
             )
-        self.step = about["step"]
-        self._started -= about["seconds"]
+        self.step = record["step"]
+        self._started -= record["seconds"]
 
     @property
     def seconds(self) -> float:
+        """How long the run has taken, less what an earlier attempt did after its last checkpoint."""
         return time.perf_counter() - self._started
 
     def resume(self, engine: Any, averages: Mapping[str, MovingAverageTeacher]) -> None:
@@ -76,16 +80,13 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is damaged.
         """
-        for other in self._folder.glob("checkpoint-*"):  # older, or half written
+        for other in self._folder.glob("checkpoint-*"):  # older ones, and any that is half written
             if other != self._last:
                 shutil.rmtree(other)
         if self._last is None:
             return
         try:
-            for file in self._last.rglob("*.pt"):
-                with ZipFile(file) as archive:
-                    if (name := archive.testzip()) is not None:  # torch does not compare the checksums
-                        raise BadZipFile(f"checksum of {name} in {file.name}")
+            _compare_checksums(self._last)
             whole = all(p.requires_grad for p in engine.module.parameters())
             engine.load_checkpoint(str(self._last), tag="engine", load_module_strict=whole)
             state = torch.load(self._last / _rank_file(), map_location="cpu", weights_only=True)
@@ -113,11 +114,13 @@ class Checkpoints:
                 engine.save_checkpoint(
                     str(part), tag="engine", save_latest=False, exclude_frozen_parameters=True
                 )
-                for script in part.glob("zero_to_*.py"):  # DeepSpeed's tools; nothing here needs them
+                for script in part.glob(
+                    "zero_to_*.py"
+                ):  # DeepSpeed's own tools, which this package does not use
                     script.unlink()
                 torch.save({"averages": states, "random": random}, part / _rank_file())
-                about = self._about | {"step": step, "seconds": self.seconds}
-                (part / "checkpoint.json").write_text(json.dumps(about, indent=1))
+                record = self._identity | {"step": step, "seconds": self.seconds}
+                (part / "checkpoint.json").write_text(json.dumps(record, indent=1))
                 sync(part)
             sync(self._folder)
         except RuntimeError as error:
@@ -131,15 +134,23 @@ class Checkpoints:
         self._last, self.step = folder, step
 
     def nbytes(self) -> int:
-        """Size of the newest checkpoint's files."""
+        """Return the size of the newest checkpoint's files in bytes."""
         return sum(p.stat().st_size for p in self._last.rglob("*") if p.is_file()) if self._last else 0
 
 
-def _about(checkpoint: Path) -> dict[str, Any]:
+def _read_record(checkpoint: Path) -> dict[str, Any]:
     try:
         return json.loads((checkpoint / "checkpoint.json").read_text())
     except (OSError, ValueError) as error:
         raise _damaged(checkpoint, error) from error
+
+
+def _compare_checksums(checkpoint: Path) -> None:
+    """Raise BadZipFile for the first file of torch's whose content has changed; torch does not look."""
+    for file in checkpoint.rglob("*.pt"):
+        with ZipFile(file) as archive:
+            if (name := archive.testzip()) is not None:
+                raise BadZipFile(f"checksum of {name} in {file.name}")
 
 
 def _damaged(checkpoint: Path, error: Exception) -> UserError:
@@ -154,7 +165,7 @@ def _rank_file() -> str:
 
 
 def _to_cpu(state: Any) -> Any:
-    """Copies of the tensors in nested dictionaries; a view would be saved with all that it is a view of."""
+    """Copy the tensors in nested dictionaries to the CPU; torch saves a view together with its whole storage."""
     if isinstance(state, dict):
         return {key: _to_cpu(value) for key, value in state.items()}
     return state.to("cpu", copy=True) if isinstance(state, torch.Tensor) else state

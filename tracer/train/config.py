@@ -1,36 +1,65 @@
-"""Settings of a fine-tuning run."""
+"""The settings of a fine-tuning run, a dataclass for each section."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import yaml
 
 from tracer.errors import UserError
+from tracer.recipes import EMA, R_ADAPTER, TRACER, WMA
 from tracer.settings import check_ranges
-from tracer.train.recipes import Recipe
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
 
 @dataclass
-class Config:
-    """Fine-tune an open_clip model; defaults are the published settings for ViT-B/16.
-
-    Except for three: steps (published: 10 epochs, so it depends on the data), clip_grad and crop_scale, which
-    no paper gives; --epochs 10 trains as long as published.
+class DataSettings:
+    """Say which pictures and texts train and evaluate the model.
 
     Args:
         train_data: CSV with the columns image, label and/or captions (several divided by '|'), or a folder
             with one sub-folder of pictures per class.
         eval_data: name → CSV or folder of each evaluation set; the first is the in-distribution one.
         classes: JSON file {class: [prompt, …]} for zero-shot evaluation; default: a prompt per label.
+        workers: threads that decode pictures.
+        check_images: decode every picture once up front, so that a damaged one is named before training.
+        cache: folder that remembers which sets have passed the check of their pictures.
+    """
+
+    train_data: Path
+    eval_data: dict[str, Path] = field(default_factory=dict)
+    classes: Path | None = None
+    workers: int = 2
+    check_images: bool = True
+    cache: Path = Path("runs/cache")
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting of this section that is out of range."""
+        check_ranges(self, {"at least 1": "workers"})
+
+
+@dataclass
+class ModelSettings:
+    """Say which model is trained, and from which weights.
+
+    Args:
         model: open_clip model name, a model config (.json), or tracer-demo.
         pretrained: open_clip tag or local checkpoint file.
-        output: folder of the run; must not exist, and appears only when the run is complete.
+    """
+
+    model: str = "ViT-B-16"
+    pretrained: str | None = "openai"
+
+
+@dataclass
+class MethodSettings:
+    """Choose the method: its loss, its teacher and its adapters.
+
+    Args:
         method: tracer (contrastive + distillation from a moving teacher), flyp (contrastive only) or r-adapter
             (contrastive, linear adapters alone).
         teacher: moving average that teaches the student; only for method tracer.
@@ -56,6 +85,59 @@ class Config:
         cross: α of the cross term XKD.
         projection_product: λ_F, weight of ‖Wv Wtᵀ‖_F on the two projection matrices.
         projection_orthogonal: λ_O, weight of ‖Wvᵀ Wv − I‖_F.
+    """
+
+    method: Literal["tracer", "flyp", "r-adapter"] = "tracer"
+    teacher: Literal["wma", "ema", "uniform", "frozen"] = "wma"
+    teacher_every: int | None = None
+    wma_beta: float = WMA.beta
+    ema_start: float = EMA.start
+    ema_end: float = EMA.end
+    ema_warmup: float = EMA.warmup
+
+    adapters: bool = False
+    adapter_rank: int | None = None
+    adapter_drop: float = R_ADAPTER.drop
+    adapter_momentum: float = R_ADAPTER.momentum
+    adapter_alpha: float = R_ADAPTER.alpha
+    adapter_towers: Literal["both", "visual", "text"] = "both"
+
+    positives: bool = True
+    margin: float | None = None
+    smoothing: float | None = None
+    distill_weight: float = TRACER.distill_weight
+    relational: float = TRACER.relational
+    feature: float = TRACER.feature
+    interactive: float = TRACER.interactive
+    cross: float = TRACER.cross
+    projection_product: float = TRACER.projection_product
+    projection_orthogonal: float = TRACER.projection_orthogonal
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters train instead of the model."""
+        return self.adapters or self.method == "r-adapter"
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting of this section that is out of range."""
+        check_ranges(
+            self,
+            {
+                "at least 1": "teacher_every adapter_rank",
+                "above 0": "wma_beta",
+                "at least 0": "margin distill_weight relational feature interactive cross projection_product "
+                "projection_orthogonal",
+                "at least 0 and below 1": "smoothing adapter_drop adapter_momentum",
+                "from 0 to 1": "ema_start ema_end ema_warmup adapter_alpha",
+            },
+        )
+
+
+@dataclass
+class OptimisationSettings:
+    """Say how long the model trains, on which batches, and with which optimizer and arithmetic.
+
+    Args:
         steps: optimizer steps; default: 2000, in the demo 100.
         epochs: passes over the training pictures, in place of steps; rounded down to whole optimizer steps.
         batch_size: pairs per optimizer step that the loss sees together on one rank.
@@ -69,63 +151,19 @@ class Config:
         precision: fp32; amp_bf16 (fp32 weights, products in bf16); bf16 (weights and activations bf16, master
             weights and teacher fp32); auto: amp_bf16 where the hardware multiplies bf16, else fp32.
         zero_stage: DeepSpeed ZeRO stage; bf16 needs at least 1.
-        save_every: optimizer steps between two checkpoints, from which the same command goes on after it was cut
-            off; one more follows the last step. Only the newest is kept, until the run is complete.
-        workers: threads that decode pictures.
-        cache: folder where it is remembered which pictures were found whole.
-        check_images: decode every picture once up front, so that none ends the run later.
-        seed: seed of shuffling, crops and caption choice.
     """
-
-    train_data: Path
-    eval_data: dict[str, Path] = field(default_factory=dict)
-    classes: Path | None = None
-    model: str = "ViT-B-16"
-    pretrained: str | None = "openai"
-    output: Path = Path("runs/finetune")
-
-    method: Literal["tracer", "flyp", "r-adapter"] = "tracer"
-    teacher: Literal["wma", "ema", "uniform", "frozen"] = "wma"
-    teacher_every: int | None = None
-    wma_beta: float = 0.5
-    ema_start: float = 0.05
-    ema_end: float = 0.9
-    ema_warmup: float = 0.2
-
-    adapters: bool = False
-    adapter_rank: int | None = None
-    adapter_drop: float = 0.2
-    adapter_momentum: float = 0.999
-    adapter_alpha: float = 0.5
-    adapter_towers: Literal["both", "visual", "text"] = "both"
-
-    positives: bool = True
-    margin: float | None = None
-    smoothing: float | None = None
-    distill_weight: float = 0.9
-    relational: float = 1.0
-    feature: float = 2000.0
-    interactive: float = 1.0
-    cross: float = 1.0
-    projection_product: float = 0.05
-    projection_orthogonal: float = 0.0
 
     steps: int | None = None
     epochs: int | None = None
-    batch_size: int = 512
+    batch_size: int = TRACER.batch_size
     accumulation: int = 1
     lr: float | None = None
     weight_decay: float | None = None
-    warmup: int = 500
+    warmup: int = TRACER.warmup
     clip_grad: float = 1.0
     crop_scale: float = 0.9
     precision: Literal["auto", "fp32", "amp_bf16", "bf16"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 1
-    save_every: int = 500
-    workers: int = 2
-    check_images: bool = True
-    cache: Path = Path("runs/cache")
-    seed: int = 0
 
     default_steps: ClassVar[int] = 2000
 
@@ -133,8 +171,89 @@ class Config:
         if self.steps is None and self.epochs is None:
             self.steps = self.default_steps
 
+    @property
+    def total_steps(self) -> int:
+        """The number of optimizer steps.
+
+        Raises:
+            ValueError: the settings still give epochs; :meth:`Config.resolve` turns them into steps.
+        """
+        if self.steps is None:
+            raise ValueError("the settings give epochs: resolve() them first")
+        return self.steps
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting of this section that makes no sense, naming the remedy."""
+        check_ranges(
+            self,
+            {
+                "at least 1": "steps epochs batch_size accumulation",
+                "above 0": "lr",
+                "at least 0": "weight_decay warmup clip_grad",
+                "above 0 and at most 1": "crop_scale",
+            },
+        )
+        if self.batch_size < 2:
+            raise UserError("--batch_size is 1: a contrastive loss needs at least 2 pairs to compare")
+        if self.steps is not None and self.epochs is not None:
+            raise UserError(
+                f"--steps {self.steps} and --epochs {self.epochs} exclude each other: give one of them"
+            )
+        if self.steps is not None and self.warmup >= self.steps:
+            raise UserError(f"--warmup is {self.warmup}: it must be below --steps {self.steps}")
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise UserError("--precision bf16 needs --zero_stage 1 or more: stage 0 keeps no fp32 weights")
+
+
+@dataclass
+class RunSettings:
+    """Say where the run is kept, how often it is saved, and which random numbers it draws.
+
+    Args:
+        output: folder of the run; must not exist, and appears only when the run is complete.
+        save_every: optimizer steps between two checkpoints, from which the same command goes on after it was cut
+            off; one more follows the last step. Only the newest is kept, until the run is complete.
+        seed: seed of shuffling, crops and caption choice.
+    """
+
+    output: Path = Path("runs/finetune")
+    save_every: int = 500
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting of this section that is out of range."""
+        check_ranges(self, {"at least 1": "save_every", "from 0 to 2147483647": "seed"})
+
+
+class Recipe(NamedTuple):
+    """The settings whose published value depends on the method."""
+
+    margin: float
+    smoothing: float
+    lr: float
+    weight_decay: float
+
+
+# A dataclass takes the fields of its last base first.
+@dataclass
+class Config(RunSettings, OptimisationSettings, MethodSettings, ModelSettings, DataSettings):
+    """Fine-tune an open_clip model; defaults are the published settings for ViT-B/16.
+
+    Three settings are exceptions: steps, since the papers train 10 epochs (--epochs 10 does so too), and clip_grad
+    and crop_scale, whose values the papers do not give.
+    """
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the user set, and the published value for the rest."""
+        loss = R_ADAPTER if self.method == "r-adapter" else TRACER
+        optimizer = R_ADAPTER if self.adapted else TRACER
+        published = Recipe(loss.margin, loss.smoothing, optimizer.lr, optimizer.weight_decay)
+        chosen = {name: getattr(self, name) for name in Recipe._fields}
+        return published._replace(**{name: value for name, value in chosen.items() if value is not None})
+
     def resolve(self: AnyConfig, pictures: int) -> AnyConfig:
-        """The same settings with steps in place of epochs, for so many training pictures.
+        """Return the settings with steps in place of epochs, for so many training pictures.
 
         Raises:
             UserError: the steps are too few for the warm-up.
@@ -149,61 +268,19 @@ class Config:
             )
         return dataclasses.replace(self, steps=steps, epochs=None)
 
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps; a ValueError where they are still given as epochs."""
-        if self.steps is None:
-            raise ValueError("the settings give epochs: resolve() them first")
-        return self.steps
-
-    @property
-    def adapted(self) -> bool:
-        """Whether adapters train instead of the model."""
-        return self.adapters or self.method == "r-adapter"
-
-    @property
-    def recipe(self) -> Recipe:
-        """What the user set, and the published value for the rest."""
-        nce = 0.05 if self.method == "r-adapter" else 0.0
-        lr, weight_decay = (5e-4, 0.0) if self.adapted else (1e-5, 0.1)
-        published = Recipe(margin=nce, smoothing=nce, lr=lr, weight_decay=weight_decay)
-        chosen = {name: getattr(self, name) for name in Recipe._fields}
-        return published._replace(**{name: value for name, value in chosen.items() if value is not None})
-
     def validate(self) -> None:
         """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
-        check_ranges(
-            self,
-            {
-                "at least 1": "steps epochs batch_size accumulation teacher_every save_every workers adapter_rank",
-                "above 0": "lr wma_beta",
-                "at least 0": "weight_decay warmup clip_grad margin distill_weight relational feature interactive "
-                "cross projection_product projection_orthogonal",
-                "above 0 and at most 1": "crop_scale",
-                "at least 0 and below 1": "smoothing adapter_drop adapter_momentum",
-                "from 0 to 1": "ema_start ema_end ema_warmup adapter_alpha",
-                "from 0 to 2147483647": "seed",
-            },
-        )
-        if self.batch_size < 2:
-            raise UserError("--batch_size is 1: a contrastive loss needs at least 2 pairs to compare")
-        if self.steps is not None and self.epochs is not None:
-            raise UserError(
-                f"--steps {self.steps} and --epochs {self.epochs} exclude each other: give one of them"
-            )
-        if self.steps is not None and self.warmup >= self.steps:
-            raise UserError(f"--warmup is {self.warmup}: it must be below --steps {self.steps}")
-        if self.precision == "bf16" and self.zero_stage == 0:
-            raise UserError("--precision bf16 needs --zero_stage 1 or more: stage 0 keeps no fp32 weights")
+        for section in (DataSettings, MethodSettings, OptimisationSettings, RunSettings):
+            section.validate(self)
         penalised = self.method == "tracer" and (self.projection_product or self.projection_orthogonal)
-        if self.zero_stage == 3 and penalised and not self.adapted:  # adapted: the projections don't move
+        if self.zero_stage == 3 and penalised and not self.adapted:  # adapted: the projections are frozen
             raise UserError(
                 "--zero_stage 3 keeps the projections in shards, where their penalties cannot be taken: "
                 "use --zero_stage 2, or --projection_product 0 --projection_orthogonal 0"
             )
 
     def to_yaml(self) -> str:
-        """The settings as YAML that ``--config`` reads back, with the recipe's values filled in."""
+        """Return the settings as YAML that ``--config`` reads back, with the recipe's values filled in."""
         values = dataclasses.asdict(self) | self.recipe._asdict()
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
         plain["eval_data"] = {name: str(path) for name, path in self.eval_data.items()}

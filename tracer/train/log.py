@@ -1,9 +1,10 @@
-"""What a run writes down while it trains: JSON lines and TensorBoard."""
+"""Write down the scalars of every training step, as JSON lines and for TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -15,14 +16,14 @@ from tracer.files import whole_file
 
 
 class StepLog:
-    """A line of scalars per optimizer step, as ``log.jsonl`` and under ``tensorboard/``.
+    """A log with a row of scalars per optimizer step, in ``log.jsonl`` and under ``tensorboard/``.
 
     Device tensors stay on the device until ``every`` steps have gathered, so that logging does not make the
     host wait for the GPU at each step.
 
     Args:
-        folder: of the run; an earlier attempt's log in it is taken up.
-        after: steps of that log that still hold; later ones are dropped, in TensorBoard too.
+        folder: the run's; the log of an earlier attempt in it is continued.
+        after: steps of that log that still hold; the rows of later ones are dropped, in TensorBoard too.
         every: steps between two writes.
 
     Raises:
@@ -33,25 +34,24 @@ class StepLog:
         self.every = every
         self._rows: list[tuple[int, dict[str, Tensor | float]]] = []
         path = folder / "log.jsonl"
-        rows = path.read_text().splitlines(keepends=True)[:after] if after and path.exists() else []
-        if len(rows) < after:
+        rows = trim_log(path, after)
+        if rows < after:
             raise UserError(
-                f"'{path}' has lost rows: {len(rows)} of the {after} until the last checkpoint are there; "
+                f"'{path}' has lost rows: {rows} of the {after} until the last checkpoint are there; "
                 f"remove '{folder}' to start anew, or choose another --output"
             )
-        with whole_file(path) as part:
-            part.write_text("".join(rows))
         self._file = path.open("a")
         purge = {"purge_step": after + 1} if after else {}
         self._board = SummaryWriter(str(folder / "tensorboard"), **purge)
 
-    def write(self, step: int, **values: Tensor | float) -> None:
-        """Note the values of one step; scalars, or tensors of one element."""
+    def write(self, step: int, values: Mapping[str, Tensor | float]) -> None:
+        """Note the values of one step: numbers, or tensors of one element."""
         self._rows.append((step, {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}))
         if len(self._rows) >= self.every:
             self.flush()
 
     def flush(self) -> None:
+        """Write the gathered rows to both logs."""
         for step, values in self._rows:
             scalars = {name: float(value) for name, value in values.items()}
             self._file.write(json.dumps({"step": step, **scalars}) + "\n")
@@ -70,12 +70,33 @@ class StepLog:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        with suppress(OSError) if kind else nullcontext():  # an earlier error is the one to tell
+        # Where another error ends the block, that is the one to report.
+        with suppress(OSError) if kind else nullcontext():
             self.flush()
             self._file.close()
             self._board.close()
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's ``log.jsonl``."""
+    """Return the rows of a run's ``log.jsonl``."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def trim_log(path: Path, step: int) -> int:
+    """Drop the rows of a JSON-lines log after ``step``, and return how many are left.
+
+    The steps after a checkpoint are done again. A row that was cut off while it was written ends the log. A log
+    that does not exist becomes an empty file.
+    """
+    rows = []
+    for row in path.read_text().splitlines(keepends=True) if path.exists() else ():
+        try:
+            done = row.endswith("\n") and json.loads(row)["step"] <= step
+        except ValueError:
+            break
+        if not done:
+            break
+        rows.append(row)
+    with whole_file(path) as part:
+        part.write_text("".join(rows))
+    return len(rows)

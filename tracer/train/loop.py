@@ -1,20 +1,24 @@
-"""The training loop."""
+"""The training loop: student, teacher and loss of each step, in the order of the paper's algorithm."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from tracer.adapters import accumulation
-from tracer.data.batches import TrainingBatches
+from tracer import recipes
+from tracer.adapters import adapter_schedule
+from tracer.data.batches import Batch, TrainingBatches
 from tracer.data.index import Index
 from tracer.losses import TracerLoss
 from tracer.machine import resolve_precision
 from tracer.models.clip import Clip, encode, projections
+from tracer.ops import contrastive_loss
 from tracer.schedules import EMA, WMA, Frozen, Schedule, Uniform
 from tracer.teacher import MovingAverageTeacher, build_teacher
 from tracer.train.checkpoint import Checkpoints
@@ -23,119 +27,146 @@ from tracer.train.engine import full_weights, mixed_precision, optimizer_sizes, 
 from tracer.train.log import StepLog
 
 if TYPE_CHECKING:
-    import deepspeed
+    from tracer.train.engine import DeepSpeedEngine
+
+MEASURE_EVERY = 5  # optimizer steps between two measurements of the loss's diagnostics and of the teacher gap
+
+Weights = dict[str, Tensor]  # a state dict in float32
 
 
-GAP_EVERY = 5  # optimizer steps between two exact measurements of the gap to the teacher
+class Averages(NamedTuple):
+    """The moving averages of a run; None where the method has none.
 
-
-def _train(
-    config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: Checkpoints
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
-    """Train ``clip.model`` from the last checkpoint on; returns float32 weights by role, and sizes.
-
-    Roles: student; teacher, if there was one; with adapters also last, the student without their average.
+    ``teacher`` averages all that trains, and teaches the student. ``student`` averages the adapters (R-Adapter's
+    W̃), and is folded in place of the last step's.
     """
-    torch.manual_seed(config.seed)
-    engine = start_engine(config, clip.model)
-    device, precision = engine.device, resolve_precision(config.precision)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    averages = {}
-    if config.method == "tracer":
-        averages["teacher"] = build_teacher(engine, schedule(config))
-    if config.adapted and config.adapter_momentum:
-        momentum = accumulation(config.total_steps, config.adapter_momentum)
-        averages["student"] = build_teacher(engine, momentum)
-    teacher = averages.get("teacher")
-    checkpoints.resume(engine, averages)
-    done = checkpoints.step * config.accumulation
-    loss_fn = objective(config)
-    batches = TrainingBatches(
-        index,
-        clip,
-        batch_size=config.batch_size,
-        steps=config.total_steps * config.accumulation,
-        first=done,
-        seed=config.seed,
-        crop_scale=config.crop_scale,
-        workers=config.workers,
-        device=device,
-    )
-    engine.train()
-    progress = tqdm(batches, desc=config.output.name, unit="step", initial=done, total=done + len(batches))
-    for micro_step, batch in enumerate(progress, done + 1):
-        started = time.perf_counter()
-        image = batch.image.to(dtype)
-        with mixed_precision(device, precision):
-            student = encode(engine, image, batch.text)
-            guide = encode(teacher.encode, image, batch.text) if teacher else None
-            output = loss_fn(
-                *student,
-                labels=batch.label if config.positives else None,
-                teacher=guide,
-                projections=projections(engine.module) if teacher and not config.adapted else None,  # frozen
-            )
-        lr = engine.get_lr()[0]
-        engine.backward(output.loss)
-        engine.step()
-        if micro_step % config.accumulation:
-            continue
-        step = micro_step // config.accumulation
-        for average in averages.values():
+
+    teacher: MovingAverageTeacher | None
+    student: MovingAverageTeacher | None
+
+    def by_name(self) -> dict[str, MovingAverageTeacher]:
+        """Return the averages that there are, by their names."""
+        return {name: average for name, average in self._asdict().items() if average is not None}
+
+
+class Trained(NamedTuple):
+    """What a training run leaves: float32 weights, and sizes in parameters and bytes."""
+
+    student: Weights  # those to keep: the adapters' average where there is one, else the last step's
+    teacher: Weights | None
+    last: Weights  # of the student after the last step
+    sizes: dict[str, int]
+
+
+class Trainer:
+    """A model with all that a training step takes: engine, moving averages and loss.
+
+    Args:
+        config: settings with steps, not epochs.
+        model: open_clip model, with adapters if ``config`` trains adapters. The engine changes it.
+    """
+
+    def __init__(self, config: Config, model: nn.Module) -> None:
+        self.config = config
+        self.engine = start_engine(config, model)
+        self.averages = moving_averages(config, self.engine)
+        self.loss = objective(config)
+        self.precision = resolve_precision(config.precision)
+        self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self.engine.train()
+
+    def step(self, step: int, micro_batches: Iterable[Batch], measure: bool) -> dict[str, Tensor | float]:
+        """Take optimizer step ``step`` (1, 2, …) and return the scalars to log.
+
+        The gradient is the mean over the micro-batches; the loss and its terms are those of the last one. With
+        ``measure`` the loss's diagnostics and the gap to the teacher are added.
+        """
+        config, engine, teacher = self.config, self.engine, self.averages.teacher
+        started, lr = time.perf_counter(), engine.get_lr()[0]
+        for batch in micro_batches:
+            image = batch.image.to(self.dtype)
+            with mixed_precision(engine.device, self.precision):
+                student_output = encode(engine, image, batch.text)
+                teacher_output = encode(teacher.encode, image, batch.text) if teacher else None
+                loss, terms, diagnostics = self.loss(
+                    *student_output,
+                    labels=batch.label if config.positives else None,
+                    teacher=teacher_output,
+                    projections=projections(engine.module) if teacher and not config.adapted else None,
+                    stats=measure,
+                )
+            engine.backward(loss)
+            engine.step()  # moves the weights after the last micro-batch; until then it adds up gradients
+        for average in self.averages.by_name().values():
             average.update(step)
-        gap = {}
-        if teacher and config.zero_stage < 3 and (step % GAP_EVERY == 0 or step == config.steps):
-            gap["kl"] = teacher_gap(engine, teacher, image, batch.text)
-        log.write(
-            step,
-            loss=output.loss,
-            **output.terms,
-            **gap,
-            logit_scale=student[2],
-            lr=lr,
-            step_seconds=time.perf_counter() - started,
+        scalars = {"loss": loss, **terms}
+        if measure and teacher and config.zero_stage < 3:
+            scalars["kl"] = teacher_gap(engine, teacher, image, batch.text)
+        scalars |= {"logit_scale": student_output[2], "lr": lr}
+        return scalars | {"step_seconds": time.perf_counter() - started} | diagnostics
+
+
+def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: Checkpoints) -> Trained:
+    """Train ``clip.model`` on the pictures of ``index``, from the last checkpoint on."""
+    torch.manual_seed(config.seed)
+    trainer = Trainer(config, clip.model)
+    engine, averages = trainer.engine, trainer.averages
+    checkpoints.resume(engine, averages.by_name())
+    done, total = checkpoints.step, config.total_steps
+    batches = iter(
+        TrainingBatches(
+            index,
+            clip,
+            batch_size=config.batch_size,
+            steps=total * config.accumulation,
+            first=done * config.accumulation,
+            seed=config.seed,
+            crop_scale=config.crop_scale,
+            workers=config.workers,
+            device=engine.device,
         )
-        if step % config.save_every == 0 or step == config.steps:
-            log.sync()  # the log first: a checkpoint relies on its rows
-            checkpoints.save(step, engine, averages)
+    )
+    steps = range(done + 1, total + 1)
+    for step in tqdm(steps, desc=config.output.name, unit="step", initial=done, total=total):
+        measure = step % MEASURE_EVERY == 0 or step == total
+        log.write(step, trainer.step(step, islice(batches, config.accumulation), measure))
+        if step % config.save_every == 0 or step == total:
+            log.sync()  # before the checkpoint, which relies on the log's rows
+            checkpoints.save(step, engine, averages.by_name())
     last = full_weights(engine)
-    weights = {"student": last} | {name: average.gather() for name, average in averages.items()}
-    if config.adapted:
-        weights["last"] = last
-    sizes = optimizer_sizes(engine) | {"checkpoint_bytes": checkpoints.nbytes()}
+    trained = Trained(
+        student=averages.student.gather() if averages.student else last,
+        teacher=averages.teacher.gather() if averages.teacher else None,
+        last=last,
+        sizes=optimizer_sizes(engine) | {"checkpoint_bytes": checkpoints.nbytes()},
+    )
     engine.destroy()  # its hooks would keep model and optimizer in memory, in a comparison for every run
-    return weights, sizes
+    return trained
 
 
-@torch.no_grad()
-def teacher_gap(
-    engine: deepspeed.DeepSpeedEngine, teacher: MovingAverageTeacher, image: Tensor, text: Tensor
-) -> Tensor:
-    """KL(teacher ‖ student) on a batch in nats, mean of both directions, without mixed precision.
-
-    The relational term of a mixed-precision step cannot show a gap below its rounding: about 5e-4 for the
-    demo's model in bf16, where the same batch in float32 goes down to 1e-9.
-    """
-    engine.eval()
-    student, guide = encode(engine.module, image, text), encode(teacher.encode, image, text)
-    engine.train()
-    return TracerLoss(relational=1.0, feature=0.0, interactive=0.0, cross=0.0)(*student, guide).terms[
-        "relational"
-    ]
+def moving_averages(config: Config, engine: DeepSpeedEngine) -> Averages:
+    """Return the moving averages that ``config`` asks for, each starting at the engine's present weights."""
+    teacher = student = None
+    if config.method == "tracer":
+        teacher = build_teacher(engine, teacher_schedule(config))
+    if config.adapted and config.adapter_momentum:
+        student = build_teacher(engine, adapter_schedule(config.total_steps, config.adapter_momentum))
+    return Averages(teacher, student)
 
 
-def schedule(config: Config) -> Schedule:
-    """The teacher's schedule that ``config`` names."""
-    every = config.teacher_every or (500 if config.teacher == "ema" else 1)
+def teacher_schedule(config: Config) -> Schedule:
+    """Return the teacher's schedule that ``config`` names."""
+    if config.teacher == "ema":
+        every = config.teacher_every or recipes.EMA.every
+        return EMA(config.total_steps, config.ema_start, config.ema_end, config.ema_warmup, every)
+    every = config.teacher_every or recipes.WMA.every
     if config.teacher == "wma":
         return WMA(config.total_steps, config.wma_beta, every)
-    if config.teacher == "ema":
-        return EMA(config.total_steps, config.ema_start, config.ema_end, config.ema_warmup, every)
     return Uniform(every) if config.teacher == "uniform" else Frozen()
 
 
 def objective(config: Config) -> TracerLoss:
-    """The loss that ``config`` describes; without a teacher and projections it is the contrastive term alone."""
+    """Return the loss that ``config`` describes; called without a teacher, it is the contrastive term alone."""
     return TracerLoss(
         distill_weight=config.distill_weight,
         relational=config.relational,
@@ -147,3 +178,24 @@ def objective(config: Config) -> TracerLoss:
         margin=config.recipe.margin,
         smoothing=config.recipe.smoothing,
     )
+
+
+@torch.no_grad()
+def teacher_gap(
+    engine: DeepSpeedEngine, teacher: MovingAverageTeacher, image: Tensor, text: Tensor
+) -> Tensor:
+    """Return KL(teacher ‖ student) on a batch in nats, mean of both directions, without mixed precision.
+
+    The relational term of a mixed-precision step cannot show a gap below the rounding of its logits.
+    """
+    engine.eval()
+    student_output = encode(engine.module, image, text)
+    teacher_image, teacher_text, teacher_logit_scale = encode(teacher.encode, image, text)
+    engine.train()
+    return contrastive_loss(
+        *student_output,
+        teacher_image=teacher_image,
+        teacher_text=teacher_text,
+        teacher_logit_scale=teacher_logit_scale,
+        relational=1.0,
+    ).terms["relational"]

@@ -1,4 +1,4 @@
-"""A fine-tuning run as a folder: its identity, its training, its results."""
+"""A fine-tuning run as a folder: its identity, its training, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from tqdm import tqdm
 
 from tracer.adapters import TOWERS, Share, adapter_state, add_adapters, fold, save_adapters
 from tracer.data.check import check_pictures
-from tracer.data.index import read_index
+from tracer.data.decoded import DecodedPictures
+from tracer.data.index import Index, read_index
 from tracer.errors import UserError
-from tracer.evaluation.zero_shot import check_labels, class_prompts, evaluate_zero_shot
+from tracer.evaluation.prompts import check_labels, class_prompts
+from tracer.evaluation.zero_shot import Scores, evaluate_zero_shot
 from tracer.files import sync, whole_folder
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.clip import load_clip, weights_file
@@ -26,7 +29,33 @@ from tracer.models.weights import save_weights
 from tracer.train.checkpoint import WHOLE, Checkpoints
 from tracer.train.config import Config
 from tracer.train.log import StepLog
-from tracer.train.loop import _train
+from tracer.train.loop import Trained, Weights, train
+
+# Settings that say where and how fast a run works, and change nothing in its result.
+WITHOUT_EFFECT = ("output", "save_every", "cache", "workers", "check_images")
+
+
+@dataclass
+class RunRecord:
+    """What ``run.json`` keeps about a finished run.
+
+    ``seconds`` counts all attempts. ``precision`` is the one used, never auto. ``sizes`` are in parameters and
+    bytes. ``fingerprint`` is :func:`fingerprint` of the settings.
+    """
+
+    seconds: float
+    precision: str
+    sizes: dict[str, int]
+    versions: dict[str, str]
+    fingerprint: str
+
+
+@dataclass
+class Evaluation:
+    """The evaluation sets of a run, and the prompts of their classes."""
+
+    sets: list[Index]
+    prompts: dict[str, list[str]]
 
 
 def finetune(config: Config) -> Path:
@@ -41,84 +70,124 @@ def finetune(config: Config) -> Path:
     if config.output.exists():
         raise UserError(f"'{config.output}' exists: choose another --output or remove it")
     started = time.perf_counter()
-    index = read_index(config.train_data)  # first, for a mistake here is the likeliest
-    tests = [read_index(path, name) for name, path in config.eval_data.items()]
-    prompts = class_prompts(config.classes, index.classes) if tests else {}
-    check_labels(tests, prompts)
+    index = read_index(config.train_data)  # first: most mistakes are made in the data
+    evaluation = _read_evaluation(config, index)
     config = config.resolve(len(index))
-    torch.manual_seed(config.seed)  # of weights without a start, and of adapters with a rank
+    torch.manual_seed(config.seed)  # for random initial weights, and for adapters of a given rank
     clip = load_clip(config.model, config.pretrained)
     start = clip.model.state_dict()  # stays float32, whatever the engine does to the model
     if config.adapted:
         tqdm.write(str(adapt(config, clip.model)))
-    reached = 1 - config.adapter_momentum**config.total_steps
-    if config.adapted and reached < 0.8:
-        tqdm.write(
-            f"the adapters' average will hold {reached:.0%} of them: with so few steps, "
-            f"choose an --adapter_momentum below {config.adapter_momentum:g}"
-        )
+        _warn_of_a_slow_average(config)
     identity = fingerprint(config)
     with whole_folder(config.output, keep=WHOLE) as folder:
         checkpoints = Checkpoints(folder, decisive(config), identity, started)
         if checkpoints.step:
             tqdm.write(f"'{folder}': going on after step {checkpoints.step} of {config.steps}")
         if config.check_images:
-            for data in (index, *tests):
+            for data in (index, *evaluation.sets):
                 check_pictures(data, config.cache, config.workers)
         (folder / "config.yaml").write_text(config.to_yaml())
         with StepLog(folder, after=checkpoints.step) as log:
-            trained, sizes = _train(config, clip, index, log, checkpoints)
-
-        clip = load_clip(config.model, config.pretrained)  # the trained one may be bf16, or in shards
-        clip.model.to(compute_device())
+            trained = train(config, clip, index, log, checkpoints)
+        weights = _export(config, trained, start, folder, clip.name)
+        del clip  # its model may be bf16, or in shards
+        scores = _evaluate(config, weights, evaluation)
+        (folder / "metrics.json").write_text(json.dumps(scores, indent=1))
+        record = RunRecord(
+            seconds=checkpoints.seconds,
+            precision=resolve_precision(config.precision),
+            sizes=trained.sizes | {f"{p.stem}_bytes": p.stat().st_size for p in folder.glob("*.safetensors")},
+            versions=versions(),
+            fingerprint=identity,
+        )
         if config.adapted:
-            for name, file in (("student", "adapters"), ("last", "adapters_last")):
-                save_adapters(trained[name], folder / f"{file}.safetensors", clip.name)
-            del trained["last"]
-            trained = {n: fold(start | adapter_state(s), config.adapter_alpha) for n, s in trained.items()}
-        metrics = {}
-        for name, state in trained.items():
-            save_weights(state, folder / f"{name}.safetensors")
-            if tests:
-                clip.model.load_state_dict(state)
-                metrics[name] = evaluate_zero_shot(clip, tests, prompts, workers=config.workers)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-        about = {
-            "seconds": checkpoints.seconds,
-            "precision": resolve_precision(config.precision),
-            "sizes": sizes | {f"{p.stem}_bytes": p.stat().st_size for p in folder.glob("*.safetensors")},
-            "versions": versions(),
-            "fingerprint": identity,
-        }
-        if config.adapted:
-            kept = {"optimizer state": sizes["optimizer_bytes"], "checkpoint": sizes["checkpoint_bytes"]}
-            kept |= {p.name: p.stat().st_size for p in sorted(folder.glob("*.safetensors"))}
-            tqdm.write(", ".join(f"{name} {size / 1e6:.3g} MB" for name, size in kept.items()))
-        (folder / "run.json").write_text(json.dumps(about, indent=1))
+            _print_sizes(record.sizes)
+        (folder / "run.json").write_text(json.dumps(asdict(record), indent=1))
         sync(folder)
-    for needless in config.output.glob("checkpoint-*"):
-        shutil.rmtree(needless)
+    for checkpoint in config.output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
     return config.output
 
 
+def _read_evaluation(config: Config, index: Index) -> Evaluation:
+    """Return the evaluation sets; their classes are those of the training data unless --classes names others."""
+    sets = [read_index(path, name) for name, path in config.eval_data.items()]
+    prompts = class_prompts(config.classes, index.classes) if sets else {}
+    check_labels(sets, prompts)
+    return Evaluation(sets, prompts)
+
+
 def adapt(config: Config, model: nn.Module) -> Share:
-    """Add the adapters that ``config`` describes; UserError where the model or the settings do not allow it."""
+    """Add the adapters that ``config`` describes, and return how many parameters they have.
+
+    Raises:
+        UserError: the model or the settings do not allow them; names the settings.
+    """
     towers = TOWERS if config.adapter_towers == "both" else (config.adapter_towers,)
     try:
         return add_adapters(model, rank=config.adapter_rank, drop=config.adapter_drop, towers=towers)
-    except UserError as error:
+    except ValueError as error:
         raise UserError(f"{error} (--adapter_towers, --adapter_rank, --method)") from error
 
 
+def _warn_of_a_slow_average(config: Config) -> None:
+    reached = 1 - config.adapter_momentum**config.total_steps
+    if reached < 0.8:
+        tqdm.write(
+            f"the adapters' average will hold {reached:.0%} of them: with so few steps, "
+            f"choose an --adapter_momentum below {config.adapter_momentum:g}"
+        )
+
+
+def _export(config: Config, trained: Trained, start: Weights, folder: Path, model: str) -> dict[str, Weights]:
+    """Write the trained weights to ``folder``, and return those of each whole model by the name of its file.
+
+    Adapters are written by themselves, with the name of their ``model``, and folded into the weights of ``start``.
+    """
+    weights = {"student": trained.student}
+    if trained.teacher is not None:
+        weights["teacher"] = trained.teacher
+    if config.adapted:
+        save_adapters(trained.student, folder / "adapters.safetensors", model)
+        save_adapters(trained.last, folder / "adapters_last.safetensors", model)
+        weights = {n: fold(start | adapter_state(w), config.adapter_alpha) for n, w in weights.items()}
+    for name, state in weights.items():
+        save_weights(state, folder / f"{name}.safetensors")
+    return weights
+
+
+def _evaluate(config: Config, weights: dict[str, Weights], evaluation: Evaluation) -> dict[str, Scores]:
+    """Return the scores of each model on every set, in a fresh copy of the architecture."""
+    if not evaluation.sets:
+        return {}
+    clip = load_clip(config.model, config.pretrained)
+    clip.model.to(compute_device())
+    scores, decoded = {}, DecodedPictures()
+    for name, state in weights.items():
+        clip.model.load_state_dict(state)
+        scores[name] = evaluate_zero_shot(
+            clip, evaluation.sets, evaluation.prompts, workers=config.workers, decoded=decoded
+        )
+    return scores
+
+
+def _print_sizes(sizes: dict[str, int]) -> None:
+    """Print what the run keeps: the optimizer's state, a checkpoint, and each file of weights."""
+    files = ("adapters", "adapters_last", "student", "teacher")
+    kept = {"optimizer state": sizes["optimizer_bytes"], "checkpoint": sizes["checkpoint_bytes"]}
+    kept |= {f"{n}.safetensors": sizes[f"{n}_bytes"] for n in files if f"{n}_bytes" in sizes}
+    tqdm.write(", ".join(f"{name} {size / 1e6:.3g} MB" for name, size in kept.items()))
+
+
 def decisive(config: Config) -> dict[str, Any]:
-    """The settings that decide a run's result."""
+    """Return the settings that decide a run's result."""
     settings = yaml.safe_load(config.to_yaml()) | {"precision": resolve_precision(config.precision)}
-    free = ("output", "save_every", "cache", "workers", "check_images")
-    return {name: value for name, value in settings.items() if name not in free}
+    return {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
 
 
 def fingerprint(config: Config) -> str:
-    """A digest of all that decides a run's result: settings, version, and the files that it reads."""
+    """Return a digest of all that decides a run's result: settings, versions, and the files that it reads."""
     index = read_index(config.train_data)
     settings = decisive(config.resolve(len(index)))
     start = weights_file(config.model, config.pretrained)
@@ -129,7 +198,6 @@ def fingerprint(config: Config) -> str:
 
 
 def is_run_of(config: Config, folder: Path) -> bool:
-    """Whether ``folder`` holds a whole run with the settings, data, start and version of ``config``."""
-    about = folder / "run.json"
+    """Return whether ``folder`` holds a whole run with the settings, data, start and versions of ``config``."""
     whole = all((folder / name).is_file() for name in ("run.json", "metrics.json", "student.safetensors"))
-    return whole and json.loads(about.read_text()).get("fingerprint") == fingerprint(config)
+    return whole and json.loads((folder / "run.json").read_text()).get("fingerprint") == fingerprint(config)

@@ -1,0 +1,66 @@
+"""Training batches: each picture with a caption and the label of its own, from any batch on."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tracer.data.batches import TrainingBatches
+from tracer.data.index import read_index
+from tracer.errors import UserError
+
+
+def test_each_picture_comes_with_one_of_its_captions_and_its_label(drawings, clip):
+    index = read_index(drawings / "train.csv")
+
+    def batches(seed, workers=2):
+        options = {"batch_size": 8, "steps": 6, "crop_scale": 0.9, "workers": workers}
+        return list(TrainingBatches(index, clip, seed=seed, **options))
+
+    first = batches(seed=1)
+    assert len(first) == 6
+    used = set()
+    for batch in first:
+        assert batch.image.shape == (8, 3, 32, 32)
+        assert batch.image.dtype == torch.float32
+        for text, label, row in zip(batch.text, batch.label, batch.index, strict=True):
+            captions = clip.tokenizer(index.captions[row])
+            choice = [bool((c == text).all()) for c in captions]
+            assert any(choice)
+            used.add(choice.index(True))
+            assert index.classes[label] == index.labels[row]
+    assert used == {0, 1}
+    for a, b in zip(first, batches(seed=1, workers=1), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(astuple(a), astuple(b), strict=True))
+    assert not torch.equal(first[0].index, batches(seed=2)[0].index)
+
+
+def test_too_few_pictures_for_a_batch_are_named(drawings, clip):
+    index = read_index(drawings / "test.csv")
+    with pytest.raises(UserError, match="holds 16 pictures, fewer than one batch of 32: lower --batch_size"):
+        TrainingBatches(index, clip, batch_size=32, steps=1, seed=0, crop_scale=0.9)
+
+
+@pytest.mark.parametrize("first", [1, 5, 7, 11, 12])
+def test_batches_go_on_from_any_of_them(drawings, clip, monkeypatch, first):
+    """The pictures, crops, captions and labels are the same, and files of earlier batches are not read."""
+    index = read_index(drawings / "train.csv")
+    options = {"batch_size": 8, "steps": 12, "seed": 1, "crop_scale": 0.5}
+    whole, read = list(TrainingBatches(index, clip, **options)), []
+
+    def load(path: Path, _dtype: type) -> np.ndarray:
+        read.append(path)
+        return np.frombuffer(path.read_bytes(), np.uint8)
+
+    monkeypatch.setattr("tracer.data.dali.np.fromfile", load)
+    rest = TrainingBatches(index, clip, first=first, **options)
+    assert len(rest) == 12 - first
+    rest = list(rest)
+    assert len(rest) == 12 - first
+    for a, b in zip(whole[first:], rest, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(astuple(a), astuple(b), strict=True))
+    assert len(read) == 8 * (12 - first)

@@ -1,0 +1,129 @@
+"""What the DALI pipeline hands to the model, against PIL, open_clip and torchvision."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nvidia.dali import pipeline_def
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image, ImageOps
+from torchvision.transforms import RandomResizedCrop
+
+from tracer.data.dali import Pictures, _window, fn, types
+from tracer.data.index import read_index
+from tracer.data.order import Crops, in_order, random_crops
+from tracer.models.picture_format import PictureFormat
+
+
+@pytest.fixture
+def wanted(clip) -> PictureFormat:
+    return clip.picture_format
+
+
+def levels(image: torch.Tensor, wanted: PictureFormat) -> torch.Tensor:
+    """Normalised pictures [..., 3, S, S] as levels from 0 to 255."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (wanted.mean, wanted.std))
+    return 255 * (image * std + mean)
+
+
+def test_evaluation_pictures_are_what_pil_gives(drawings, wanted):
+    """Every picture once, in order, with the pixels of PIL's resampling up to rounding."""
+    index = read_index(drawings / "test.csv")
+    images, rows = zip(*Pictures(index, wanted, in_order(len(index), 7), 7), strict=True)
+    assert torch.cat(rows).tolist() == list(range(len(index)))
+    for image, path in zip(levels(torch.cat(images), wanted), index.images, strict=True):
+        pil = Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
+        assert (image - torch.from_numpy(np.array(pil)).permute(2, 0, 1)).abs().mean() < 2
+
+
+@pytest.mark.parametrize("size", [(64, 48), (48, 64)], ids=str)
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_an_oblong_picture_is_evaluated_as_open_clip_does(
+    tmp_path, wanted, write_csv, size, resize_mode, interpolation
+):
+    """With ``shortest`` the longer side becomes 42.67 pixels, rounded to 42: with 43 the centre would move."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    index = read_index(write_csv("a.csv", ["image", "label"], [["a.png", "x"]]))
+    wanted = dataclasses.replace(wanted, resize_mode=resize_mode, interpolation=interpolation)
+    ((images, _),) = Pictures(index, wanted, in_order(1, 1), 1)
+    transform = image_transform_v2(PreprocessCfg(**dataclasses.asdict(wanted)), is_train=False)
+    expected = transform(Image.open(tmp_path / "a.png"))
+    assert (levels(images[0], wanted) - levels(expected, wanted)).abs().mean() < 1
+
+
+def load(path: Path) -> np.ndarray:
+    return np.frombuffer(path.read_bytes(), np.uint8)
+
+
+def windows(pictures: list[np.ndarray], crops: Crops) -> tuple[np.ndarray, np.ndarray]:
+    """Corners [n, 2] of the crops of encoded pictures."""
+
+    @pipeline_def(batch_size=len(pictures), num_threads=1, device_id=None)
+    def pipeline():
+        encoded = fn.external_source(lambda: pictures, dtype=types.UINT8, ndim=1)
+        sides = fn.external_source(lambda: crops.sides, dtype=types.FLOAT, ndim=2)
+        place = fn.external_source(lambda: crops.place, dtype=types.FLOAT, ndim=1)
+        return _window(encoded, sides, place)
+
+    start, end = pipeline().run()
+    return start.as_array(), end.as_array()
+
+
+@pytest.mark.parametrize("size", [(500, 500), (3000, 2250), (300, 900), (900, 300)], ids=str)
+@pytest.mark.parametrize("smallest", [0.9, 0.1])
+def test_crops_have_the_distribution_of_torchvision(tmp_path, size, smallest):
+    """Area and ratio over 4000 draws.
+
+    In the extreme shapes no attempt ever fits; in large pictures torchvision's rounding to pixels is small.
+    """
+    n = 4000
+    picture = Image.new("L", size)
+    picture.save(tmp_path / "a.png")
+    crops = random_crops(n, 0, 0, smallest)
+    start, end = windows([load(tmp_path / "a.png")] * n, crops)
+    np.testing.assert_allclose(start, crops.place * (1 - (end - start)), atol=1e-6)
+    assert np.quantile(crops.place, [0, 0.25, 0.5, 0.75, 1]) == pytest.approx(
+        np.arange(0, 1.1, 0.25), abs=0.02
+    )
+    assert start.min() >= 0
+    assert end.max() <= 1 + 1e-6
+    torch.manual_seed(0)
+    want = [RandomResizedCrop.get_params(picture, (smallest, 1.0), (3 / 4, 4 / 3)) for _ in range(n)]
+    h, w = np.array(want).T[2:] / np.array([[size[1]], [size[0]]])
+    height, width = (end - start).T
+
+    def below(values: np.ndarray, limits: np.ndarray) -> np.ndarray:
+        return np.searchsorted(np.sort(values), limits) / n
+
+    for ours, torchvisions in ((height * width, h * w), (np.log(width / height), np.log(w / h))):
+        limits = np.linspace(torchvisions.min() - 0.011, torchvisions.max() + 0.013, 200)
+        distance = np.abs(below(ours, limits) - below(torchvisions, limits)).max()
+        assert distance < 0.045  # Kolmogorov–Smirnov at a level of 0.1 %
+
+
+@pytest.mark.parametrize(
+    ("name", "turned"), [("a.png", 1), ("a.jpg", 1), ("a.jpg", 6), ("a.webp", 1), ("a.bmp", 1), ("a.tif", 1)]
+)
+def test_a_crop_is_what_pil_cuts_out(wanted, tmp_path, write_csv, name, turned):
+    """In every format; and from the upright picture where the file says that the camera was turned."""
+    y, x = np.mgrid[:60, :90]
+    picture = Image.fromarray(np.stack([x * 2, y * 4, (x + y) % 256], 2).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    picture.save(tmp_path / name, quality=100, exif=exif)
+    index = read_index(write_csv("a.csv", ["image", "label"], [[name, "x"]] * 2))
+    crops = random_crops(2, 3, 0, 0.2)
+    ((images, _),) = Pictures(index, wanted, in_order(2, 2), 2, crops=iter([crops]))
+    start, end = windows([load(tmp_path / name)] * 2, crops)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / name))
+    assert upright.size == ((90, 60) if turned == 1 else (60, 90))
+    for got, low, high in zip(levels(images, wanted), start, end, strict=True):
+        (top, left), (bottom, right) = (corner * upright.size[::-1] for corner in (low, high))
+        cut = upright.resize((32, 32), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+        assert (got - torch.from_numpy(np.array(cut)).permute(2, 0, 1)).abs().mean() < 3

@@ -1,0 +1,61 @@
+"""CSV files: the columns, what stands in for an empty cell, and the files that are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from tracer.data.table import read_table
+from tracer.errors import UserError
+
+
+def test_captions_are_divided_by_bars_and_stripped(write_csv, tmp_path):
+    source = write_csv("a.csv", ["image", "label", "captions"], [["b/a.png", " fox ", " one | |two|"]])
+    assert list(read_table(source)) == [(tmp_path / "b/a.png", "fox", ["one", "two"])]
+
+
+def test_labels_or_captions_may_be_absent(write_csv):
+    (only_label,) = read_table(write_csv("a.csv", ["image", "label"], [["a.png", "red_fox"]]))
+    assert only_label.captions == ["a photo of a red fox"]
+    (only_text,) = read_table(write_csv("b.csv", ["image", "captions"], [["a.png", "x|y"]]))
+    assert only_text.label == "a.png"
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "says"),
+    [
+        (
+            ["image", "category"],
+            [["a.png", "x"]],
+            "it needs 'image' and at least one of 'label' and 'captions'",
+        ),
+        (["picture", "label"], [["a.png", "x"]], "has the columns label, picture"),
+        (["image", "label"], [["a.png", "x"], ["", "x"]], "line 3: needs a picture"),
+        (["image", "label", "captions"], [["a.png", " ", " | "]], "line 2: needs .* a label or a caption"),
+    ],
+)
+def test_a_bad_csv_is_named_in_one_line(write_csv, header, rows, says):
+    with pytest.raises(UserError, match=says) as caught:
+        list(read_table(write_csv("bad.csv", header, rows)))
+    assert "\n" not in str(caught.value)
+    assert "bad.csv" in str(caught.value)
+
+
+def test_a_csv_as_excel_writes_it_is_read(tmp_path):
+    file = tmp_path / "excel.csv"
+    file.write_text("image,label\na.png,größe\n", encoding="utf-8-sig")
+    assert [sample.label for sample in read_table(file)] == ["größe"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "image,label\na.png,größe\n".encode("latin-1"),
+        b"image,label\na.png," + b"x" * 200_000,
+        b"\x89PNG\r\n\x1a\n",
+    ],
+    ids=["another encoding", "a field past csv's limit", "a picture"],
+)
+def test_a_file_that_is_not_csv_is_named(tmp_path, content):
+    (tmp_path / "bad.csv").write_bytes(content)
+    with pytest.raises(UserError, match=r"bad.csv' is not CSV in UTF-8: .*save it as CSV in UTF-8"):
+        list(read_table(tmp_path / "bad.csv"))

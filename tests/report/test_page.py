@@ -1,0 +1,202 @@
+"""The page: all results are on it, it loads nothing from elsewhere, and no input breaks it."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report.samples import METHODS, Page, draw_icon, read_page, sample_content
+
+from tracer.errors import UserError
+from tracer.report import page, sentences
+from tracer.report.results import NBSP, Results
+
+
+def test_every_table_number_equals_the_results(written: tuple[dict[str, Any], str, Page]) -> None:
+    content, _, shown = written
+    shifted = [d["name"] for d in content["domains"] if d["kind"] == "shifted"]
+    for table, what, source in (("accuracy",) * 2 + ("eval",), ("ece",) * 2 + ("eval",)):
+        for method in content["methods"]:
+            of = method["variant_of"]
+            base = next(m for m in content["methods"] if m["key"] == (of or "zero-shot"))["runs"]
+            for column, names in {
+                "in-distribution": ["gnome"],
+                "shifted": shifted,
+                "mate": ["mate"],
+                **{name: [name] for name in shifted},
+            }.items():
+                seeds = [statistics.fmean(run[source][n][what] for n in names) for run in method["runs"]]
+                prefix = {"accuracy": "parts", "ece": "parts-ece"}[table] if of else table
+                cell = f"{prefix}/{method['key']}/{column}"
+                mean = statistics.fmean(seeds)
+                assert shown.values[cell] == pytest.approx(mean, abs=1e-12)
+                text = shown.cells[cell].replace("−", "-")
+                numbers = [float(v) for v in re.findall(r"[+-]?\d+\.\d", text)]
+                expected = [100 * mean]
+                if len(seeds) > 1:
+                    start = statistics.fmean(run[source][n][what] for run in base for n in names)
+                    change = mean - start
+                    expected += [100 * statistics.stdev(seeds), 100 * change]
+                assert numbers == pytest.approx(expected, abs=0.0501), cell
+    assert shown.cells["ece/zero-shot/shifted"].startswith("best")
+    assert not shown.cells["accuracy/ema/in-distribution"].startswith("best"), "not beyond the spread"
+    for run in content["methods"][3]["runs"]:
+        for domain, measured in run["eval"].items():
+            assert shown.cells[f"run/wma/{run['seed']}/{domain}"] == f"{100 * measured['accuracy']:.1f}"
+    teacher = [run["teacher_eval"]["gnome"]["accuracy"] for run in content["methods"][2]["runs"]]
+    assert shown.values["teacher/ema/in-distribution"] == pytest.approx(statistics.fmean(teacher))
+    assert "teacher/flyp/in-distribution" not in shown.values, "a method without a teacher has no teacher row"
+
+
+def test_page_tells_where_it_comes_from(written: tuple[dict[str, Any], str, Page]) -> None:
+    content, _, shown = written
+    for expected in (
+        content["title"], "tracer-demo", "4,812,345", "2.14.1", "AMD EPYC", "4 min 07 s", "1 h 00 min",
+        "0.42 s", "batch_size", "make demo", "Means over 3 seeds", "512 pictures, 150 classes", "standard error",
+    ):  # fmt: skip
+        assert expected in shown.text.replace(NBSP, " "), expected
+    assert shown.text.count("✓") + shown.text.count("✗") == 6 * len(METHODS) + 2, (
+        "each prediction is marked, and the legend"
+    )
+    assert shown.tags.count("img") == 6
+    assert (
+        shown.tags.count("svg") == 1 + 1 + 5 + 6 + 4 + 3
+    )  # trade-off, gap, bars, terms, diagnostics, the rest
+
+
+def test_variants_stand_in_a_table_of_their_own_and_not_in_the_figures(
+    written: tuple[dict[str, Any], str, Page],
+) -> None:
+    content, text, shown = written
+    drawings = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    for method in content["methods"]:
+        of = method["variant_of"]
+        assert (f"accuracy/{method['key']}/shifted" in shown.values) == (of is None)
+        assert (f"parts/{method['key']}/shifted" in shown.values) == ("r-adapter" in (of, method["key"]))
+        assert (f">{method['name']}<" in drawings) == (method["variant_of"] is None), method["name"]
+    assert drawings.count("α from 0 to 1") == 2, "a line for each curve"
+    trade_off = drawings[: drawings.index("</svg>")]
+    assert [trade_off.count(f">{alpha}</text>") for alpha in (0, 0.2, 0.8, 1)] == [0, 2, 2, 0], (
+        "α on the line"
+    )
+    results = Results.from_json(content)
+    assert {results.place(m) for m in results.methods if m.variant_of} == {5}, (
+        "in the colour of the full method"
+    )
+    assert "no dropping" not in sentences.headline(results)
+
+
+def test_page_is_self_contained(written: tuple[dict[str, Any], str, Page]) -> None:
+    _, text, shown = written
+    assert shown.links, "figures refer to their own parts"
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in shown.links)
+    assert not {"script", "link", "iframe", "object", "base", "style"} & set(shown.tags) - {"style"}
+    assert "http" not in text
+    assert "@import" not in text
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
+    assert len(shown.ids) == len(set(shown.ids)), "figures do not share ids"
+    missing = {link[1:] for link in shown.links if link.startswith("#")} - set(shown.ids)
+    assert not missing, missing
+
+
+def test_figures_take_their_colours_from_the_page(written: tuple[dict[str, Any], str, Page]) -> None:
+    _, text, _ = written
+    drawings = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    fixed = set(re.findall(r"#[0-9a-fA-F]{6}\b", drawings))
+    assert not fixed, f"{fixed} would not follow dark mode"
+    assert "var(--m3)" in drawings
+    assert "var(--ink)" in drawings
+
+
+def test_same_results_give_the_same_page(small: dict[str, Any], tmp_path: Path) -> None:
+    assert page.render(Results.from_json(small), tmp_path) == page.render(Results.from_json(small), tmp_path)
+
+
+@pytest.mark.parametrize("hostile", ["<script>alert('x')</script>", 'a & b "c" $x_1$ 文件夹'])
+def test_names_are_escaped(small: dict[str, Any], tmp_path: Path, hostile: str) -> None:
+    small["title"] = small["methods"][1]["name"] = small["domains"][2]["name"] = hostile
+    for method in small["methods"]:
+        for run in method["runs"]:
+            run["eval"][hostile] = run["eval"].pop("papirus")
+    icon = draw_icon(tmp_path / "icon.png", 1)
+    small["examples"] = [
+        {"image": icon.name, "domain": hostile, "truth": hostile, "predictions": {"flyp": [hostile, 0.5]}}
+    ]
+    shown = read_page(small, tmp_path)
+    assert "script" not in shown.tags
+    assert shown.text.count(hostile) >= 6
+    assert shown.tags.count("img") == 1, "a relative picture is found beside the page"
+
+
+def test_not_a_number_is_a_dash(small: dict[str, Any], tmp_path: Path) -> None:
+    plain = small["methods"][1]
+    for run, broken in zip(plain["runs"], (math.nan, None, math.inf), strict=True):
+        run["eval"]["papirus"] = {"accuracy": broken, "ece": broken}
+        run["log"] = [{"step": 1, "loss": math.nan, "relational": None}, {"step": 2, "loss": 1.0}]
+    plain["runs"][0]["eval"].pop("mate")  # a domain that was never evaluated
+    small["domains"][0]["chance"] = None
+    shown = read_page(small, tmp_path)
+    assert shown.cells["accuracy/flyp/papirus"] == "–"
+    assert shown.cells["accuracy/flyp/shifted"] == "–", "a mean over an unknown value is unknown"
+    kept = [run["eval"]["mate"]["accuracy"] for run in plain["runs"][1:]]
+    assert shown.values["accuracy/flyp/mate"] == pytest.approx(statistics.fmean(kept))
+    assert "nan" not in shown.text.lower().split()
+
+
+def test_one_seed_has_no_spread_and_marks_nothing(tmp_path: Path) -> None:
+    content = sample_content(tmp_path, seeds=1, steps=2)
+    for method in content["methods"]:
+        method["runs"][0].update(log=[])
+    shown = read_page(content, tmp_path)
+    assert "±" not in "".join(shown.cells.values())
+    assert "best" not in "".join(shown.cells.values())
+    assert "With one seed" in shown.text
+    assert "With one seed" in sentences.headline(Results.from_json(content))
+
+
+def test_parts_that_are_absent_are_left_out(small: dict[str, Any], tmp_path: Path) -> None:
+    for key in ("curves", "examples", "settings", "versions", "machine", "times", "start"):
+        small.pop(key)
+    shown = read_page(small, tmp_path)
+    assert "Example pictures" not in shown.text
+    assert "Teacher–student gap" not in shown.text
+    assert shown.values["accuracy/flyp/in-distribution"] > 0
+
+
+def test_only_the_training_domain(small: dict[str, Any], tmp_path: Path) -> None:
+    small["domains"] = small["domains"][:1]
+    shown = read_page(small, tmp_path)
+    assert "in distribution" in sentences.headline(Results.from_json(small))
+    assert set(shown.values) == {
+        f"{t}/{m}/in-distribution" for t in ("accuracy", "ece") for m in ("zero-shot", "flyp")
+    }
+
+
+def test_unreadable_picture_is_named_missing(small: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    small["examples"] = [
+        {"image": str(tmp_path / name), "domain": "gnome", "truth": "folder", "predictions": {}}
+        for name in ("broken.png", "absent.png")
+    ]
+    shown = read_page(small, tmp_path)
+    assert shown.text.count("picture missing") == 2
+
+
+def test_failed_write_leaves_the_old_page(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(UserError, match=r"report.html: cannot write the report \(No space left"):
+        page.write_report(Results.from_json(small), path)
+    assert path.read_text() == "old"
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".html"] + [".png"] * 6

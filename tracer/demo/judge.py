@@ -1,0 +1,122 @@
+"""Scores of any weights of the demo's model, and predictions on example pictures."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from tracer.adapters import fold, read_adapters
+from tracer.data.decoded import DecodedPictures
+from tracer.data.index import Index
+from tracer.demo.config import DemoConfig
+from tracer.errors import UserError
+from tracer.evaluation.zero_shot import Scores, class_probabilities, classifier, evaluate_zero_shot
+from tracer.machine import compute_device
+from tracer.models.clip import Clip, load_clip
+from tracer.models.soups import interpolate
+from tracer.train.log import read_log
+
+Weights = dict[str, Tensor]
+Rows = list[dict[str, Any]]  # entries of results.json
+
+
+def scored_row(
+    scores: Scores, seed: int | None = None, log: list | None = None, seconds: float = 0.0
+) -> dict[str, Any]:
+    """Return a run as results.json holds it; :class:`tracer.report.results.Run` is its schema."""
+    return {"seed": seed, "eval": scores, "teacher_eval": None, "log": log or [], "seconds": seconds}
+
+
+def finished_run(folder: Path, seed: int) -> dict[str, Any]:
+    """Return a run as results.json holds it, read from its folder."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    about = json.loads((folder / "run.json").read_text())
+    row = scored_row(metrics["student"], seed, read_log(folder), about["seconds"])
+    return row | {"teacher_eval": metrics.get("teacher"), "sizes": about["sizes"]}
+
+
+@dataclass
+class Judge:
+    """Scores any weights of the demo's model on the evaluation sets."""
+
+    clip: Clip
+    start: Weights
+    sets: list[Index]
+    prompts: dict[str, list[str]]
+    workers: int
+    decoded: DecodedPictures = field(default_factory=DecodedPictures)  # small sets stay for the next model
+
+    @classmethod
+    def of(cls, config: DemoConfig, sets: list[Index], prompts: dict[str, list[str]]) -> Judge:
+        """Load the start, and return a judge that keeps a copy of its weights."""
+        clip = load_clip(config.model, config.pretrained)
+        start = {name: value.clone() for name, value in clip.model.state_dict().items()}
+        clip.model.to(compute_device())
+        return cls(clip, start, sets, prompts, config.workers)
+
+    def scores(self, weights: Weights) -> Scores:
+        """Return the scores of the model with these weights."""
+        self.clip.model.load_state_dict(weights)
+        return evaluate_zero_shot(
+            self.clip, self.sets, self.prompts, workers=self.workers, decoded=self.decoded
+        )
+
+    def rows(self, title: str, weights: Callable[[Path], Weights], folders: list[Path]) -> Rows:
+        """Return a row for each seed: the scores of the weights that are made of the run's folder."""
+        bar = tqdm(folders, desc=title, leave=False)
+        return [scored_row(self.scores(weights(folder)), seed) for seed, folder in enumerate(bar)]
+
+    def interpolated(self, folder: Path, alpha: float) -> Weights:
+        """Return (1 − α) start + α student of a run (WiSE-FT)."""
+        return interpolate(self.start, load_file(folder / "student.safetensors"), alpha)
+
+    def folded(self, folder: Path, alpha: float, file: str = "adapters") -> Weights:
+        """Return the start with a run's adapters folded in, scaled by α."""
+        try:
+            return fold(self.start | read_adapters(folder / f"{file}.safetensors", self.clip.name), alpha)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+def choose_examples(judge: Judge, runs: dict[str, Path], per_set: int = 4) -> Rows:
+    """Return pictures with every method's prediction: half of each set at random, half where methods differ."""
+    states = {"zero-shot": judge.start}
+    states |= {key: load_file(folder / "student.safetensors") for key, folder in runs.items()}
+    draw = random.Random(0)
+    samples = [
+        index.take(sorted(draw.sample(range(len(index)), min(64, len(index))))) for index in judge.sets
+    ]
+    predictions = {key: _predictions(judge, state, samples) for key, state in states.items()}
+    examples = []
+    for n, index in enumerate(samples):
+        rows = draw.sample(range(len(index)), len(index))
+        differ = [r for r in rows if len({p[n][r][0] for p in predictions.values()}) > 1]
+        for r in list(dict.fromkeys(differ[: per_set // 2] + rows))[:per_set]:
+            examples.append(
+                {
+                    "image": str(index.images[r]),
+                    "domain": index.name,
+                    "truth": index.labels[r],
+                    "predictions": {key: p[n][r] for key, p in predictions.items()},
+                }
+            )
+    return examples
+
+
+def _predictions(judge: Judge, state: Weights, samples: list[Index]) -> list[list[tuple[str, float]]]:
+    """Return the most probable class and its probability, for each picture of each sample."""
+    judge.clip.model.load_state_dict(state)
+    names, weights = list(judge.prompts), classifier(judge.clip, judge.prompts)
+    predictions = []
+    for index in samples:
+        probability, best = class_probabilities(judge.clip, index, weights, decoded=judge.decoded).max(1)
+        predictions.append([(names[c], float(p)) for c, p in zip(best, probability, strict=True)])
+    return predictions
