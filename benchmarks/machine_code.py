@@ -21,14 +21,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +33,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from benchmarks import roofline
+from benchmarks import disassembly, roofline
 from benchmarks.harness import Highlight, command_line, progress, table
 from benchmarks.work import ARCHITECTURES, OBJECTIVES, Architecture
 from tracer.kernels import average_triton, contrastive_triton
@@ -51,20 +47,6 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-# Of a multiprocessor: registers per lane of a warp; shared memory, and what of it each program loses, in bytes;
-# columns of tensor memory; warps.
-LIMITS = {
-    "sm_80": (2048, 164 << 10, 1024, 0, 64),
-    "sm_90": (2048, 228 << 10, 1024, 0, 64),
-    "sm_100": (2048, 228 << 10, 1024, 512, 64),
-    "gfx942": (2048, 64 << 10, 0, 0, 32),
-}
-TENSOR_CORE = {
-    "sm_80": r"\bHMMA",
-    "sm_90": r"\bH(?:G)?MMA",
-    "sm_100": r"\bUTC.?MMA|\bHMMA",
-    "gfx942": r"\bv_mfma",
 }
 FULL = OBJECTIVES["full objective"].options
 AVERAGE = "moving average"
@@ -174,12 +156,10 @@ def compile_case(case: Case, combine: bool = True) -> list[Report]:
 
 def compile_average(arch: str, on_device: bool) -> Report:
     """Compile the moving average, its weight a number or on the device, and read the machine code."""
-    table, weight = _empty(1, 5, dtype=torch.int64), _empty() if on_device else 0.5
-    with target(arch):
-        code = average_triton.average_kernel.run(
-            table, weight, ON_DEVICE=on_device, BLOCK=average_triton.BLOCK, num_warps=average_triton.NUM_WARPS,
-            grid=(1,), warmup=True,
-        )  # fmt: skip
+    average, param, weight = torch.zeros(1), torch.zeros(1), torch.zeros(()) if on_device else 0.5
+    with target(arch), recording(execute=False, keep_arguments=True) as launches:
+        average_triton.average_([average], [param], weight)
+        code = launches[0].compile()
     options = "weight on the device" if on_device else "weight a number"
     return _read(arch, code, AVERAGE, "none", 32, (average_triton.BLOCK,), options, 0)
 
@@ -208,53 +188,26 @@ def _read(
     options: str,
     width: int,
 ) -> Report:
-    if "cubin" in code.asm:
-        registers, spilled, text = _disassemble(code.asm["cubin"])
-    else:
-        text = code.asm["amdgcn"]
-        registers = int(_find(r"\.vgpr_count:\s+(\d+)", text))
-        spilled = int(_find(r"\.private_segment_fixed_size:\s+(\d+)", text))
+    """Return the report of a compiled kernel."""
+    binary = disassembly.read(arch, code.asm)
     warps, shared = int(code.metadata.num_warps), int(code.metadata.shared)
-    count = len(re.findall(TENSOR_CORE[arch], text))
-    resident = _resident(arch, registers, shared, getattr(code.metadata, "tmem_size", None) or 0, warps)
+    tensor_memory = getattr(code.metadata, "tmem_size", None) or 0
     return Report(
-        arch, kernel, products, bits, tile, warps, int(code.metadata.num_stages), options, width,
-        registers, spilled, shared, count, resident,
-    )  # fmt: skip
-
-
-def _resident(arch: str, registers: int, shared: int, columns: int, warps: int) -> int:
-    """Warps that a multiprocessor holds at once of programs that need so much each."""
-    lanes, memory, lost, tensor_memory, most = LIMITS[arch]
-    programs = [lanes // (-(-registers // 8) * 8) // warps, most // warps]
-    if shared:
-        programs.append(memory // (shared + lost))
-    if columns:
-        programs.append(tensor_memory // columns)
-    return min(programs) * warps
-
-
-def _find(pattern: str, text: str) -> str:
-    match = re.search(pattern, text)
-    if match is None:
-        raise RuntimeError(f"the disassembly has no {pattern!r}: has the tool's output changed?")
-    return match[1]
-
-
-def _disassemble(cubin: bytes) -> tuple[int, int, str]:
-    """Registers per thread, stack bytes per thread, and the instructions of an NVIDIA binary."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-
-        def run(*command: str) -> str:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage = run(str(tools / "cuobjdump"), "-res-usage", file.name)
-        text = run(str(tools / "nvdisasm"), "-c", file.name)
-    spilled = int(_find(r"STACK:(\d+)", usage)) or 4 * len(re.findall(r"\b(?:LDL|STL)\b", text))
-    return int(_find(r"REG:(\d+)", usage)), spilled, text
+        architecture=arch,
+        kernel=kernel,
+        products=products,
+        bits=bits,
+        tile=tile,
+        warps=warps,
+        stages=int(code.metadata.num_stages),
+        options=options,
+        width=width,
+        registers=binary.registers,
+        spilled=binary.spilled,
+        shared=shared,
+        tensor_core=binary.tensor_core,
+        resident_warps=disassembly.resident_warps(arch, binary.registers, shared, tensor_memory, warps),
+    )
 
 
 def shipped(architectures: list[str], quick: bool) -> list[Case]:
@@ -491,11 +444,6 @@ def highlights(results: dict[str, Any]) -> list[Highlight]:
     return [Highlight(what, f"{sum(row['spilled'] for row in rows)} bytes", "", "")]
 
 
-def figures(results: dict[str, Any]) -> dict[str, Any]:
-    """None: the tables say it."""
-    return {}
-
-
 def exact(results: dict[str, Any]) -> dict[str, float]:
     """Registers, spills and shared memory of every kernel: a compiler of one version repeats them."""
     numbers: dict[str, float] = {}
@@ -508,11 +456,6 @@ def exact(results: dict[str, Any]) -> dict[str, float]:
         for what in ("registers", "spilled", "shared"):
             numbers[f"{name} {what}"] = row[what]
     return numbers | {f"compiled variants of {name}": count for name, count in results["variants"].items()}
-
-
-def ratios(results: dict[str, Any]) -> dict[str, float]:
-    """None: nothing is timed."""
-    return {}
 
 
 if __name__ == "__main__":

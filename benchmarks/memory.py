@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.competitors import CASES, EAGER, Problem, Step, baseline, check
-from benchmarks.harness import Highlight, command_line, progress, table
+from benchmarks.harness import command_line, progress, table
 from benchmarks.measure import allocated
 from tracer.kernels import _blocked_tile
 
@@ -114,16 +114,6 @@ def report(results: dict[str, Any]) -> str:
     return f"MiB at the peak, D {results['width']}\n\n{table(header, lines)}"
 
 
-def highlights(results: dict[str, Any]) -> list[Highlight]:
-    """None: the table of times has the memory beside them."""
-    return []
-
-
-def figures(results: dict[str, Any]) -> dict[str, Any]:
-    """None: the picture of the batch size shows it."""
-    return {}
-
-
 def exact(results: dict[str, Any]) -> dict[str, float]:
     """Bytes of every row and size."""
     return {
@@ -131,11 +121,6 @@ def exact(results: dict[str, Any]) -> dict[str, float]:
         for row in results["rows"]
         for n, count in row["bytes"].items()
     }
-
-
-def ratios(results: dict[str, Any]) -> dict[str, float]:
-    """None: nothing here was timed."""
-    return {}
 
 
 if __name__ == "__main__":

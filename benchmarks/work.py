@@ -467,11 +467,6 @@ def highlights(results: dict[str, Any]) -> list[Highlight]:
     ]
 
 
-def figures(results: dict[str, Any]) -> dict[str, Any]:
-    """None: the tables are short."""
-    return {}
-
-
 def exact(results: dict[str, Any]) -> dict[str, float]:
     """Every count by name."""
     numbers: dict[str, float] = {}
@@ -487,11 +482,6 @@ def exact(results: dict[str, Any]) -> dict[str, float]:
         for when in ("forward", "saved", "backward"):
             numbers[f"memory {r['objective']} {r['architecture']} {r['rows']}x{r['width']} {when}"] = r[when]
     return numbers
-
-
-def ratios(results: dict[str, Any]) -> dict[str, float]:
-    """None: nothing is timed."""
-    return {}
 
 
 if __name__ == "__main__":

@@ -125,10 +125,8 @@ class PartialStatistics:
 
     def _track_best(self, name: str, tile: Tile) -> None:
         if name not in self._best:
-            self._best[name] = (
-                torch.full_like(self.positives, -math.inf),
-                torch.zeros_like(self.positives).long(),
-            )
+            place = torch.zeros_like(self.positives).long()
+            self._best[name] = torch.full_like(self.positives, -math.inf), place
         value, place = self._best[name]
         at, offset = tile.at(self._direction), tile.at(1 - self._direction).start
         new, where = tile.x(name).max(self._direction)

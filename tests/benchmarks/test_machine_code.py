@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import machine_code, roofline
+from benchmarks import disassembly, machine_code, roofline
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -88,7 +88,7 @@ def test_programs_fit_and_hide_latency(found):
     ],
 )
 def test_resident_warps(arch, registers, shared, columns, warps, resident):
-    assert machine_code._resident(arch, registers, shared, columns, warps) == resident
+    assert disassembly.resident_warps(arch, registers, shared, columns, warps) == resident
 
 
 def test_no_recompilation_when_values_change(results):
