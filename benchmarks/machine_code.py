@@ -140,8 +140,12 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def _call(case: Case, N: int = 1024) -> tuple[Inputs, Options]:
     """Return the inputs and options that make the launchers use the kernels of a case."""
     feature = _empty(N, case.width, dtype=torch.bfloat16 if case.bits == 16 else torch.float32)
-    y = _empty(N, dtype=torch.int64) if case.options else None
-    teacher = (feature, feature, _empty()) if case.many else (None, None, None)
+    inputs = Inputs(feature, feature, _empty())
+    if case.many:
+        inputs = inputs._replace(teacher_image=feature, teacher_text=feature, teacher_logit_scale=_empty())
+    if case.options:
+        y = _empty(N, dtype=torch.int64)
+        inputs = inputs._replace(labels=y, text_labels=y)
     options = Options(
         margin=0.05 if case.options else 0.0,
         smoothing=0.05 if case.options else 0.0,
@@ -150,7 +154,7 @@ def _call(case: Case, N: int = 1024) -> tuple[Inputs, Options]:
         cross=case.many,
         stats=case.kernel == "forward with stats",
     )
-    return Inputs(feature, feature, _empty(), y, y, *teacher), options
+    return inputs, options
 
 
 def compile_case(case: Case, combine: bool = True) -> list[Report]:
@@ -307,7 +311,7 @@ def variants() -> dict[str, int]:
     for N, M in ((512, 512), (511, 512), (1, 1), (16, 48), (1000, 77)):
         feature = _empty(max(N, M), 64, dtype=torch.bfloat16)
         y = _empty(max(N, M) + 1, dtype=torch.int64)[1:]  # the alignment of labels varies too
-        inputs = Inputs(feature[:N], feature[:M], _empty(), y[:N], y[:M], feature[:N], feature[:M], _empty())
+        inputs = Inputs(feature[:N], feature[:M], _empty(), feature[:N], feature[:M], _empty(), y[:N], y[:M])
         for value in (0.01, 0.3, 1.0):
             options = FULL._replace(margin=value, smoothing=value, stats=True)
             with target("sm_90"), recording(execute=False, keep_arguments=True) as launches:

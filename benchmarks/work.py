@@ -69,9 +69,10 @@ class Objective(NamedTuple):
 
     def inputs(self, feature: Tensor, scale: Tensor, labels: Tensor) -> Inputs:
         """Build the inputs of a call from features [N, D], which serve for both towers and both models."""
-        y = labels if self.labelled else None
-        teacher = (feature, feature, scale) if self.has_teacher else (None, None, None)
-        return Inputs(feature, feature.flip(0), scale, y, y, *teacher)
+        inputs = Inputs(feature, feature.flip(0), scale)
+        if self.has_teacher:
+            inputs = inputs._replace(teacher_image=feature, teacher_text=feature, teacher_logit_scale=scale)
+        return inputs._replace(labels=labels, text_labels=labels) if self.labelled else inputs
 
 
 MPM_NCE = Options(margin=0.05, smoothing=0.05)
@@ -293,11 +294,11 @@ def count_memory(objective: str, N: int, D: int, architecture: str, places: int)
         labels, feature = on_gpu(N, dtype=torch.int64), on_gpu(N, D, dtype=torch.bfloat16)
         inputs, upstream = counted.inputs(feature, on_gpu(()), labels), on_gpu(4)
         with Allocated((inputs, upstream)) as made:
-            saved = contrastive_triton.forward(inputs, counted.options, tile=tile["forward"]).saved
-            ahead, kept = made.peak, made.alive
+            result = contrastive_triton.forward(inputs, counted.options, tile=tile["forward"])
+            ahead, saved = made.peak, made.alive
             made.peak = 0
             contrastive_triton.backward(
-                upstream, inputs, saved, counted.options, Needs(), tile=tile["backward"]
+                upstream, inputs, result.saved, counted.options, Needs(), tile=tile["backward"]
             )
     return {
         "objective": objective,
@@ -305,7 +306,7 @@ def count_memory(objective: str, N: int, D: int, architecture: str, places: int)
         "rows": N,
         "width": D,
         "forward": ahead,
-        "saved": kept,
+        "saved": saved,
         "backward": made.peak,
         "matrix": 2 * N * N,
     }

@@ -15,8 +15,7 @@ What makes it fast, in order of weight:
 * the margin needs no exponential of its own: it multiplies the negatives by exp(σδ);
 * label smoothing is a constant per row plus one per column, so its part of loss and gradients has
   rank one and never touches a tile;
-* positives are few, so they are lists of positions, not masks. Where classes are few and large these lists fall
-  short: with two classes the definition is the faster one;
+* positives are few, so they are lists of positions, not masks (with two large classes the definition is faster);
 * base-2 exponentials, because torch's exp goes to MKL too.
 """
 
@@ -60,38 +59,11 @@ def forward(inputs: Inputs, options: Options) -> Forward:
 def backward(grad_terms: Tensor, inputs: Inputs, saved: Saved, options: Options, needs: Needs) -> Gradients:
     """Return the gradients of ``grad_terms · terms``; ``saved`` are final statistics of whole rows and columns."""
     logits, plan = Logits(inputs, options), Plan.of(options, inputs.has_teacher, stats=False)
-    positives = Positives(inputs, logits)
     rows, cols = _slopes(grad_terms, saved, logits, options, plan)
-    walk = _GradientWalk(logits, positives, rows, cols, options, plan, needs)
-    u, v = logits.operands["u"], logits.operands["v"]
-    image, d_text, d_scale = inputs.image, walk.d_text, walk.d_scale
-    d_image = torch.empty(image.shape, dtype=image.dtype, device=image.device) if needs.image else None
-    if options.smoothing:  # what every image gets from the constants per column, and per unit of its own
-        to_all = (cols.q_negative @ v.to(logits.dtype))[None]
-        text_total = v.sum(0, dtype=logits.dtype)[None]
-
+    walk = _GradientWalk(inputs, logits, rows, cols, options, plan, needs)
     for at_rows in logits.row_blocks():
-        through_s, through_a = walk.visit(at_rows)
-        if through_s is not None and options.smoothing:
-            through_s -= torch.addmm(to_all, rows.q_negative[at_rows, None], text_total)
-        if needs.logit_scale and through_a is not None:
-            d_scale += inner_product(through_a, u[at_rows])
-        if needs.logit_scale and d_text is None and through_s is not None:
-            d_scale += inner_product(through_s, u[at_rows])
-        if d_image is not None and through_s is not None:
-            d_image[at_rows] = logits.scale * (through_s if through_a is None else through_s.add_(through_a))
-
-    if d_text is not None:
-        if options.smoothing:
-            d_text -= cols.q_negative[:, None] * u.sum(0, dtype=logits.dtype) + rows.q_negative @ u.to(
-                logits.dtype
-            )
-        if needs.logit_scale:
-            d_scale += inner_product(d_text, v)
-        d_text = d_text.mul_(logits.scale).to(inputs.text.dtype)
-    return Gradients(
-        d_image, d_text if needs.text else None, d_scale.to(logits.dtype) if needs.logit_scale else None
-    )
+        walk.visit(at_rows)
+    return walk.gradients()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -378,38 +350,41 @@ def _slopes(
 
 
 class _GradientWalk:
-    """The walk of the backward pass: accumulates the gradients of the features, before their factor σ."""
+    """The walk of the backward pass, from the gradients of the logits to those of the inputs."""
+
+    # σ's gradient is Σ ds u·v + Σ da u·v' + Σ db u'·v. The text's gradient before its factor σ, times v, has the
+    # first and the last; the part of the image's that comes through a, times u, has the other.
 
     def __init__(
         self,
+        inputs: Inputs,
         logits: Logits,
-        positives: Positives,
         rows: Slopes,
         cols: Slopes,
         options: Options,
         plan: Plan,
         needs: Needs,
     ) -> None:
-        self._logits, self._positives, self._rows, self._cols, self._plan = (
-            logits,
-            positives,
-            rows,
-            cols,
-            plan,
-        )
-        self._margin = options.margin
-        # σ's gradient is Σ ds u·v + Σ da u·v' + Σ db u'·v. The text's gradient before its factor σ, times v,
-        # has the first and the last; the part of the image's that comes through a, times u, has the other.
+        self._inputs, self._logits, self._positives = inputs, logits, Positives(inputs, logits)
+        self._rows, self._cols, self._options, self._plan, self._needs = rows, cols, options, plan, needs
         self._has_cross = "b" in plan.matrices
         need_cols = needs.text or (needs.logit_scale and self._has_cross)
         self._need_rows = needs.image or (needs.logit_scale and not need_cols)
         self._need_a = self._has_cross and (needs.image or needs.logit_scale)
-        self.d_text = logits.scale.new_zeros(logits.operands["v"].shape) if need_cols else None
-        self.d_scale = torch.zeros((), dtype=torch.float64, device=logits.scale.device)
-        self._room = logits.operands["u"].new_empty((2 if self._has_cross else 1) * logits.tile_size)
 
-    def visit(self, at_rows: slice) -> tuple[Tensor | None, Tensor | None]:
-        """Visit one row of tiles; return what reaches its images through s and through a, where needed."""
+        image, u, v = inputs.image, logits.operands["u"], logits.operands["v"]
+        self._d_image = (
+            torch.empty(image.shape, dtype=image.dtype, device=image.device) if needs.image else None
+        )
+        self._d_text = logits.scale.new_zeros(v.shape) if need_cols else None  # before its factor σ
+        self._d_scale = torch.zeros((), dtype=torch.float64, device=image.device)
+        if options.smoothing:  # what every image gets from the constants per column, and per unit of its own
+            self._to_all = (cols.q_negative @ v.to(logits.dtype))[None]
+            self._text_total = v.sum(0, dtype=logits.dtype)[None]
+        self._room = u.new_empty((2 if self._has_cross else 1) * logits.tile_size)
+
+    def visit(self, at_rows: slice) -> None:
+        """Visit one row of tiles and complete the gradients of its images."""
         rows, cols, plan, operands = self._rows, self._cols, self._plan, self._logits.operands
         u, height = operands["u"][at_rows], at_rows.stop - at_rows.start
         new_zeros = self._logits.scale.new_zeros
@@ -423,18 +398,48 @@ class _GradientWalk:
             ds, db = stack[:height], stack[height:]
             at_positives = _student_gradient(tile, rows, cols, plan, ds)
             if self._logits.has_margin and at_positives is not None:
-                self.d_scale -= self._margin * at_positives
+                self._d_scale -= self._options.margin * at_positives
             if through_s is not None:
                 add_product(through_s, ds, operands["v"][at_cols].T)
             if through_a is not None:
                 da = torch.empty_like(ds)
                 _cross_gradient("a", tile, rows, plan, da)
                 add_product(through_a, da, operands["tv"][at_cols].T)
-            if self.d_text is not None:
+            if self._d_text is not None:
                 if self._has_cross:
                     _cross_gradient("b", tile, cols, plan, db)
-                add_product(self.d_text[at_cols], stack.T, left.T)
-        return through_s, through_a
+                add_product(self._d_text[at_cols], stack.T, left.T)
+        self._complete_images(at_rows, through_s, through_a)
+
+    def _complete_images(self, at_rows: slice, through_s: Tensor | None, through_a: Tensor | None) -> None:
+        """Take what reaches these images through s and through a to their gradient and to σ's."""
+        u = self._logits.operands["u"][at_rows]
+        if through_s is not None and self._options.smoothing:
+            through_s -= torch.addmm(self._to_all, self._rows.q_negative[at_rows, None], self._text_total)
+        if self._needs.logit_scale and through_a is not None:
+            self._d_scale += inner_product(through_a, u)
+        if self._needs.logit_scale and self._d_text is None and through_s is not None:
+            self._d_scale += inner_product(through_s, u)
+        if self._d_image is not None and through_s is not None:
+            total = through_s if through_a is None else through_s.add_(through_a)
+            self._d_image[at_rows] = self._logits.scale * total
+
+    def gradients(self) -> Gradients:
+        """Complete the texts' gradient and σ's, after all rows were visited."""
+        d_text, logits = self._d_text, self._logits
+        if d_text is not None:
+            u, v = logits.operands["u"], logits.operands["v"]
+            if self._options.smoothing:
+                from_cols = self._cols.q_negative[:, None] * u.sum(0, dtype=logits.dtype)
+                d_text -= from_cols + self._rows.q_negative @ u.to(logits.dtype)
+            if self._needs.logit_scale:
+                self._d_scale += inner_product(d_text, v)
+            d_text = d_text.mul_(logits.scale).to(self._inputs.text.dtype)
+        return Gradients(
+            self._d_image,
+            d_text if self._needs.text else None,
+            self._d_scale.to(logits.dtype) if self._needs.logit_scale else None,
+        )
 
 
 def _student_gradient(tile: Tile, rows: Slopes, cols: Slopes, plan: Plan, out: Tensor) -> Tensor | None:

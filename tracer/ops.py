@@ -117,7 +117,7 @@ def contrastive_loss(
     dtype = image.dtype
     if dtype != torch.float64 and _checks.autocast_is_on(image):
         dtype = torch.get_autocast_dtype(image.device.type)
-    inputs = Inputs(image.to(dtype), text.to(dtype), scale, labels, text_labels)
+    inputs = Inputs(image.to(dtype), text.to(dtype), scale, labels=labels, text_labels=text_labels)
     options = Options(
         margin=float(margin),
         smoothing=float(smoothing),
@@ -142,15 +142,18 @@ def contrastive_loss(
         vector, measured = _autograd.contrastive_terms(impl, inputs, options)
 
     terms = dict(zip(TERMS, vector.unbind(), strict=True))
-    loss = terms["contrastive"]
-    for name in TERMS:
-        if name in weights and weights[name] > 0:
-            loss = loss + weights[name] * terms[name]
-    if distance is not None:
-        loss = loss + feature * distance
     terms["feature"] = vector.new_zeros(()) if distance is None else distance
     named = named_diagnostics(measured, inputs.has_teacher, len(image), len(text)) if stats else {}
-    return ContrastiveOutput(loss, terms, named)
+    return ContrastiveOutput(_weighted_sum(terms, weights), terms, named)
+
+
+def _weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """Return the contrastive term plus every other term times its weight, without terms of weight 0."""
+    loss = terms["contrastive"]
+    for name, term in terms.items():
+        if weights.get(name, 0) > 0:
+            loss = loss + weights[name] * term
+    return loss
 
 
 @torch.no_grad()

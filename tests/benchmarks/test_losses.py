@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import competitors, gpu, losses, losses_page, measure, page, published
 from benchmarks.harness import command_line, plain
-from tracer.kernels import contrastive
+from tracer.kernels import _grid
 
 MIB = 2**20
 
@@ -21,7 +21,7 @@ def test_memory_of_the_loss_is_linear():
 
     On a GPU the backward pass may also hold one strip of gradient tiles, of a fixed size.
     """
-    fixed = contrastive.STRIP_BYTES if competitors.DEVICE == "cuda" else 0
+    fixed = _grid.STRIP_BYTES if competitors.DEVICE == "cuda" else 0
     small, large = (
         losses.peak(competitors.Size("full", "fp32", pairs, 64), competitors.OURS) for pairs in (2048, 4096)
     )

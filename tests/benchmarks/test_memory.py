@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import competitors, measure, memory
-from tracer.kernels import blocked, contrastive
+from tracer.kernels import _blocked_tile, _grid
 
 MIB = 2**20
 
@@ -29,7 +29,7 @@ def test_counted_memory_is_the_same_on_any_processor(monkeypatch):
     """MKL's products go to the tile itself, oneDNN's come in memory of their own."""
     counts = []
     for intel in (False, True):
-        monkeypatch.setattr(blocked, "_mkl_knows_this_processor", lambda: intel)  # noqa: B023
+        monkeypatch.setattr(_blocked_tile, "mkl_knows_this_processor", lambda: intel)  # noqa: B023
         with memory.one_thread(), memory.any_processor():
             counts.append(memory._count("clip", "fp32", memory.BLOCKED, [1024], 64))
     assert counts[0] == counts[1]
@@ -40,7 +40,7 @@ def test_counted_memory_of_ours_holds_no_matrix(name):
     """At N 4096, D 8: one float32 matrix would be 64 MiB. The strip of gradients has a fixed bound."""
     with memory.one_thread(), memory.launches_left_out():
         count = measure.allocated(memory._step("clip", "fp32", name, 4096, 8))
-    assert count < 16 * MIB + (contrastive.STRIP_BYTES if name == memory.TRITON else 0)
+    assert count < 16 * MIB + (_grid.STRIP_BYTES if name == memory.TRITON else 0)
 
 
 def test_counted_memory_of_the_definition_holds_matrices():
