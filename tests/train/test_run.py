@@ -95,7 +95,7 @@ def test_an_existing_run_is_not_overwritten(config):
 
 
 def test_epochs_are_steps(config, tmp_path):
-    config = dataclasses.replace(config, steps=None, epochs=3, accumulation=2)
+    config = dataclasses.replace(config, steps=None, epochs=3, batch_size=12, accumulation=2)
     run = finetune(config)
     assert len(read_log(run)) == 3 * 32 // (12 * 2) == 4
     settings = yaml.safe_load((run / "config.yaml").read_text())

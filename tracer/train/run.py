@@ -90,8 +90,9 @@ def finetune(config: Config) -> Path:
         (folder / "config.yaml").write_text(config.to_yaml())
         with StepLog(folder, after=checkpoints.step) as log:
             trained = train(config, clip, index, log, checkpoints)
-        weights = _export(config, trained, start, folder, clip.name)
-        del clip  # its model may be bf16, or in shards
+        architecture = clip.name
+        del clip  # frees the engine's weights, to which its model is tied
+        weights = _export(config, trained, start, folder, architecture)
         scores = _evaluate(config, weights, evaluation)
         (folder / "metrics.json").write_text(json.dumps(scores, indent=1))
         record = RunRecord(
@@ -140,17 +141,20 @@ def _warn_of_a_slow_average(config: Config) -> None:
         )
 
 
-def _export(config: Config, trained: Trained, start: Weights, folder: Path, model: str) -> dict[str, Weights]:
+def _export(
+    config: Config, trained: Trained, start: Weights, folder: Path, architecture: str
+) -> dict[str, Weights]:
     """Write the trained weights to ``folder``, and return those of each whole model by the name of its file.
 
-    Adapters are written by themselves, with the name of their ``model``, and folded into the weights of ``start``.
+    Adapters are written by themselves, with the name of their ``architecture``, and folded into the weights of
+    ``start``.
     """
     weights = {"student": trained.student}
     if trained.teacher is not None:
         weights["teacher"] = trained.teacher
     if config.adapted:
-        save_adapters(trained.student, folder / "adapters.safetensors", model)
-        save_adapters(trained.last, folder / "adapters_last.safetensors", model)
+        save_adapters(trained.student, folder / "adapters.safetensors", architecture)
+        save_adapters(trained.last, folder / "adapters_last.safetensors", architecture)
         weights = {n: fold(start | adapter_state(w), config.adapter_alpha) for n, w in weights.items()}
     for name, state in weights.items():
         save_weights(state, folder / f"{name}.safetensors")
