@@ -6,10 +6,13 @@ import sys
 from types import ModuleType
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from benchmarks import page
 from benchmarks.harness import Highlight
+
+collect_ignore = [] if torch.cuda.is_available() else ["test_gpu.py"]  # these run on a GPU alone
 
 HERE = {"processor": "Intel(R) Xeon(R) Processor", "cores": 2, "memory_gib": 23.5, "gpu": None, "bf16": "AMX"}
 ABOUT = {"machine": HERE, "versions": {"torch": "2.14.1"}, "date": "2026-01-02", "commit": "abc1234"}

@@ -1,13 +1,13 @@
-"""The instruments of a GPU: replayed graphs, device time, and a product that fills the device."""
+"""The instruments of a GPU: replayed graphs, device time, and a product that fills the device.
+
+conftest.py leaves this file out on a machine without a GPU.
+"""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from benchmarks import competitors, gpu, measure
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def test_replayed_graphs_compute_what_the_calls_do():
