@@ -159,9 +159,8 @@ class Trainer:
         self.restart()
 
     def restart(self) -> None:
-        """Replace the optimizer by a new AdamW, set up as in the package's own training."""
-        groups = parameter_groups(self.model, WEIGHT_DECAY)
-        self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98), eps=1e-6)
+        """Replace the optimizer by a new one, the AdamW of the package's own training."""
+        self.optimizer = adamw(self.model, LR, WEIGHT_DECAY)
         self.optimizer.zero_grad()
 
     def phases(self, kind: str) -> dict[str, Callable[[], None]]:
