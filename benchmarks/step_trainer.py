@@ -23,7 +23,7 @@ from tracer.models.clip import Clip, encode, load_clip, projections
 from tracer.ops import contrastive_loss, sampled_diagnostics
 from tracer.schedules import WMA
 from tracer.teacher import build_teacher
-from tracer.train.engine import mixed_precision
+from tracer.train.engine import adamw, mixed_precision
 
 HEADS = "projections"  # a case that trains only the last layer of a CLIP, on stored features of its towers
 PLAIN, OURS, PUBLISHED = "plain", "tracer", "published"
