@@ -309,15 +309,6 @@ class Step:
         return mixed_precision(self.trainer.device, self.trainer.precision)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's groups: weight decay for matrices, none for vectors and scalars."""
-    params = list(model.parameters())
-    return [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 def _flat(tensors: Iterable[Tensor | None]) -> Tensor:
     """Return a copy of all elements in one vector."""
     return torch.cat([t.detach().flatten() for t in tensors if t is not None])
