@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import astuple
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from tracer.data.batches import TrainingBatches
 from tracer.data.index import read_index
+from tracer.data.picture import Picture, read_picture
 from tracer.errors import UserError
 
 
@@ -52,11 +52,11 @@ def test_batches_go_on_from_any_of_them(drawings, clip, monkeypatch, first):
     options = {"batch_size": 8, "steps": 12, "seed": 1, "crop_scale": 0.5}
     whole, read = list(TrainingBatches(index, clip, **options)), []
 
-    def load(path: Path, _dtype: type) -> np.ndarray:
+    def load(path: Path) -> Picture:
         read.append(path)
-        return np.frombuffer(path.read_bytes(), np.uint8)
+        return read_picture(path)
 
-    monkeypatch.setattr("tracer.data.dali.np.fromfile", load)
+    monkeypatch.setattr("tracer.data.dali.read_picture", load)
     rest = TrainingBatches(index, clip, first=first, **options)
     assert len(rest) == 12 - first
     rest = list(rest)

@@ -25,12 +25,15 @@ def test_a_damaged_picture_is_named_and_a_set_that_passed_is_remembered(drawings
 def test_a_set_that_passed_is_not_decoded_again(drawings, tmp_path, monkeypatch):
     index = read_index(drawings / "test.csv")
     check_pictures(index, tmp_path, workers=2)
-    monkeypatch.setattr("tracer.data.check._fault", lambda path: pytest.fail(f"{path} was decoded again"))
+    monkeypatch.setattr("tracer.data.check.read_picture", lambda path: pytest.fail(f"{path} was read again"))
     check_pictures(index, tmp_path, workers=2)
 
 
 def test_a_format_that_dali_does_not_decode_is_named(write_csv, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", format="GIF")
     index = read_index(write_csv("a.csv", ["image", "label"], [["a.png", "x"]]))
-    with pytest.raises(UserError, match=r"a.png' \(GIF is not supported, use BMP, JPEG, PNG, TIFF, WEBP\)"):
+    with pytest.raises(
+        UserError,
+        match=r"a.png' \(GIF is not supported, use BMP, JPEG, .*, WEBP\)",
+    ):
         check_pictures(index, tmp_path / "cache", workers=1)

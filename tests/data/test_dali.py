@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from nvidia.dali import pipeline_def
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
-from tracer.data.dali import Pictures, _window, fn, types
+from tracer.data.dali import Pictures
 from tracer.data.index import read_index
 from tracer.data.order import Crops, in_order, random_crops
+from tracer.data.window import random_window
 from tracer.models.picture_format import PictureFormat
 
 
@@ -57,36 +56,23 @@ def test_an_oblong_picture_is_evaluated_as_open_clip_does(
     assert (levels(images[0], wanted) - levels(expected, wanted)).abs().mean() < 1
 
 
-def load(path: Path) -> np.ndarray:
-    return np.frombuffer(path.read_bytes(), np.uint8)
-
-
-def windows(pictures: list[np.ndarray], crops: Crops) -> tuple[np.ndarray, np.ndarray]:
-    """Corners [n, 2] of the crops of encoded pictures."""
-
-    @pipeline_def(batch_size=len(pictures), num_threads=1, device_id=None)
-    def pipeline():
-        encoded = fn.external_source(lambda: pictures, dtype=types.UINT8, ndim=1)
-        sides = fn.external_source(lambda: crops.sides, dtype=types.FLOAT, ndim=2)
-        place = fn.external_source(lambda: crops.place, dtype=types.FLOAT, ndim=1)
-        return _window(encoded, sides, place)
-
-    start, end = pipeline().run()
-    return start.as_array(), end.as_array()
+def windows(shape: tuple[int, int], crops: Crops) -> tuple[np.ndarray, np.ndarray]:
+    """Corners [n, 2] of the crops of pictures of one shape (height, width)."""
+    start, end = zip(*(random_window(shape, *crop) for crop in zip(*crops, strict=True)), strict=True)
+    return np.stack(start), np.stack(end)
 
 
 @pytest.mark.parametrize("size", [(500, 500), (3000, 2250), (300, 900), (900, 300)], ids=str)
 @pytest.mark.parametrize("smallest", [0.9, 0.1])
-def test_crops_have_the_distribution_of_torchvision(tmp_path, size, smallest):
+def test_crops_have_the_distribution_of_torchvision(size, smallest):
     """Area and ratio over 4000 draws.
 
     In the extreme shapes no attempt ever fits; in large pictures torchvision's rounding to pixels is small.
     """
     n = 4000
     picture = Image.new("L", size)
-    picture.save(tmp_path / "a.png")
     crops = random_crops(n, 0, 0, smallest)
-    start, end = windows([load(tmp_path / "a.png")] * n, crops)
+    start, end = windows(size[::-1], crops)
     np.testing.assert_allclose(start, crops.place * (1 - (end - start)), atol=1e-6)
     assert np.quantile(crops.place, [0, 0.25, 0.5, 0.75, 1]) == pytest.approx(
         np.arange(0, 1.1, 0.25), abs=0.02
@@ -120,8 +106,8 @@ def test_a_crop_is_what_pil_cuts_out(wanted, tmp_path, write_csv, name, turned):
     index = read_index(write_csv("a.csv", ["image", "label"], [[name, "x"]] * 2))
     crops = random_crops(2, 3, 0, 0.2)
     ((images, _),) = Pictures(index, wanted, in_order(2, 2), 2, crops=iter([crops]))
-    start, end = windows([load(tmp_path / name)] * 2, crops)
     upright = ImageOps.exif_transpose(Image.open(tmp_path / name))
+    start, end = windows(upright.size[::-1], crops)
     assert upright.size == ((90, 60) if turned == 1 else (60, 90))
     for got, low, high in zip(levels(images, wanted), start, end, strict=True):
         (top, left), (bottom, right) = (corner * upright.size[::-1] for corner in (low, high))

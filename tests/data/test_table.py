@@ -17,18 +17,18 @@ def test_labels_or_captions_may_be_absent(write_csv):
     (only_label,) = read_table(write_csv("a.csv", ["image", "label"], [["a.png", "red_fox"]]))
     assert only_label.captions == ["a photo of a red fox"]
     (only_text,) = read_table(write_csv("b.csv", ["image", "captions"], [["a.png", "x|y"]]))
-    assert only_text.label == "a.png"
+    assert only_text.label is None
 
 
 @pytest.mark.parametrize(
     ("header", "rows", "says"),
     [
         (
-            ["image", "category"],
-            [["a.png", "x"]],
+            ["image", "width"],
+            [["a.png", "3"]],
             "it needs 'image' and at least one of 'label' and 'captions'",
         ),
-        (["picture", "label"], [["a.png", "x"]], "has the columns label, picture"),
+        (["picture", "label"], [["a.png", "x"]], "has a column 'picture', did you mean 'image'"),
         (["image", "label"], [["a.png", "x"], ["", "x"]], "line 3: needs a picture"),
         (["image", "label", "captions"], [["a.png", " ", " | "]], "line 2: needs .* a label or a caption"),
     ],

@@ -23,7 +23,7 @@ class Batch:
     Attributes:
         image: normalised pictures [n, 3, S, S] float32.
         text: tokens of the captions [n, context] int64.
-        label: numbers of the classes [n] int64.
+        label: numbers of the classes [n] int64; a picture without a label has a number of its own.
         index: numbers of the pictures in the data set [n] int64, on the CPU.
     """
 
@@ -37,7 +37,9 @@ class TrainingBatches:
     """Iterate over the batches ``first``, …, ``steps`` − 1 of a run; those before ``first`` are not read.
 
     Args:
-        index: the data set; a label's number is its place in ``index.classes``.
+        index: the data set; a label's number is its place in ``index.classes``. A picture without a label gets
+            the next free number, shared only by other rows of the same file, so that in the loss its captions
+            are its only positives.
         clip: the model that gives the tokenizer and the picture format.
         batch_size: pictures of a batch.
         steps: number of batches of the whole run.
@@ -80,8 +82,7 @@ class TrainingBatches:
             if self._numbers
             else ()
         )
-        number = {name: i for i, name in enumerate(index.classes)}
-        self._labels = torch.tensor([number[label] for label in index.labels])
+        self._labels = torch.tensor(_numbers(index))
         # All captions are tokenized once; those of picture i are the rows offsets[i], …, offsets[i + 1] − 1.
         self._offsets = torch.tensor(np.cumsum([0] + [len(captions) for captions in index.captions]))
         self._tokens = clip.tokenizer([caption for captions in index.captions for caption in captions])
@@ -95,3 +96,14 @@ class TrainingBatches:
             choice = torch.from_numpy(caption_choice(len(index), self._seed, number))
             text, label = self._tokens[start + (choice * count).long()], self._labels[index]
             yield Batch(image, text.to(self._device), label.to(self._device), index)
+
+
+def _numbers(index: Index) -> list[int]:
+    """Return the number of each picture's class, or of its file where it has no label."""
+    number = {name: i for i, name in enumerate(index.classes)}
+    alone = dict.fromkeys(i for i, n in zip(index.images, index.labels, strict=True) if n is None)
+    file = {image: len(number) + i for i, image in enumerate(alone)}
+    return [
+        file[image] if label is None else number[label]
+        for image, label in zip(index.images, index.labels, strict=True)
+    ]

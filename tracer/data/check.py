@@ -2,52 +2,71 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
+import torch
 from tqdm import tqdm
 
+from tracer.data.dali import VERSION, decode, undecodable
 from tracer.data.index import Index
+from tracer.data.picture import read_picture
 from tracer.errors import UserError
 from tracer.files import whole_file
+from tracer.machine import compute_device
 
-FORMATS = {"JPEG", "PNG", "WEBP", "BMP", "TIFF"}  # what both PIL and DALI decode
+AT_ONCE = 8  # pictures that DALI decodes at once, for each thread
 
 
 def check_pictures(index: Index, cache: Path, workers: int) -> None:
-    """Decode every picture once, with ``workers`` threads.
+    """Decode every picture once, by the decoder that trains, with ``workers`` threads.
 
-    A data set that passed is remembered in the folder ``cache`` by its digest, and not decoded again.
+    A data set that passed is remembered in the folder ``cache``, by its digest and the decoder, and not decoded
+    again.
 
     Raises:
         UserError: some pictures cannot be decoded; the message counts them and names the first.
     """
-    passed = cache / f"checked-{index.digest()[:16]}.json"
+    device = compute_device()
+    key = hashlib.sha256(f"{index.digest()} DALI {VERSION} {device.type}".encode()).hexdigest()
+    passed = cache / f"checked-{key[:16]}.json"
     if passed.is_file():
         return
-    with ThreadPoolExecutor(workers) as pool:
-        faults = pool.map(_fault, index.images)  # PIL decodes without the GIL
-        progress = tqdm(faults, total=len(index), desc=f"checking {index.name}", unit="picture", delay=1)
-        damaged = [(path, fault) for path, fault in zip(index.images, progress, strict=True) if fault]
+    images = list(dict.fromkeys(index.images))
+    damaged: dict[Path, str] = {}
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(images), desc=f"checking {index.name}", unit="picture", delay=1) as progress,
+    ):
+        for paths in _chunks(images, AT_ONCE * workers):
+            damaged |= _faults(paths, pool, device, workers)
+            progress.update(len(paths))
     if damaged:
-        path, fault = damaged[0]
+        path, reason = next(iter(damaged.items()))
         raise UserError(
-            f"{len(damaged)} of {len(index)} pictures of '{index.name}' cannot be decoded, "
-            f"first '{path}' ({fault}): repair them or remove their rows"
+            f"{len(damaged)} of {len(images)} pictures of '{index.name}' cannot be decoded, "
+            f"first '{path}' ({reason}): repair them or remove their rows"
         )
     with whole_file(passed) as part:
         part.write_text(json.dumps({"pictures": len(index)}))
 
 
-def _fault(path: Path) -> str | None:
-    """Return why the picture cannot be decoded, or None."""
+def _chunks(paths: list[Path], size: int) -> Iterator[list[Path]]:
+    return (paths[i : i + size] for i in range(0, len(paths), size))
+
+
+def _faults(
+    paths: list[Path], pool: ThreadPoolExecutor, device: torch.device, workers: int
+) -> dict[Path, str]:
+    """Return what is wrong with the pictures that cannot be decoded, by their path."""
     try:
-        with Image.open(path) as picture:
-            if picture.format not in FORMATS:
-                return f"{picture.format} is not supported, use {', '.join(sorted(FORMATS))}"
-            picture.load()
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and more for damaged files
-        return str(error) or type(error).__name__
-    return None
+        pictures = list(pool.map(read_picture, paths))
+        files = [p.encoded for p in pictures if p.encoded is not None and not p.decoded]
+        if files:
+            decode(files, device, workers)
+    except (UserError, RuntimeError):  # which does not say which pictures, so decode them one by one
+        return undecodable(paths, device)
+    return {}

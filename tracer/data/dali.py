@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import nvidia.dali
 import nvidia.dali.fn
-import nvidia.dali.math
 import nvidia.dali.types
 import torch
 from nvidia.dali import pipeline_def
@@ -15,15 +19,19 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from torch import Tensor
 
 from tracer.data.index import Index
-from tracer.data.order import ATTEMPTS, RATIO, Crops
+from tracer.data.order import Crops
+from tracer.data.picture import UndecodableError, for_dali, read_picture, what_pil_says
+from tracer.data.window import centre_window, random_window
 from tracer.models.picture_format import PictureFormat
 
 # DALI fills these modules at import, where a type checker does not see it.
 fn: Any = nvidia.dali.fn
 
-dali_math: Any = nvidia.dali.math
-
 types: Any = nvidia.dali.types
+
+VERSION: str = nvidia.dali.__version__
+
+AHEAD = 8  # more batches than a pipeline's queues hold
 
 
 class Pictures:
@@ -41,6 +49,9 @@ class Pictures:
             them pictures are resized, and the centre cropped, as by open_clip's transform for evaluation.
         workers: threads that decode.
         device: where the pipeline runs, decoding included.
+
+    Raises:
+        UndecodableError: here or while iterating, for a picture that cannot be decoded; names it.
     """
 
     def __init__(
@@ -54,80 +65,119 @@ class Pictures:
         workers: int = 2,
         device: torch.device | str = "cpu",
     ):
-        self.device = torch.device(device)
-
-        def read() -> Iterator[tuple[Any, ...]]:
-            for rows in batches:
-                files = [np.fromfile(index.images[i], np.uint8) for i in rows]
-                yield files, list(rows[:, None]), *(next(crops) if crops else ())
-
-        gpu: Any = self.device.index or 0 if self.device.type == "cuda" else None  # None: no CUDA at all
+        self.device, self._index, self._format = torch.device(device), index, picture_format
+        self._recent: deque[np.ndarray] = deque(maxlen=AHEAD)  # numbers of the pictures that DALI may hold
+        self._pool = ThreadPoolExecutor(workers)
+        source = self._read(batches, crops)
+        gpu = _gpu(self.device)
         decorate = pipeline_def(batch_size=batch_size, num_threads=workers, device_id=gpu)
-        pipeline = decorate(_pictures)(
-            read, picture_format, cropped=crops is not None, on_gpu=gpu is not None
-        )
-        self._iterator = DALIGenericIterator(pipeline, ["image", "index"], auto_reset=False)
+        pipeline = decorate(_pictures)(source, picture_format, gpu is not None)
+        with self._named():
+            self._iterator = DALIGenericIterator(pipeline, ["image", "index"], auto_reset=False)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for (batch,) in self._iterator:
-            yield batch["image"].to(self.device), batch["index"].flatten()
+        batches = iter(self._iterator)
+        while True:
+            with self._named():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch[0]["image"].to(self.device), batch[0]["index"].flatten()
+
+    def _read(
+        self, batches: Iterator[np.ndarray], crops: Iterator[Crops] | None
+    ) -> Iterator[tuple[Any, ...]]:
+        """Yield the inputs of DALI for each batch: files, numbers, and the windows' first and last corners."""
+
+        def load(row: int, *crop: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            picture = read_picture(self._index.images[row])
+            shape = picture.shape
+            window = random_window(shape, *crop) if crop else centre_window(shape, self._format)
+            encoded, window = for_dali(picture, window, self._format)
+            return encoded, window.start, window.end
+
+        for rows in batches:
+            self._recent.append(rows)
+            files, starts, ends = zip(
+                *self._pool.map(load, rows, *(next(crops) if crops else ())), strict=True
+            )
+            yield list(files), list(rows[:, None]), np.stack(starts), np.stack(ends)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Turn an error of the pipeline into one that names the picture, where a picture is the reason."""
+        try:
+            yield
+        except RuntimeError:
+            recent = dict.fromkeys(self._index.images[row] for batch in self._recent for row in batch)
+            faults = undecodable(recent, self.device)
+            for path, reason in faults.items():
+                raise UndecodableError(path, reason) from None
+            raise
 
 
-def _pictures(
-    read: Callable[[], Iterator[tuple[Any, ...]]], wanted: PictureFormat, cropped: bool, on_gpu: bool
-) -> tuple[Any, Any]:
-    """DALI nodes of a whole pipeline: normalised pictures and their numbers, from what ``read`` yields."""
-    inputs = 4 if cropped else 2  # files, numbers, and the two parts of the crops
-    encoded, rows, *crop = fn.external_source(
-        read,
-        num_outputs=inputs,
-        dtype=[types.UINT8, types.INT64, types.FLOAT, types.FLOAT][:inputs],
-        ndim=[1, 1, 2, 1][:inputs],
+def undecodable(paths: Iterable[Path], device: torch.device) -> dict[Path, str]:
+    """Return what is wrong with those of the files that cannot be decoded one by one, by their path."""
+    faults = {}
+    for path in paths:
+        try:
+            picture = read_picture(path)
+            if picture.encoded is not None:
+                decode([picture.encoded], device, workers=1)
+        except UndecodableError as error:
+            faults[path] = error.reason
+        except RuntimeError:
+            faults[path] = (
+                what_pil_says(path) or "DALI's decoder refuses it, though PIL reads it: save it again"
+            )
+    return faults
+
+
+def decode(files: list[np.ndarray], device: torch.device, workers: int) -> None:
+    """Decode encoded pictures as the training pipeline does, and forget them.
+
+    Raises:
+        RuntimeError: DALI cannot decode one of them.
+    """
+
+    def pipeline() -> Any:
+        encoded = fn.external_source(lambda: files, dtype=types.UINT8, ndim=1)
+        return _decoded(encoded, device.type == "cuda").shape()
+
+    decorate = pipeline_def(
+        batch_size=len(files), num_threads=workers, device_id=_gpu(device), prefetch_queue_depth=1
     )
-    image = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
-    image = _resized(image, encoded, wanted, crop)
+    decorate(pipeline)().run()
+
+
+def _gpu(device: torch.device) -> Any:
+    return (device.index or 0) if device.type == "cuda" else None  # None: no CUDA at all
+
+
+def _decoded(encoded: Any, on_gpu: bool) -> Any:
+    return fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
+
+
+def _pictures(read: Any, wanted: PictureFormat, on_gpu: bool) -> tuple[Any, Any]:
+    """DALI nodes of a whole pipeline: normalised pictures and their numbers, from what ``read`` yields."""
+    encoded, rows, start, end = fn.external_source(
+        read, num_outputs=4, dtype=[types.UINT8, types.INT64, types.FLOAT, types.FLOAT], ndim=[1, 1, 1, 1]
+    )
+    kernel = types.INTERP_CUBIC if wanted.interpolation == "bicubic" else types.INTERP_LINEAR
+    image = fn.resize(
+        _decoded(encoded, on_gpu),
+        size=[wanted.size, wanted.size],
+        roi_start=start,
+        roi_end=end,
+        roi_relative=True,
+        interp_type=kernel,
+        antialias=True,
+    )
     image = fn.crop_mirror_normalize(
         image,
-        crop=(wanted.size, wanted.size),
         mean=[255 * m for m in wanted.mean],
         std=[255 * s for s in wanted.std],
         output_layout="CHW",
         dtype=types.FLOAT,
     )
     return image, rows
-
-
-def _resized(image: Any, encoded: Any, wanted: PictureFormat, crop: list[Any]) -> Any:
-    """DALI nodes: the picture, or the crop of it, resized; the longer side may still be larger than the size."""
-    kernel = types.INTERP_CUBIC if wanted.interpolation == "bicubic" else types.INTERP_LINEAR
-    sampling = {"interp_type": kernel, "antialias": True}
-    square = [wanted.size, wanted.size]
-    if crop:
-        start, end = _window(encoded, *crop)
-        return fn.resize(image, size=square, roi_start=start, roi_end=end, roi_relative=True, **sampling)
-    if wanted.resize_mode == "squash":
-        return fn.resize(image, size=square, **sampling)
-    shape = fn.peek_image_shape(encoded, dtype=types.FLOAT)[:2]
-    size = dali_math.floor(shape * wanted.size / fn.reductions.min(shape))  # down, as torchvision rounds
-    return fn.resize(image, size=size, **sampling)
-
-
-def _window(encoded: Any, sides: Any, place: Any) -> tuple[Any, Any]:
-    """DALI nodes: first and last corner of the crop, [2] float32 each, relative to the picture's height and width.
-
-    The crop is the first attempt that fits the picture, and where none does, as much of the picture as RATIO
-    allows. This is the distribution of torchvision's RandomResizedCrop, except that torchvision rounds to whole
-    pixels and centres a crop of the second kind.
-    """
-    shape = fn.peek_image_shape(encoded, dtype=types.FLOAT)[:2]
-    unit = (
-        dali_math.sqrt(shape[0] * shape[1]) / shape
-    )  # side of the square of that area, relative to each side
-    sides = sides * fn.expand_dims(unit, axes=1)
-    fits = fn.reductions.max(sides, axes=0) <= 1.0
-    rank = fits * types.Constant(np.arange(ATTEMPTS, 0, -1, dtype=np.float32))  # the first is the highest
-    best = fn.reductions.max(rank)
-    largest = dali_math.min(RATIO * unit * unit, 1.0)
-    size = fn.reductions.sum(sides * (rank == best), axes=1) * (best > 0.0) + largest * (best == 0.0)
-    start = place * (1.0 - size)
-    return start, start + size

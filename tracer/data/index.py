@@ -22,19 +22,19 @@ class Index:
     Attributes:
         name: what messages and results call it.
         images: N paths.
-        labels: N class names.
+        labels: N class names; None where a picture has no label.
         captions: N lists of at least one caption.
     """
 
     name: str
     images: list[Path]
-    labels: list[str]
+    labels: list[str | None]
     captions: list[list[str]]
 
     @cached_property
     def classes(self) -> list[str]:
-        """The distinct labels, sorted."""
-        return sorted(set(self.labels))
+        """The distinct labels, sorted; pictures without a label belong to no class."""
+        return sorted({label for label in self.labels if label is not None})
 
     def __len__(self) -> int:
         return len(self.images)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 
 class Sample(NamedTuple):
-    """A picture with the name of its class and one or more captions."""
+    """A picture with the name of its class, or None where it has no label, and one or more captions."""
 
     image: Path
-    label: str
+    label: str | None
     captions: list[str]
