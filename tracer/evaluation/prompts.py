@@ -103,7 +103,7 @@ def check_labels(sets: list[Index], prompts: dict[str, list[str]]) -> None:
     """Raise UserError if a set has pictures without a label, or a label that is not a class of ``prompts``."""
     check_labelled(sets)
     for index in sets:
-        unknown = sorted(set(index.labels) - set(prompts))
+        unknown = sorted(set(index.classes) - set(prompts))
         if unknown:
             raise UserError(
                 f"'{index.name}' has {len(unknown)} labels without prompts, first '{unknown[0]}': "
