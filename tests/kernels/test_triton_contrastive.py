@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tracer.kernels._config import Tile
 from triton_interpreter import DEVICE, HAS_GPU
 
 from tracer.kernels import _config, _triton, contrastive, eager
-from tracer.kernels._config import Tile
 
 # numpy, in the interpreter, warns of lanes that a mask throws away
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from tqdm import tqdm
 
 from tracer.data.index import Index
 from tracer.errors import UserError
-from tracer.files import whole_file
+from tracer.files import whole_file, write_json
 
 FORMATS = {"JPEG", "PNG", "WEBP", "BMP", "TIFF"}  # what both PIL and DALI decode
 
@@ -38,7 +37,7 @@ def check_pictures(index: Index, cache: Path, workers: int) -> None:
             f"first '{path}' ({fault}): repair them or remove their rows"
         )
     with whole_file(passed) as part:
-        part.write_text(json.dumps({"pictures": len(index)}))
+        write_json(part, {"pictures": len(index)})
 
 
 def _fault(path: Path) -> str | None:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from tracer.data.decoded import DecodedPictures
 from tracer.data.index import Index
+from tracer.errors import UserError
 from tracer.evaluation.metrics import accuracy, calibration_error
 from tracer.evaluation.prompts import check_labels
 from tracer.models.clip import MAX_LOGIT_SCALE, Clip
@@ -102,6 +103,9 @@ def class_probabilities(
         batch_size: pictures that are encoded at once.
         workers: threads that decode pictures.
         decoded: where pictures stay decoded for the next model; default: nowhere.
+
+    Raises:
+        UserError: a probability is not finite, so that the most probable class means nothing.
     """
     clip.model.eval()
     scale = clip.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
@@ -112,4 +116,11 @@ def class_probabilities(
     for image in tqdm(batches, desc=f"evaluating {index.name}", total=total, delay=3, leave=False):
         features = clip.model.encode_image(image, normalize=True)
         rows.append((scale * features @ weights.T).softmax(-1).cpu())
-    return torch.cat(rows)
+    probabilities = torch.cat(rows)
+    broken = int((~probabilities.isfinite().all(1)).sum())
+    if broken:
+        raise UserError(
+            f"the model's outputs are not finite for {broken} of {len(index)} pictures of '{index.name}': its weights "
+            "are damaged or its training diverged, choose others"
+        )
+    return probabilities
