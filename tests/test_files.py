@@ -7,7 +7,7 @@ import os
 import pytest
 
 from tracer.errors import UserError
-from tracer.files import aside, remove_folder, whole_file, whole_folder
+from tracer.files import MARK, aside, claim_folder, remove_folder, whole_file, whole_folder
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -36,13 +36,13 @@ def test_a_file_that_fails_leaves_the_one_before_and_nothing_beside_it(tmp_path)
 
 def test_a_folder_appears_when_it_is_whole(tmp_path):
     path = tmp_path / "run"
-    aside(path).mkdir()
+    claim_folder(aside(path))
     (aside(path) / "left by a killed attempt").write_text("")
     with whole_folder(path) as part:
-        assert not list(part.iterdir())
+        assert [p.name for p in part.iterdir()] == [MARK]
         (part / "a").write_text("a")
         assert not path.exists()
-    assert [p.name for p in path.iterdir()] == ["a"]
+    assert {p.name for p in path.iterdir()} == {MARK, "a"}
     assert not aside(path).exists()
 
 
@@ -61,7 +61,7 @@ def test_a_folder_that_fails_stays_only_with_what_is_to_be_kept(tmp_path, kept):
         fail()
     assert aside(path).exists() == kept
     with whole_folder(path, keep="checkpoint-*") as part:
-        assert {p.name for p in part.iterdir()} == ({"log", "checkpoint-1"} if kept else set())
+        assert {p.name for p in part.iterdir()} == {MARK} | ({"log", "checkpoint-1"} if kept else set())
 
 
 def test_a_folder_that_is_being_written_is_not_removed(tmp_path):

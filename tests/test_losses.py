@@ -71,8 +71,26 @@ def test_what_is_refused(module):
     student, _ = pairs()
     with pytest.raises(NotImplementedError, match="world_size = 2 is not supported yet"):
         module(world_size=2)
-    with pytest.raises(NotImplementedError, match="logit_bias belongs to the SigLIP loss"):
-        module()(*student, logit_bias=torch.zeros(()))
+
+
+@pytest.mark.parametrize("module", [ClipLoss, MPMNCELoss])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_bias_of_the_logits_changes_no_softmax(module, shape):
+    """As in open_clip's own training, which passes its models' bias; the loss and the gradients stay the same."""
+    student, _ = pairs()
+    u, v, scale = (torch.as_tensor(x).detach().clone().requires_grad_() for x in student)
+    plain = module()(u, v, scale)
+    bias = torch.full(shape, -10.0, requires_grad=True)
+    biased = module()(u, v, scale, logit_bias=bias)
+    assert torch.equal(plain, biased)
+    assert module()(u, v, scale, -10.0, output_dict=True)["contrastive_loss"] == plain
+    expected = torch.autograd.grad(plain, (u, v, scale))
+    got = torch.autograd.grad(biased, (u, v, scale, bias))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=False))
+    assert torch.equal(got[3], torch.zeros(shape))
+    theirs = open_clip.loss.ClipLoss()(u, v, scale, logit_bias=bias)
+    if module is ClipLoss:
+        torch.testing.assert_close(biased, theirs)
 
 
 def test_labels_make_more_positives():

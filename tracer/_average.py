@@ -6,6 +6,7 @@ engines. They differ in where the student's float32 weights are read and in how 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +27,7 @@ class Student:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._slots = _slots(model)
-        self._sizes = _registry_sizes(model)
+        self._registries = _registries(model)
 
     def names(self) -> list[str]:
         """Return the names in the order of the module."""
@@ -60,7 +61,7 @@ class Student:
         for name in shared:
             if getattr(self.get(name), "requires_grad", False):
                 raise ValueError(f"{name!r} was frozen when the teacher was built: build it after unfreezing")
-        if all(len(registry) == size for registry, size in self._sizes):
+        if all(_same(registry, content) for registry, content in self._registries):
             return
         now = Student(self._model)
         added = [n for n in now.names() if n not in self._slots and isinstance(now.get(n), nn.Parameter)]
@@ -69,7 +70,10 @@ class Student:
                 f"the student has parameters that were added after the teacher was built ({', '.join(added[:3])}"
                 f"{', …' * (len(added) > 3)}): build the teacher after adding them"
             )
-        self._sizes = now._sizes
+        self._slots, self._registries = (
+            now._slots,
+            now._registries,
+        )  # a module may have been replaced by another
 
 
 class Average:
@@ -254,13 +258,22 @@ def _slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
     return slots
 
 
-def _registry_sizes(model: nn.Module) -> list[tuple[dict[str, Any], int]]:
-    """Return every dictionary of parameters or submodules in the model, with its present size.
+def _registries(model: nn.Module) -> list[tuple[dict[str, Any], int | list[Any]]]:
+    """Return every dictionary of parameters in the model with its size, and of submodules with its content.
 
-    Comparing sizes finds an added parameter without a walk through the modules at each update.
+    Comparing them finds an added parameter without a walk through the modules at each update.
     """
-    registries = [r for module in model.modules() for r in (module._parameters, module._modules)]
-    return [(registry, len(registry)) for registry in registries]
+    registries: list[tuple[dict[str, Any], int | list[Any]]] = []
+    for module in model.modules():
+        registries.append((module._parameters, len(module._parameters)))
+        registries.append((module._modules, list(module._modules.values())))
+    return registries
+
+
+def _same(registry: dict[str, Any], content: int | list[Any]) -> bool:
+    if isinstance(content, int):
+        return len(registry) == content
+    return len(registry) == len(content) and all(map(operator.is_, registry.values(), content))
 
 
 @contextmanager

@@ -11,19 +11,22 @@ import argparse
 import errno
 import json
 import os
+import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NamedTuple
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from tracer import __version__
 from tracer.demo.config import DemoConfig, PretrainConfig
-from tracer.errors import UserError
+from tracer.errors import Stopped, UserError
 from tracer.evaluation.config import EvaluateConfig
+from tracer.settings import check_set_names
 from tracer.train.config import Config
 
 # Each command imports its libraries when it runs, so that --help and bad options answer at once.
@@ -79,10 +82,18 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    """Run the command line and return its exit code.
+
+    It is 0 for success, 2 for a mistake of the user, 130 for Ctrl-C and 143 for SIGTERM, which Slurm and Kubernetes
+    send. A training step that either of the two signals interrupts is finished and saved first.
+    """
     threading.excepthook = _thread_error
     try:
-        run(*parse(argv))
+        with _sigterm_raises():
+            run(*parse(argv))
+    except Stopped as stopped:
+        print(f"tracer: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
     except (UserError, argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         return _refuse(str(error))
     except OSError as error:
@@ -100,6 +111,25 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM raise :class:`Stopped`, so that what a command leaves half done is tidied up."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Stopped(
+            "stopped by SIGTERM; the same command goes on from the last whole checkpoint, if any", number
+        )
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def parse(argv: list[str] | None = None) -> tuple[str, Any]:
     """Return the command's name and its settings.
 
@@ -108,6 +138,7 @@ def parse(argv: list[str] | None = None) -> tuple[str, Any]:
         UserError: a file of settings that is not text.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
+    _check_names(sys.argv[1:] if argv is None else argv)
     parser = ArgumentParser(prog="tracer", description=(__doc__ or "").splitlines()[0], exit_on_error=False)
     parser.add_argument("--version", action="version", version=f"tracer {__version__}")
     commands = parser.add_subcommands(required=True, dest="command")
@@ -120,6 +151,14 @@ def parse(argv: list[str] | None = None) -> tuple[str, Any]:
     values = namespace[namespace.command].as_dict()
     values.pop("config")
     return namespace.command, COMMANDS[namespace.command].settings(**values)
+
+
+def _check_names(argv: list[str]) -> None:
+    """Refuse options of named sets whose name the parser would take apart at its dots, or that have no name."""
+    for argument in argv:
+        option, _, name = argument.partition("=")[0].removeprefix("--").partition(".")
+        if argument.startswith("--") and option in ("eval_data", "kinds"):
+            check_set_names(option, [name])
 
 
 class SettingsFile(ActionConfigFile):

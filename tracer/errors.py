@@ -5,3 +5,16 @@ from __future__ import annotations
 
 class UserError(ValueError):
     """Bad input in the rooms behind the command line, which prints its one line; the library raises ValueError."""
+
+
+class Stopped(BaseException):
+    """A signal has asked the process to stop; like KeyboardInterrupt it passes through ``except Exception``.
+
+    Args:
+        message: what was saved, and how to go on.
+        signal: number of the signal; the command line ends with 128 + this number, as shells do.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal

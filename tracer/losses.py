@@ -59,20 +59,15 @@ class ClipLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
         labels: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Loss of normalised features [N, D]; ``labels`` [N], integer, name the class of each pair.
 
-        Raises:
-            NotImplementedError: ``logit_bias`` is given.
+        ``logit_bias``, of any shape, is accepted as open_clip's loss does: added to every logit, it changes no
+        softmax. Its gradient is zero.
         """
-        if logit_bias is not None:
-            raise NotImplementedError(
-                f"{type(self).__name__}: logit_bias belongs to the SigLIP loss and changes no softmax; "
-                "pass logit_bias=None"
-            )
         loss = contrastive_loss(
             image_features,
             text_features,
@@ -82,6 +77,8 @@ class ClipLoss(nn.Module):
             smoothing=self.smoothing,
             impl=self.impl,
         ).loss
+        if isinstance(logit_bias, Tensor):
+            loss = loss + 0.0 * logit_bias.sum().to(loss)  # in the graph, as a distributed wrapper expects it
         return {"contrastive_loss": loss} if output_dict else loss
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tracer.errors import UserError
@@ -36,3 +36,22 @@ def check_ranges(settings: Any, ranges: Mapping[str, str]) -> None:
             for number in value if isinstance(value, tuple) else (value,):
                 if number is not None and not (math.isfinite(number) and MUST_BE[must](number)):
                     raise UserError(f"--{name} is {number}: it must be {must}")
+
+
+def check_set_names(option: str, names: Iterable[str]) -> None:
+    """Check the names of evaluation sets, each of which is part of an option's name on the command line.
+
+    Args:
+        option: without dashes: ``eval_data`` or ``kinds``.
+        names: as the user gave them.
+
+    Raises:
+        UserError: a name is empty or holds a dot.
+    """
+    for name in names:
+        if not name:
+            raise UserError(f"--{option} names no set: write --{option}.NAME, with a name of your choice")
+        if "." in name:
+            raise UserError(
+                f"--{option}.{name}: the name of a set holds no dots, write --{option}.{name.replace('.', '_')}"
+            )

@@ -19,7 +19,7 @@ from cut_runs import content, cut
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tracer.errors import UserError
-from tracer.files import aside, whole_folder
+from tracer.files import MARK, aside, claim_folder, file_aside, whole_folder
 from tracer.models.clip import load_clip
 from tracer.models.weights import save_weights
 from tracer.train.checkpoint import WHOLE, newest
@@ -149,8 +149,8 @@ def test_nothing_half_written_is_taken_for_whole(config, tmp_path, monkeypatch):
     part = cut(config, monkeypatch, 3)
     shutil.copytree(part / "checkpoint-2", part / "checkpoint-3.part")
     (part / "checkpoint-3.part" / "rank-0.pt").write_bytes(b"half")
-    (part / "checkpoint-1").mkdir()
-    (part / "student.safetensors.part").write_bytes(b"half")
+    claim_folder(part / "checkpoint-1")
+    file_aside(part / "student.safetensors").write_bytes(b"half")
     cut(config, monkeypatch, 0)
     assert [p.name for p in part.glob("checkpoint*")] == ["checkpoint-2"]
     assert_same(finetune(config), uninterrupted(config, tmp_path))
@@ -197,7 +197,8 @@ def test_a_run_without_a_checkpoint_begins_anew(config, tmp_path, monkeypatch):
     config = dataclasses.replace(config, save_every=500)
     assert not cut(config, monkeypatch, 2).exists()
     part = aside(config.output)
-    (part / "tensorboard").mkdir(parents=True)  # as a kill leaves it
+    claim_folder(part)  # as a kill leaves it
+    (part / "tensorboard").mkdir()
     (part / "log.jsonl").write_text('{"step": 1, "loss": 9')
     assert_same(finetune(config), uninterrupted(config, tmp_path))
 
@@ -231,7 +232,7 @@ def test_two_processes_do_not_write_the_same_run(config, monkeypatch):
         (part / "log.jsonl").write_text("of the first process")
         with pytest.raises(UserError, match=f"another process is writing '{part}': wait until it has ended"):
             finetune(config)
-        assert [p.name for p in part.iterdir()] == ["log.jsonl"]
+        assert {p.name for p in part.iterdir()} == {MARK, "log.jsonl"}
     shutil.rmtree(config.output)
     part = cut(config, monkeypatch, 3)
     before = content(part)
@@ -255,7 +256,7 @@ def test_what_does_not_decide_the_result_may_change(config, tmp_path, monkeypatc
 def test_a_damaged_checkpoint_is_named_and_stays(config, monkeypatch, damage):
     config = dataclasses.replace(config, method="r-adapter")
     part = cut(config, monkeypatch, 3)
-    files = [p for p in (part / "checkpoint-2").rglob("*") if p.is_file()]
+    files = [p for p in (part / "checkpoint-2").rglob("*") if p.is_file() and p.name != MARK]
     assert len(files) == 4
     for path in files:
         whole = path.read_bytes()
@@ -296,6 +297,7 @@ def test_a_checkpoint_holds_only_what_trains(config, tmp_path, monkeypatch):
         )
         assert all(".adapter." in key for key in state["module"]) == (method == "r-adapter")
         assert {p.name for p in (part / "checkpoint-2").iterdir()} == {
+            MARK,
             "checkpoint.json",
             "engine",
             "rank-0.pt",

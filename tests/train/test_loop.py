@@ -13,6 +13,7 @@ from tracer.data.batches import TrainingBatches
 from tracer.data.dali import Pictures
 from tracer.data.index import read_index
 from tracer.data.order import in_order
+from tracer.losses import TracerLoss
 from tracer.models.clip import load_clip
 from tracer.ops import contrastive_loss
 from tracer.schedules import EMA, WMA, Frozen, Uniform
@@ -150,3 +151,28 @@ def test_the_losses_own_diagnostics_are_logged_every_few_steps(config):
         if method == "tracer":  # in fp32 the relational term is the mean KL of both directions
             kl = [rows[-1][f"pair/{d}/kl"] for d in ("image_to_text", "text_to_image")]
             assert sum(kl) / 2 == pytest.approx(rows[-1]["relational"], rel=1e-4)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_the_logged_loss_is_the_mean_of_the_micro_batches(config, monkeypatch, zero_stage):
+    """Of the loss, of each term and of the diagnostics, as the loss gave them."""
+    seen, forward = [], TracerLoss.forward
+
+    def recorded(*args, **kwargs):
+        seen.append(forward(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(TracerLoss, "forward", recorded)
+    changes = {"accumulation": 3, "steps": 2, "warmup": 0, "batch_size": 8, "eval_data": {}}
+    rows = read_log(finetune(dataclasses.replace(config, zero_stage=zero_stage, **changes)))
+    for row, parts in zip(rows, (seen[:3], seen[3:]), strict=True):
+        losses = [float(part.loss) for part in parts]
+        assert row["loss"] == pytest.approx(sum(losses) / 3, rel=1e-6)
+        assert row["loss"] != pytest.approx(losses[-1], rel=1e-5)
+        for name in parts[0].terms:
+            assert row[name] == pytest.approx(
+                sum(float(p.terms[name]) for p in parts) / 3, rel=1e-5, abs=1e-9
+            )
+    name = "student/image_to_text/entropy"
+    mean = sum(float(part.diagnostics[name]) for part in seen[3:]) / 3
+    assert rows[1][name] == pytest.approx(mean, rel=1e-5)

@@ -23,6 +23,7 @@ from tracer.train.run import finetune, fingerprint
 def test_a_run_is_whole_and_says_what_it_did(config, capsys):
     folder = finetune(config)
     assert {p.name for p in folder.iterdir()} == {
+        ".tracer",
         "config.yaml",
         "log.jsonl",
         "tensorboard",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ from tracer.data.dali import VERSION, decode, undecodable
 from tracer.data.index import Index
 from tracer.data.picture import read_picture
 from tracer.errors import UserError
-from tracer.files import whole_file
+from tracer.files import whole_file, write_json
 from tracer.machine import compute_device
 
 AT_ONCE = 8  # pictures that DALI decodes at once, for each thread
@@ -51,7 +50,7 @@ def check_pictures(index: Index, cache: Path, workers: int) -> None:
             f"first '{path}' ({reason}): repair them or remove their rows"
         )
     with whole_file(passed) as part:
-        part.write_text(json.dumps({"pictures": len(index)}))
+        write_json(part, {"pictures": len(index)})
 
 
 def _chunks(paths: list[Path], size: int) -> Iterator[list[Path]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from tracer.demo.packages import describe, download
 from tracer.demo.render import has_one_ink, on_paper, render_all
 from tracer.demo.split import ambiguous, fingerprints, groups, repeats, split
 from tracer.demo.themes import LINE, THEMES, TRAIN_FAMILY, Icon, read_themes
-from tracer.files import whole_folder
+from tracer.files import remove_folder, whole_folder, write_json
 
 RECIPE = 1  # raised whenever the same packages would give other files
 
@@ -70,7 +69,8 @@ def prepare(root: Path, workers: int = 2) -> Benchmark:
         UserError: a package cannot be downloaded; see :func:`tracer.demo.packages.download`.
     """
     if not _is_prepared(root):
-        shutil.rmtree(root, ignore_errors=True)
+        if os.path.lexists(root):
+            remove_folder(root)
         files = download(sorted({package for package, _ in THEMES.values()}), root.parent / "packages")
         icons = read_themes(files, THEMES, workers)
         with whole_folder(root) as folder:
@@ -134,7 +134,7 @@ def _write(folder: Path, files: dict[str, Path], icons: list[Icon], workers: int
         for name, members in sets.items():
             _write_set(folder, folder / f"{name}.csv", np.flatnonzero(members), pictures, texts, bar)
     prompts = {label: list(dict.fromkeys([*phrases[label], words(label)])) for label in sorted(learnt)}
-    (folder / "classes.json").write_text(json.dumps(prompts, indent=1))
+    write_json(folder / "classes.json", prompts)
     manifest = {
         "recipe": RECIPE,
         "packages": {name: describe(name, path) for name, path in sorted(files.items())},
@@ -147,7 +147,7 @@ def _write(folder: Path, files: dict[str, Path], icons: list[Icon], workers: int
             ),
         },
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    write_json(folder / "manifest.json", manifest)
 
 
 def _write_set(

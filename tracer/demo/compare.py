@@ -19,7 +19,7 @@ from tracer.demo.judge import Judge, Rows, choose_examples, finished_run, scored
 from tracer.demo.methods import METHODS, TRAINED_VARIANTS, Runs, train_all
 from tracer.evaluation.evaluate import evaluation_sets
 from tracer.evaluation.prompts import class_prompts
-from tracer.files import whole_file
+from tracer.files import check_folder, claim_folder, whole_file, write_json
 from tracer.machine import machine, versions
 from tracer.models.clip import Clip, load_clip
 from tracer.report.page import write_report
@@ -37,8 +37,10 @@ def demo(config: DemoConfig) -> Path:
     clock = Clock()
     config.validate()
     command = command_line(config)
+    check_folder(config.output)  # before the work, which takes long
     config, sets, prompts = prepare_data(config)
     refuse_unadaptable(config)  # before the training, which takes long
+    claim_folder(config.output)
     clock.lap("data")
     runs = train_all(config)
     clock.lap("training")
@@ -198,7 +200,7 @@ def report(results: dict[str, Any], folder: Path) -> Path:
     """Write ``results.json``, and from it the page, whose path is returned, and the table on the terminal."""
     path = folder / "results.json"
     with whole_file(path) as part:
-        part.write_text(json.dumps(results, indent=1))
+        write_json(part, results)
     written = read_results(path)
     page = write_report(written, folder / "report.html")
     print_results(written)

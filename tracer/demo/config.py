@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from tracer.errors import UserError
 from tracer.recipes import R_ADAPTER
-from tracer.settings import check_ranges
+from tracer.settings import check_ranges, check_set_names
 from tracer.train.config import Config
 
 ICONS = Path("runs/data/icons")  # where the demo keeps its data
@@ -55,6 +55,7 @@ class DemoConfig(Config):
         check_ranges(
             self, {"at least 1": "seeds", "from 0 to 1": "alphas wise_alpha", "above 0": "adapter_lr"}
         )
+        check_set_names("kinds", self.kinds)
         for name, role in self.kinds.items():
             if role not in ROLES:
                 raise UserError(f"--kinds.{name} is '{role}': it must be one of {', '.join(ROLES)}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tracer.demo.config import DemoConfig
-from tracer.files import aside, remove_folder
+from tracer.files import aside, check_ours, remove_folder
 from tracer.train.checkpoint import belongs
 from tracer.train.config import Config
 from tracer.train.run import finetune, fingerprint, is_run_of
@@ -73,6 +74,9 @@ def finetune_once(config: DemoConfig, key: str, changes: dict[str, Any], seed: i
     if run.adapted:
         run.lr = config.adapter_lr
     part = aside(run.output)
+    for folder in (run.output, part):
+        if os.path.lexists(folder):
+            check_ours(folder)
     if run.output.exists():
         if is_run_of(run, run.output):
             return run.output

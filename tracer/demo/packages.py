@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tracer.errors import UserError
+from tracer.files import file_aside
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -114,7 +115,7 @@ def _fetch_any_version(name: str, folder: Path, state: Path) -> Path | None:
 
 def _fetch(url: str, path: Path, sha256: str) -> str:
     """Download one file; return what went wrong, or '' on success."""
-    part = path.with_name(path.name + ".part").resolve()
+    part = file_aside(path).resolve()
     try:
         command = [str(APT_HELPER), "-o", "Acquire::Retries=2", "download-file", url, str(part)]
         result = subprocess.run([*command, f"SHA256:{sha256}"], capture_output=True, text=True)

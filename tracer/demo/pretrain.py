@@ -20,12 +20,15 @@ from tracer.demo.augment import augment
 from tracer.demo.config import PretrainConfig
 from tracer.demo.corpus import Corpus, download_corpus
 from tracer.demo.small_clip import demo_architecture, demo_model, demo_tokenizer
-from tracer.errors import UserError
-from tracer.files import whole_file
+from tracer.errors import Stopped, UserError
+from tracer.files import claim_folder, whole_file
 from tracer.models.weights import MAX_LOGIT_SCALE, save_weights
 from tracer.ops import contrastive_loss
 from tracer.train.engine import parameter_groups
 from tracer.train.log import trim_log
+from tracer.train.stop import stop_requests
+
+MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient, after which the training stops
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -41,6 +44,7 @@ def pretrain(config: PretrainConfig) -> Path:
     done = config.output / "model.safetensors"
     if done.exists():
         raise UserError(f"'{done}' exists: choose another --output or remove it")
+    claim_folder(config.output)  # before the work, which takes long
     model = demo_model(None)
     size = model.visual.image_size
     corpus = download_corpus(config.data, size[0] if isinstance(size, tuple) else size, config.workers)
@@ -63,9 +67,11 @@ def fit(config: PretrainConfig, corpus: Corpus) -> Path:
     chance = torch.where(torch.from_numpy(corpus.named), config.named, 1.0)
     budget, started, saved = 60 * config.minutes, monotonic() - elapsed, elapsed
     config.output.mkdir(parents=True, exist_ok=True)
+    skipped = 0
     with (
         tqdm(total=round(budget), initial=round(elapsed), desc="pretraining", unit="s") as bar,
         (config.output / "log.jsonl").open("a") as log,
+        stop_requests() as request,
     ):
         while elapsed < budget:
             rate = learning_rate(elapsed / budget, config.warmup)
@@ -75,22 +81,42 @@ def fit(config: PretrainConfig, corpus: Corpus) -> Path:
             image, text = augment(pictures[rows], draw), captions.draw(rows, draw)
             loss = batch_loss(model, image, text, labels[rows], config.precision)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            finite = bool((norm + loss.detach()).isfinite())
+            if finite:
+                optimizer.step()
             optimizer.zero_grad()
+            skipped = 0 if finite else skipped + 1
+            if skipped == MAX_SKIPPED:
+                raise UserError(
+                    f"the loss or its gradient was not finite in {skipped} steps in a row, the last is step {step + 1}: "
+                    f"lower --lr and remove '{config.output}' to start anew"
+                )
             with torch.no_grad():
                 model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
             step, elapsed = step + 1, monotonic() - started
             bar.update(min(round(elapsed), round(budget)) - bar.n)
-            if step % 20 == 0:
+            if step % 20 == 0 and finite:
                 bar.set_postfix(step=step, loss=f"{loss.item():.3f}")
-                log.write(json.dumps({"step": step, "seconds": elapsed, "loss": loss.item()}) + "\n")
+                log.write(
+                    json.dumps({"step": step, "seconds": elapsed, "loss": loss.item()}, allow_nan=False)
+                    + "\n"
+                )
                 log.flush()
-            if elapsed - saved > 60 * config.save_every:
+            if elapsed - saved > 60 * config.save_every or request.signal:
                 saved = elapsed
                 _checkpoint(config, model, optimizer, draw, step, elapsed)
+            if request.signal:
+                raise Stopped(
+                    f"stopped after step {step}, which is saved; the same command goes on from there",
+                    request.signal,
+                )
     weights = {name: value.half() for name, value in model.state_dict().items()}
+    if not all(value.isfinite().all() for name, value in weights.items() if not name.endswith("mask")):
+        raise UserError(
+            f"the weights are not finite in float16: lower --lr and remove '{config.output}' to start anew"
+        )
     save_weights(weights, config.output / "model.safetensors", demo_architecture().metadata())
     (config.output / "resume.pt").unlink(missing_ok=True)
     return config.output / "model.safetensors"

@@ -10,8 +10,8 @@ from tracer.data.index import Index, read_index
 from tracer.errors import UserError
 from tracer.evaluation.config import EvaluateConfig
 from tracer.evaluation.prompts import check_distinct, check_labelled, check_labels, class_prompts
-from tracer.evaluation.zero_shot import Scores, evaluate_zero_shot
-from tracer.files import whole_file
+from tracer.evaluation.zero_shot import Score, Scores, evaluate_zero_shot
+from tracer.files import check_output, whole_file, write_json
 from tracer.machine import compute_device
 from tracer.models.clip import load_clip
 
@@ -23,6 +23,8 @@ def evaluate(config: EvaluateConfig) -> Scores:
         UserError: a setting, a data set or the model cannot be used; the message names the remedy.
     """
     config.validate()
+    if config.output and not _is_scores(config.output):
+        check_output(config.output)  # before the work
     sets = evaluation_sets(config.eval_data)
     classes = sorted({label for index in sets for label in index.classes})
     prompts = class_prompts(config.classes, classes)
@@ -35,9 +37,22 @@ def evaluate(config: EvaluateConfig) -> Scores:
     clip.model.to(compute_device())
     scores = evaluate_zero_shot(clip, sets, prompts, workers=config.workers)
     if config.output:
-        with whole_file(config.output) as part:
-            part.write_text(json.dumps(scores, indent=1, allow_nan=False))
+        try:
+            with whole_file(config.output, may_replace=_is_scores) as part:
+                write_json(part, scores)
+        except (OSError, UserError):
+            print(json.dumps(scores, indent=1))  # they took long
+            raise
     return scores
+
+
+def _is_scores(path: Path) -> bool:
+    """Return whether ``path`` is a file that this command wrote, which it may replace."""
+    try:
+        content = json.loads(path.read_text())
+        return bool(content) and all(set(score) == set(Score.__annotations__) for score in content.values())
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
 
 
 def evaluation_sets(eval_data: dict[str, Path]) -> list[Index]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tracer.errors import UserError
-from tracer.files import sync, whole_folder
+from tracer.files import is_marked, remove_tree, sync, whole_folder, write_json
 from tracer.teacher import MovingAverageTeacher
 
 WHOLE = "checkpoint-*[0-9]"  # matches no checkpoint that is still being written
@@ -81,8 +80,8 @@ class Checkpoints:
             UserError: the checkpoint is damaged.
         """
         for other in self._folder.glob("checkpoint-*"):  # older ones, and any that is half written
-            if other != self._last:
-                shutil.rmtree(other)
+            if other != self._last and is_marked(other):
+                remove_tree(other)
         if self._last is None:
             return
         try:
@@ -120,7 +119,7 @@ class Checkpoints:
                     script.unlink()
                 torch.save({"averages": states, "random": random}, part / _rank_file())
                 record = self._identity | {"step": step, "seconds": self.seconds}
-                (part / "checkpoint.json").write_text(json.dumps(record, indent=1))
+                write_json(part / "checkpoint.json", record)
                 sync(part)
             sync(self._folder)
         except RuntimeError as error:
@@ -130,7 +129,7 @@ class Checkpoints:
                 f"'{folder}' could not be written: free some space there and start again"
             ) from error
         if self._last is not None:
-            shutil.rmtree(self._last)
+            remove_tree(self._last)
         self._last, self.step = folder, step
 
     def nbytes(self) -> int:

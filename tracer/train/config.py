@@ -11,7 +11,7 @@ import yaml
 
 from tracer.errors import UserError
 from tracer.recipes import EMA, R_ADAPTER, TRACER, WMA
-from tracer.settings import check_ranges
+from tracer.settings import check_ranges, check_set_names
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
@@ -23,7 +23,8 @@ class DataSettings:
     Args:
         train_data: CSV with the columns image, label and/or captions (several divided by '|'), or a folder
             with one sub-folder of pictures per class.
-        eval_data: name → CSV or folder of each evaluation set; the first is the in-distribution one.
+        eval_data: name → CSV or folder of each evaluation set; the first is the in-distribution one. A name holds
+            no dots.
         classes: JSON file {class: [prompt, …]} for zero-shot evaluation; default: a prompt per label.
         workers: threads that decode pictures.
         check_images: decode every picture once up front, so that a damaged one is named before training.
@@ -40,6 +41,7 @@ class DataSettings:
     def validate(self) -> None:
         """Raise UserError for the first setting of this section that is out of range."""
         check_ranges(self, {"at least 1": "workers"})
+        check_set_names("eval_data", self.eval_data)
 
 
 @dataclass
@@ -147,6 +149,8 @@ class OptimisationSettings:
             adapters train, else 0.1.
         warmup: steps of linear warm-up, then cosine to 0.
         clip_grad: largest gradient norm; 0 switches clipping off.
+        max_skipped: a step whose loss or gradient is not finite changes nothing and is counted; the run stops after
+            this many of them in a row.
         crop_scale: smallest share of the picture's area that the random crop keeps.
         precision: fp32; amp_bf16 (fp32 weights, products in bf16); bf16 (weights and activations bf16, master
             weights and teacher fp32); auto: amp_bf16 where the hardware multiplies bf16, else fp32.
@@ -161,6 +165,7 @@ class OptimisationSettings:
     weight_decay: float | None = None
     warmup: int = TRACER.warmup
     clip_grad: float = 1.0
+    max_skipped: int = 10
     crop_scale: float = 0.9
     precision: Literal["auto", "fp32", "amp_bf16", "bf16"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -187,7 +192,7 @@ class OptimisationSettings:
         check_ranges(
             self,
             {
-                "at least 1": "steps epochs batch_size accumulation",
+                "at least 1": "steps epochs batch_size accumulation max_skipped",
                 "above 0": "lr",
                 "at least 0": "weight_decay warmup clip_grad",
                 "above 0 and at most 1": "crop_scale",

@@ -35,9 +35,28 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
+class CheckedAdamW(AdamW):
+    """AdamW that takes no step while the norm of the gradients is not finite.
+
+    DeepSpeed's optimizers of stages 1 to 3 check the same by themselves; at stage 0 the engine steps this one, and
+    reads ``overflow`` from it: it then counts a skipped step and leaves the learning rate where it is.
+
+    Attributes:
+        overflow: whether the last step was skipped.
+    """
+
+    overflow = False
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step, unless the norm of all gradients is NaN or infinite."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.overflow = not bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        return None if self.overflow else super().step(closure)
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float, kind: type[AdamW] = AdamW) -> AdamW:
     """Return the AdamW of every run, with open_clip's moments and ε for vision transformers."""
-    return AdamW(parameter_groups(model, weight_decay), lr=lr, betas=(0.9, 0.98), eps=1e-6)
+    return kind(parameter_groups(model, weight_decay), lr=lr, betas=(0.9, 0.98), eps=1e-6)
 
 
 def lr_schedule(config: Config, optimizer: Optimizer) -> LRScheduler:
@@ -72,13 +91,28 @@ def start_engine(config: Config, model: nn.Module) -> DeepSpeedEngine:
         UserError: the process is one of several ranks.
     """
     _join_process_group()
+    start = {
+        n: p.detach() for n, p in model.named_parameters() if p.requires_grad
+    }  # keeps its float32 storage
+    adam = CheckedAdamW if config.zero_stage == 0 else AdamW
     engine, *_ = _deepspeed().initialize(
         model=model,
-        optimizer=adamw(model, config.recipe.lr, config.recipe.weight_decay),
+        optimizer=adamw(model, config.recipe.lr, config.recipe.weight_decay, adam),
         lr_scheduler=lambda optimizer: lr_schedule(config, optimizer),
         config=_deepspeed_settings(config),
     )
+    if resolve_precision(config.precision) == "bf16":
+        _set_master_weights(engine, start)
     return engine
+
+
+def _set_master_weights(engine: DeepSpeedEngine, weights: dict[str, Tensor]) -> None:
+    """Set the optimizer's float32 weights to these: DeepSpeed makes them from the model's, rounded to bf16."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    for name, parameter in engine.module.named_parameters():
+        if name in weights:
+            safe_set_full_fp32_param(parameter, weights[name].to(engine.device))
 
 
 def _join_process_group() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
@@ -26,6 +27,10 @@ class StepLog:
         after: steps of that log that still hold; the rows of later ones are dropped, in TensorBoard too.
         every: steps between two writes.
 
+    Attributes:
+        skipped: how many of all rows tell of a skipped step (``skipped`` is 1).
+        skipped_in_a_row: how many of the last rows do so.
+
     Raises:
         UserError: the earlier log has fewer rows than ``after``.
     """
@@ -40,21 +45,34 @@ class StepLog:
                 f"'{path}' has lost rows: {rows} of the {after} until the last checkpoint are there; "
                 f"remove '{folder}' to start anew, or choose another --output"
             )
+        self.skipped = self.skipped_in_a_row = 0
+        for row in read_log(folder):
+            self._count(row)
         self._file = path.open("a")
         purge = {"purge_step": after + 1} if after else {}
         self._board = SummaryWriter(str(folder / "tensorboard"), **purge)
 
     def write(self, step: int, values: Mapping[str, Tensor | float]) -> None:
-        """Note the values of one step: numbers, or tensors of one element."""
+        """Note the values of one step: numbers, or tensors of one element.
+
+        A value that is not finite is left out of the logs: JSON has no number for it.
+        """
+        self._count(values)
         self._rows.append((step, {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}))
         if len(self._rows) >= self.every:
             self.flush()
+
+    def _count(self, values: Mapping[str, Tensor | float]) -> None:
+        skipped = int(values.get("skipped", 0))
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
     def flush(self) -> None:
         """Write the gathered rows to both logs."""
         for step, values in self._rows:
             scalars = {name: float(value) for name, value in values.items()}
-            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+            scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
+            self._file.write(json.dumps({"step": step, **scalars}, allow_nan=False) + "\n")
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
         self._rows.clear()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from tracer import recipes
 from tracer.adapters import adapter_schedule
 from tracer.data.batches import Batch, TrainingBatches
 from tracer.data.index import Index
+from tracer.errors import Stopped, UserError
 from tracer.losses import TracerLoss
 from tracer.machine import resolve_precision
 from tracer.models.clip import Clip, encode, projections
@@ -25,6 +28,7 @@ from tracer.train.checkpoint import Checkpoints
 from tracer.train.config import Config
 from tracer.train.engine import full_weights, mixed_precision, optimizer_sizes, start_engine
 from tracer.train.log import StepLog
+from tracer.train.stop import stop_requests
 
 if TYPE_CHECKING:
     from tracer.train.engine import DeepSpeedEngine
@@ -73,17 +77,23 @@ class Trainer:
         self.loss = objective(config)
         self.precision = resolve_precision(config.precision)
         self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self.pictures: list[int] = []  # of the last step, by their numbers in the data set
         self.engine.train()
 
     def step(self, step: int, micro_batches: Iterable[Batch], measure: bool) -> dict[str, Tensor | float]:
         """Take optimizer step ``step`` (1, 2, …) and return the scalars to log.
 
-        The gradient is the mean over the micro-batches; the loss and its terms are those of the last one. With
-        ``measure`` the loss's diagnostics and the gap to the teacher are added.
+        The gradient is the mean over the micro-batches, and so are the loss and its terms. ``skipped`` is 1 where the
+        loss or the gradient was not finite: weights, averages and the learning rate's schedule then stay where they
+        were. With ``measure`` the loss's diagnostics, again means over the micro-batches, and the gap to the teacher
+        on the last micro-batch are added.
         """
         config, engine, teacher = self.config, self.engine, self.averages.teacher
         started, lr = time.perf_counter(), engine.get_lr()[0]
+        measured: list[dict[str, Tensor]] = []  # of each micro-batch
+        self.pictures = []
         for batch in micro_batches:
+            self.pictures += batch.index.tolist()
             image = batch.image.to(self.dtype)
             with mixed_precision(engine.device, self.precision):
                 student_output = encode(engine, image, batch.text)
@@ -95,15 +105,31 @@ class Trainer:
                     projections=projections(engine.module) if teacher and not config.adapted else None,
                     stats=measure,
                 )
-            engine.backward(loss)
+            # A NaN in all gradients: the optimizer's own check then sees a loss that is not finite too.
+            engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+            measured.append({"loss": loss.detach(), **terms} | diagnostics)
             engine.step()  # moves the weights after the last micro-batch; until then it adds up gradients
         for average in self.averages.by_name().values():
             average.update(step)
-        scalars = {"loss": loss, **terms}
+        scalars = means(measured)
         if measure and teacher and config.zero_stage < 3:
             scalars["kl"] = teacher_gap(engine, teacher, image, batch.text)
-        scalars |= {"logit_scale": student_output[2], "lr": lr}
-        return scalars | {"step_seconds": time.perf_counter() - started} | diagnostics
+        scalars |= {
+            "logit_scale": student_output[2],
+            "lr": lr,
+            "skipped": float(not engine.was_step_applied()),
+        }
+        return scalars | {"step_seconds": time.perf_counter() - started}
+
+
+def means(measured: list[dict[str, Tensor]]) -> dict[str, Tensor | float]:
+    """Return the mean of each scalar over the micro-batches of a step."""
+    if len(measured) == 1:
+        return dict(measured[0])
+    return {
+        name: torch.stack([torch.as_tensor(m[name]).detach().float() for m in measured]).mean()
+        for name in measured[0]
+    }
 
 
 def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: Checkpoints) -> Trained:
@@ -127,12 +153,26 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
         )
     )
     steps = range(done + 1, total + 1)
-    for step in tqdm(steps, desc=config.output.name, unit="step", initial=done, total=total):
-        measure = step % MEASURE_EVERY == 0 or step == total
-        log.write(step, trainer.step(step, islice(batches, config.accumulation), measure))
-        if step % config.save_every == 0 or step == total:
-            log.sync()  # before the checkpoint, which relies on the log's rows
-            checkpoints.save(step, engine, averages.by_name())
+    bar = tqdm(steps, desc=config.output.name, unit="step", initial=done, total=total)
+    with stop_requests() as request:
+        for step in bar:
+            measure = step % MEASURE_EVERY == 0 or step == total
+            log.write(step, trainer.step(step, islice(batches, config.accumulation), measure))
+            if log.skipped:
+                bar.set_postfix(skipped=log.skipped)
+            if log.skipped_in_a_row >= config.max_skipped:
+                pictures = [index.images[n] for n in trainer.pictures]
+                raise _not_finite(config, step, log.skipped_in_a_row, pictures)
+            if step % config.save_every == 0 or step == total or request.signal:
+                log.sync()  # before the checkpoint, which relies on the log's rows
+                checkpoints.save(step, engine, averages.by_name())
+            if request.signal:
+                raise Stopped(
+                    f"stopped after step {step} of {total}, which is saved; the same command goes on from there",
+                    request.signal,
+                )
+    if log.skipped == total:
+        raise _not_finite(config, total, total, [index.images[n] for n in trainer.pictures])
     last = full_weights(engine)
     trained = Trained(
         student=averages.student.gather() if averages.student else last,
@@ -142,6 +182,17 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
     )
     engine.destroy()  # its hooks would keep model and optimizer in memory, in a comparison for every run
     return trained
+
+
+def _not_finite(config: Config, step: int, skipped: int, pictures: list[Path]) -> UserError:
+    """Return the error for ``skipped`` steps in a row, the last of them on ``pictures``."""
+    batches = f"batch {step}" if config.accumulation == 1 else f"micro-batches of batch {step}"
+    named = ", ".join(f"'{picture}'" for picture in pictures[:3]) or "no pictures"
+    return UserError(
+        f"the loss or its gradient was not finite in {skipped} steps in a row; the last is step {step}, {batches} with "
+        f"{named}{f' and {len(pictures) - 3} more' * (len(pictures) > 3)}: lower --lr, give a --clip_grad above 0, or "
+        "check the start's weights (--max_skipped sets the bound)"
+    )
 
 
 def moving_averages(config: Config, engine: DeepSpeedEngine) -> Averages:

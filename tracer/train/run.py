@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,16 @@ from tracer.data.index import Index, read_index
 from tracer.errors import UserError
 from tracer.evaluation.prompts import check_distinct, check_labels, class_prompts
 from tracer.evaluation.zero_shot import Scores, evaluate_zero_shot
-from tracer.files import sync, whole_folder
+from tracer.files import (
+    aside,
+    check_ours,
+    check_output,
+    is_marked,
+    remove_tree,
+    sync,
+    whole_folder,
+    write_json,
+)
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.architecture import Architecture
 from tracer.models.clip import load_clip, source_files
@@ -33,7 +42,7 @@ from tracer.train.log import StepLog
 from tracer.train.loop import Trained, Weights, train
 
 # Settings that say where and how fast a run works, and change nothing in its result.
-WITHOUT_EFFECT = ("output", "save_every", "cache", "workers", "check_images")
+WITHOUT_EFFECT = ("output", "save_every", "max_skipped", "cache", "workers", "check_images")
 
 
 @dataclass
@@ -68,8 +77,9 @@ def finetune(config: Config) -> Path:
         UserError: anything in the settings or the data that the user can mend.
     """
     config.validate()
-    if config.output.exists():
-        raise UserError(f"'{config.output}' exists: choose another --output or remove it")
+    check_output(config.output)  # and what is beside it, before the work
+    if os.path.lexists(aside(config.output)):
+        check_ours(aside(config.output))
     started = time.perf_counter()
     index = read_index(config.train_data)  # first: most mistakes are made in the data
     evaluation = _read_evaluation(config, index)
@@ -92,11 +102,12 @@ def finetune(config: Config) -> Path:
         (folder / "config.yaml").write_text(config.to_yaml())
         with StepLog(folder, after=checkpoints.step) as log:
             trained = train(config, clip, index, log, checkpoints)
+        frozen = {n: start[n] for n, p in clip.model.named_parameters() if not p.requires_grad}
         name, architecture = clip.name, clip.architecture
         del clip  # frees the engine's weights, to which its model is tied
-        weights = _export(config, trained, start, folder, name, architecture)
+        weights = _export(config, _exact(trained, frozen), start, folder, name, architecture)
         scores = _evaluate(config, weights, evaluation)
-        (folder / "metrics.json").write_text(json.dumps(scores, indent=1))
+        write_json(folder / "metrics.json", scores)
         record = RunRecord(
             seconds=checkpoints.seconds,
             precision=resolve_precision(config.precision),
@@ -106,10 +117,11 @@ def finetune(config: Config) -> Path:
         )
         if config.adapted:
             _print_sizes(record.sizes)
-        (folder / "run.json").write_text(json.dumps(asdict(record), indent=1))
+        write_json(folder / "run.json", asdict(record))
         sync(folder)
     for checkpoint in config.output.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+        if is_marked(checkpoint):
+            remove_tree(checkpoint)
     return config.output
 
 
@@ -141,6 +153,27 @@ def _warn_of_a_slow_average(config: Config) -> None:
             f"the adapters' average will hold {reached:.0%} of them: with so few steps, "
             f"choose an --adapter_momentum below {config.adapter_momentum:g}"
         )
+
+
+def _exact(trained: Trained, frozen: Weights) -> Trained:
+    """Return the trained weights with the ``frozen`` ones as they were: a bf16 engine has rounded them.
+
+    Raises:
+        UserError: weights are not finite, so that their accuracy would mean nothing.
+    """
+    exact = {}
+    for name in ("student", "teacher", "last"):
+        state = getattr(trained, name)
+        if state is None:
+            continue
+        exact[name] = state | {n: v for n, v in frozen.items() if n in state}
+        for key, value in exact[name].items():
+            if value.is_floating_point() and not key.endswith("mask") and not value.isfinite().all():
+                raise UserError(
+                    f"the {name}'s weights are not finite after training ('{key}'): they are neither scored nor kept; "
+                    "lower --lr or give a --clip_grad above 0"
+                )
+    return trained._replace(**exact)
 
 
 def _export(

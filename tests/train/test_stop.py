@@ -1,0 +1,78 @@
+"""SIGTERM and Ctrl-C: the step is finished and saved, and the same command goes on from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+
+import pytest
+from safetensors.torch import load_file
+
+from tracer.cli import main
+from tracer.demo import pretrain
+from tracer.files import aside
+from tracer.losses import TracerLoss
+from tracer.train.checkpoint import newest
+from tracer.train.run import finetune
+
+
+def signal_at(monkeypatch, call: int, number: int) -> None:
+    """Send this process a signal in the midst of a step: at a call (0, 1, …) of the loss."""
+    forward, count = TracerLoss.forward, iter(range(10**6))
+
+    def interrupted(*args, **kwargs):
+        if next(count) == call:
+            os.kill(os.getpid(), number)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(TracerLoss, "forward", interrupted)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_signal_saves_the_step_and_ends_with_its_code(
+    capsys, config, tmp_path, monkeypatch, number, code, accumulation
+):
+    config = dataclasses.replace(config, accumulation=accumulation, eval_data={}, steps=4)
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    (tmp_path / "settings.yaml").write_text(config.to_yaml())
+    with monkeypatch.context() as patch:
+        signal_at(patch, 1 * accumulation, number)
+        assert main(["finetune", "--config", str(tmp_path / "settings.yaml")]) == code
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line == "tracer: stopped after step 2 of 4, which is saved; the same command goes on from there"
+    assert newest(aside(config.output)).name == "checkpoint-2"
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    resumed = load_file(finetune(config) / "student.safetensors")
+    whole = load_file(finetune(dataclasses.replace(config, output=tmp_path / "w")) / "student.safetensors")
+    assert all((value == whole[name]).all() for name, value in resumed.items())
+
+
+def test_outside_of_the_training_sigterm_ends_the_command_at_once(capsys, config, tmp_path, monkeypatch):
+    (tmp_path / "settings.yaml").write_text(config.to_yaml())
+    monkeypatch.setattr("tracer.train.run.load_clip", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["finetune", "--config", str(tmp_path / "settings.yaml")]) == 143
+    assert "tracer: stopped by SIGTERM; the same command goes on" in capsys.readouterr().err
+    assert not aside(config.output).exists()
+
+
+def test_pretraining_is_saved_too(tmp_path, monkeypatch):
+    from demo.test_pretrain import tiny_corpus
+
+    from tracer.demo.config import PretrainConfig
+    from tracer.errors import Stopped
+
+    real, calls = pretrain.contrastive_loss, []
+
+    def third(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(pretrain, "contrastive_loss", third)
+    config = PretrainConfig(output=tmp_path / "run", minutes=5.0, batch_size=16)
+    with pytest.raises(Stopped, match="stopped after step 3, which is saved"):
+        pretrain.fit(config, tiny_corpus())
+    assert (config.output / "resume.pt").is_file()
