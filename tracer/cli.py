@@ -84,8 +84,8 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    It is 0 for success, 2 for a mistake of the user, 130 for Ctrl-C and 143 for SIGTERM, which Slurm and Kubernetes
-    send. A training step that either of the two signals interrupts is finished and saved first.
+    It is 0 for success, 2 for a mistake of the user, 130 for Ctrl-C and 143 for SIGTERM, which Slurm and
+    Kubernetes send. A training step that either of the two signals interrupts is finished and saved first.
     """
     threading.excepthook = _thread_error
     try:

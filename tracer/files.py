@@ -135,8 +135,8 @@ def whole_folder(path: Path, keep: str | None = None) -> Iterator[Path]:
     and a failure leaves it for the next attempt.
 
     Raises:
-        UserError: another process is writing it; there is something at its place that this program has not made; or
-            it is whole but cannot have its name, and the message says where it stays.
+        UserError: another process is writing it; there is something at its place that this program has not made;
+            or it is whole but cannot have its name, and the message says where it stays.
     """
     part = aside(path)
     if os.path.lexists(part):
