@@ -244,10 +244,7 @@ def measure(
     the largest first.
     """
     cases, precisions = list(cases or CASES), list(precisions or precisions_here())
-    if unknown := [*({*cases} - CASES.keys()), *({*precisions} - TOLERANCE.keys())]:
-        raise SystemExit(
-            f"unknown {', '.join(unknown)}: cases are {', '.join(CASES)}; precisions {', '.join(TOLERANCE)}"
-        )
+    _require_known(cases, precisions)
     bench = Bench(budget, repeats, patience)
     mains = _main_sizes(cases, precisions, pairs, width)
     growth: list[dict[str, Any]] = []
@@ -277,6 +274,13 @@ def measure(
         "left_out": left_out,
         "rates": rates(precisions),
     }
+
+
+def _require_known(cases: Sequence[str], precisions: Sequence[str]) -> None:
+    if unknown := [*({*cases} - CASES.keys()), *({*precisions} - TOLERANCE.keys())]:
+        raise SystemExit(
+            f"unknown {', '.join(unknown)}: cases are {', '.join(CASES)}; precisions {', '.join(TOLERANCE)}"
+        )
 
 
 def _main_sizes(cases: Sequence[str], precisions: Sequence[str], pairs: int, width: int) -> list[Size]:

@@ -21,14 +21,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +33,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from benchmarks import roofline
+from benchmarks import disassembly, roofline
 from benchmarks.harness import Highlight, command_line, progress, table
 from benchmarks.work import ARCHITECTURES, OBJECTIVES, Architecture
 from tracer.kernels import average_triton, contrastive_triton
@@ -51,20 +47,6 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-# Of a multiprocessor: registers per lane of a warp; shared memory, and what of it each program loses, in bytes;
-# columns of tensor memory; warps.
-LIMITS = {
-    "sm_80": (2048, 164 << 10, 1024, 0, 64),
-    "sm_90": (2048, 228 << 10, 1024, 0, 64),
-    "sm_100": (2048, 228 << 10, 1024, 512, 64),
-    "gfx942": (2048, 64 << 10, 0, 0, 32),
-}
-TENSOR_CORE = {
-    "sm_80": r"\bHMMA",
-    "sm_90": r"\bH(?:G)?MMA",
-    "sm_100": r"\bUTC.?MMA|\bHMMA",
-    "gfx942": r"\bv_mfma",
 }
 FULL = OBJECTIVES["full objective"].options
 AVERAGE = "moving average"
@@ -140,8 +122,12 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def _call(case: Case, N: int = 1024) -> tuple[Inputs, Options]:
     """Return the inputs and options that make the launchers use the kernels of a case."""
     feature = _empty(N, case.width, dtype=torch.bfloat16 if case.bits == 16 else torch.float32)
-    y = _empty(N, dtype=torch.int64) if case.options else None
-    teacher = (feature, feature, _empty()) if case.many else (None, None, None)
+    inputs = Inputs(feature, feature, _empty())
+    if case.many:
+        inputs = inputs._replace(teacher_image=feature, teacher_text=feature, teacher_logit_scale=_empty())
+    if case.options:
+        y = _empty(N, dtype=torch.int64)
+        inputs = inputs._replace(labels=y, text_labels=y)
     options = Options(
         margin=0.05 if case.options else 0.0,
         smoothing=0.05 if case.options else 0.0,
@@ -150,7 +136,7 @@ def _call(case: Case, N: int = 1024) -> tuple[Inputs, Options]:
         cross=case.many,
         stats=case.kernel == "forward with stats",
     )
-    return Inputs(feature, feature, _empty(), y, y, *teacher), options
+    return inputs, options
 
 
 def compile_case(case: Case, combine: bool = True) -> list[Report]:
@@ -170,12 +156,10 @@ def compile_case(case: Case, combine: bool = True) -> list[Report]:
 
 def compile_average(arch: str, on_device: bool) -> Report:
     """Compile the moving average, its weight a number or on the device, and read the machine code."""
-    table, weight = _empty(1, 5, dtype=torch.int64), _empty() if on_device else 0.5
-    with target(arch):
-        code = average_triton.average_kernel.run(
-            table, weight, ON_DEVICE=on_device, BLOCK=average_triton.BLOCK, num_warps=average_triton.NUM_WARPS,
-            grid=(1,), warmup=True,
-        )  # fmt: skip
+    average, param, weight = torch.zeros(1), torch.zeros(1), torch.zeros(()) if on_device else 0.5
+    with target(arch), recording(execute=False, keep_arguments=True) as launches:
+        average_triton.average_([average], [param], weight)
+        code = launches[0].compile()
     options = "weight on the device" if on_device else "weight a number"
     return _read(arch, code, AVERAGE, "none", 32, (average_triton.BLOCK,), options, 0)
 
@@ -204,53 +188,26 @@ def _read(
     options: str,
     width: int,
 ) -> Report:
-    if "cubin" in code.asm:
-        registers, spilled, text = _disassemble(code.asm["cubin"])
-    else:
-        text = code.asm["amdgcn"]
-        registers = int(_find(r"\.vgpr_count:\s+(\d+)", text))
-        spilled = int(_find(r"\.private_segment_fixed_size:\s+(\d+)", text))
+    """Return the report of a compiled kernel."""
+    binary = disassembly.read(arch, code.asm)
     warps, shared = int(code.metadata.num_warps), int(code.metadata.shared)
-    count = len(re.findall(TENSOR_CORE[arch], text))
-    resident = _resident(arch, registers, shared, getattr(code.metadata, "tmem_size", None) or 0, warps)
+    tensor_memory = getattr(code.metadata, "tmem_size", None) or 0
     return Report(
-        arch, kernel, products, bits, tile, warps, int(code.metadata.num_stages), options, width,
-        registers, spilled, shared, count, resident,
-    )  # fmt: skip
-
-
-def _resident(arch: str, registers: int, shared: int, columns: int, warps: int) -> int:
-    """Warps that a multiprocessor holds at once of programs that need so much each."""
-    lanes, memory, lost, tensor_memory, most = LIMITS[arch]
-    programs = [lanes // (-(-registers // 8) * 8) // warps, most // warps]
-    if shared:
-        programs.append(memory // (shared + lost))
-    if columns:
-        programs.append(tensor_memory // columns)
-    return min(programs) * warps
-
-
-def _find(pattern: str, text: str) -> str:
-    match = re.search(pattern, text)
-    if match is None:
-        raise RuntimeError(f"the disassembly has no {pattern!r}: has the tool's output changed?")
-    return match[1]
-
-
-def _disassemble(cubin: bytes) -> tuple[int, int, str]:
-    """Registers per thread, stack bytes per thread, and the instructions of an NVIDIA binary."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-
-        def run(*command: str) -> str:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage = run(str(tools / "cuobjdump"), "-res-usage", file.name)
-        text = run(str(tools / "nvdisasm"), "-c", file.name)
-    spilled = int(_find(r"STACK:(\d+)", usage)) or 4 * len(re.findall(r"\b(?:LDL|STL)\b", text))
-    return int(_find(r"REG:(\d+)", usage)), spilled, text
+        architecture=arch,
+        kernel=kernel,
+        products=products,
+        bits=bits,
+        tile=tile,
+        warps=warps,
+        stages=int(code.metadata.num_stages),
+        options=options,
+        width=width,
+        registers=binary.registers,
+        spilled=binary.spilled,
+        shared=shared,
+        tensor_core=binary.tensor_core,
+        resident_warps=disassembly.resident_warps(arch, binary.registers, shared, tensor_memory, warps),
+    )
 
 
 def shipped(architectures: list[str], quick: bool) -> list[Case]:
@@ -296,8 +253,8 @@ def compile_all(
             pool.submit(compile_average, arch, where) for arch in architectures for where in (False, True)
         ]
         bar = tqdm(compiled, total=len(cases), desc="compiling", unit="case")
-        found = [report for reports in bar for report in reports]
-        return found + [a.result() for a in averages], counted.result(), estimated.result()
+        of_the_loss = [report for reports in bar for report in reports]
+        return of_the_loss + [a.result() for a in averages], counted.result(), estimated.result()
 
 
 def variants() -> dict[str, int]:
@@ -307,7 +264,7 @@ def variants() -> dict[str, int]:
     for N, M in ((512, 512), (511, 512), (1, 1), (16, 48), (1000, 77)):
         feature = _empty(max(N, M), 64, dtype=torch.bfloat16)
         y = _empty(max(N, M) + 1, dtype=torch.int64)[1:]  # the alignment of labels varies too
-        inputs = Inputs(feature[:N], feature[:M], _empty(), y[:N], y[:M], feature[:N], feature[:M], _empty())
+        inputs = Inputs(feature[:N], feature[:M], _empty(), feature[:N], feature[:M], _empty(), y[:N], y[:M])
         for value in (0.01, 0.3, 1.0):
             options = FULL._replace(margin=value, smoothing=value, stats=True)
             with target("sm_90"), recording(execute=False, keep_arguments=True) as launches:
@@ -337,11 +294,11 @@ def measure(
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: unset it, kernels can only be compiled or interpreted")
     chosen = [str(arch) for arch in architectures or ARCHITECTURES]
-    found, counted, estimated = compile_all(chosen, quick)
-    found.sort(
+    reports, counted, estimated = compile_all(chosen, quick)
+    reports.sort(
         key=lambda r: (r.architecture, r.kernel, r.products, r.bits, r.options, r.width, r.tile, r.warps)
     )
-    rows = [asdict(r) for r in found]
+    rows = [asdict(r) for r in reports]
     refuse_spills(rows)
     return {
         "triton": triton.__version__,
@@ -487,14 +444,9 @@ def highlights(results: dict[str, Any]) -> list[Highlight]:
     return [Highlight(what, f"{sum(row['spilled'] for row in rows)} bytes", "", "")]
 
 
-def figures(results: dict[str, Any]) -> dict[str, Any]:
-    """None: the tables say it."""
-    return {}
-
-
 def exact(results: dict[str, Any]) -> dict[str, float]:
     """Registers, spills and shared memory of every kernel: a compiler of one version repeats them."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for row in results["kernels"]:
         name = (
             f"machine code {row['architecture']} {row['kernel']}, {row['products']}, {row['bits']} bits, "
@@ -502,13 +454,8 @@ def exact(results: dict[str, Any]) -> dict[str, float]:
             f"options {row['options']}, D {row['width']}:"
         )
         for what in ("registers", "spilled", "shared"):
-            found[f"{name} {what}"] = row[what]
-    return found | {f"compiled variants of {name}": count for name, count in results["variants"].items()}
-
-
-def ratios(results: dict[str, Any]) -> dict[str, float]:
-    """None: nothing is timed."""
-    return {}
+            numbers[f"{name} {what}"] = row[what]
+    return numbers | {f"compiled variants of {name}": count for name, count in results["variants"].items()}
 
 
 if __name__ == "__main__":

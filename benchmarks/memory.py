@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.competitors import CASES, EAGER, Problem, Step, baseline, check
-from benchmarks.harness import Highlight, command_line, progress, table
+from benchmarks.harness import command_line, progress, table
 from benchmarks.measure import allocated
 from tracer.kernels import _blocked_tile
 
@@ -36,7 +36,7 @@ def measure(*, quick: bool = False, width: int = 512) -> dict[str, Any]:
         quick: ours up to N 2048 instead of 4096, what stores N×N matrices at N 512 only.
         width: D.
     """
-    found = []
+    rows = []
     with one_thread(), any_processor():
         for case in CASES:
             for precision in PRECISIONS:
@@ -44,13 +44,13 @@ def measure(*, quick: bool = False, width: int = 512) -> dict[str, Any]:
                 for who, most in ((BLOCKED, 4096), (EAGER, 1024), (baseline(case), 4096)):
                     most = min(most, (2048 if who == BLOCKED else 512) if quick else most)
                     sizes = [n for n in SIZES if n <= most]
-                    found.append(_row(case, precision, who, _count(case, precision, who, sizes, width)))
+                    rows.append(_row(case, precision, who, _count(case, precision, who, sizes, width)))
             with launches_left_out():
                 counts = {
                     n: allocated(_step(case, "fp32", TRITON, n, width)) for n in SIZES[: 3 if quick else 4]
                 }
-            found.append(_row(case, "fp32", TRITON, counts))
-    return {"width": width, "rows": found}
+            rows.append(_row(case, "fp32", TRITON, counts))
+    return {"width": width, "rows": rows}
 
 
 def _row(case: str, precision: str, who: str, counts: dict[int, int]) -> dict[str, Any]:
@@ -114,16 +114,6 @@ def report(results: dict[str, Any]) -> str:
     return f"MiB at the peak, D {results['width']}\n\n{table(header, lines)}"
 
 
-def highlights(results: dict[str, Any]) -> list[Highlight]:
-    """None: the table of times has the memory beside them."""
-    return []
-
-
-def figures(results: dict[str, Any]) -> dict[str, Any]:
-    """None: the picture of the batch size shows it."""
-    return {}
-
-
 def exact(results: dict[str, Any]) -> dict[str, float]:
     """Bytes of every row and size."""
     return {
@@ -131,11 +121,6 @@ def exact(results: dict[str, Any]) -> dict[str, float]:
         for row in results["rows"]
         for n, count in row["bytes"].items()
     }
-
-
-def ratios(results: dict[str, Any]) -> dict[str, float]:
-    """None: nothing here was timed."""
-    return {}
 
 
 if __name__ == "__main__":

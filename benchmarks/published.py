@@ -157,16 +157,16 @@ def diagnostics(
     labels = torch.arange(len(image), device=image.device)
     values: dict[str, float] = {}
     for direction in ("image_to_text", "text_to_image"):
-        logits = {who: x if direction == "image_to_text" else x.T for who, x in both.items()}
-        log_p = {who: x.log_softmax(1) for who, x in logits.items()}
-        p = {who: x.exp() for who, x in log_p.items()}
-        best = {who: x.argmax(1) for who, x in logits.items()}
-        for who in both:
-            name = f"{who}/{direction}"
-            values[f"{name}/entropy"] = -(p[who] * log_p[who]).sum(1).mean().item()
-            values[f"{name}/confidence"] = p[who].amax(1).mean().item()
-            values[f"{name}/positive_probability"] = p[who].diagonal().mean().item()
-            values[f"{name}/accuracy"] = (best[who] == labels).float().mean().item()
+        logits = {model: x if direction == "image_to_text" else x.T for model, x in both.items()}
+        log_p = {model: x.log_softmax(1) for model, x in logits.items()}
+        p = {model: x.exp() for model, x in log_p.items()}
+        best = {model: x.argmax(1) for model, x in logits.items()}
+        for model in both:
+            name = f"{model}/{direction}"
+            values[f"{name}/entropy"] = -(p[model] * log_p[model]).sum(1).mean().item()
+            values[f"{name}/confidence"] = p[model].amax(1).mean().item()
+            values[f"{name}/positive_probability"] = p[model].diagonal().mean().item()
+            values[f"{name}/accuracy"] = (best[model] == labels).float().mean().item()
             values[f"{name}/effective_temperature"] = math.log(len(labels)) / max(
                 values[f"{name}/entropy"], 1e-6
             )

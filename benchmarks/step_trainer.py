@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import tracer.demo.small_clip  # noqa: F401 (registers the model tracer-demo)
 from benchmarks import pictures, published
 from benchmarks.measure import Timing, interleaved, require_close
 from tracer.data.batches import TrainingBatches
@@ -22,7 +23,7 @@ from tracer.models.clip import Clip, encode, load_clip, projections
 from tracer.ops import contrastive_loss, sampled_diagnostics
 from tracer.schedules import WMA
 from tracer.teacher import build_teacher
-from tracer.train.engine import mixed_precision
+from tracer.train.engine import adamw, mixed_precision
 
 HEADS = "projections"  # a case that trains only the last layer of a CLIP, on stored features of its towers
 PLAIN, OURS, PUBLISHED = "plain", "tracer", "published"
@@ -158,9 +159,8 @@ class Trainer:
         self.restart()
 
     def restart(self) -> None:
-        """Replace the optimizer by a new AdamW, set up as in the package's own training."""
-        groups = parameter_groups(self.model, WEIGHT_DECAY)
-        self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98), eps=1e-6)
+        """Replace the optimizer by a new one, the AdamW of the package's own training."""
+        self.optimizer = adamw(self.model, LR, WEIGHT_DECAY)
         self.optimizer.zero_grad()
 
     def phases(self, kind: str) -> dict[str, Callable[[], None]]:
@@ -307,15 +307,6 @@ class Step:
 
     def _autocast(self) -> Any:
         return mixed_precision(self.trainer.device, self.trainer.precision)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's groups: weight decay for matrices, none for vectors and scalars."""
-    params = list(model.parameters())
-    return [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def _flat(tensors: Iterable[Tensor | None]) -> Tensor:

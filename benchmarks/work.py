@@ -69,9 +69,10 @@ class Objective(NamedTuple):
 
     def inputs(self, feature: Tensor, scale: Tensor, labels: Tensor) -> Inputs:
         """Build the inputs of a call from features [N, D], which serve for both towers and both models."""
-        y = labels if self.labelled else None
-        teacher = (feature, feature, scale) if self.has_teacher else (None, None, None)
-        return Inputs(feature, feature.flip(0), scale, y, y, *teacher)
+        inputs = Inputs(feature, feature.flip(0), scale)
+        if self.has_teacher:
+            inputs = inputs._replace(teacher_image=feature, teacher_text=feature, teacher_logit_scale=scale)
+        return inputs._replace(labels=labels, text_labels=labels) if self.labelled else inputs
 
 
 MPM_NCE = Options(margin=0.05, smoothing=0.05)
@@ -293,11 +294,11 @@ def count_memory(objective: str, N: int, D: int, architecture: str, places: int)
         labels, feature = on_gpu(N, dtype=torch.int64), on_gpu(N, D, dtype=torch.bfloat16)
         inputs, upstream = counted.inputs(feature, on_gpu(()), labels), on_gpu(4)
         with Allocated((inputs, upstream)) as made:
-            saved = contrastive_triton.forward(inputs, counted.options, tile=tile["forward"]).saved
-            ahead, kept = made.peak, made.alive
+            result = contrastive_triton.forward(inputs, counted.options, tile=tile["forward"])
+            ahead, saved = made.peak, made.alive
             made.peak = 0
             contrastive_triton.backward(
-                upstream, inputs, saved, counted.options, Needs(), tile=tile["backward"]
+                upstream, inputs, result.saved, counted.options, Needs(), tile=tile["backward"]
             )
     return {
         "objective": objective,
@@ -305,7 +306,7 @@ def count_memory(objective: str, N: int, D: int, architecture: str, places: int)
         "rows": N,
         "width": D,
         "forward": ahead,
-        "saved": kept,
+        "saved": saved,
         "backward": made.peak,
         "matrix": 2 * N * N,
     }
@@ -454,38 +455,33 @@ def highlights(results: dict[str, Any]) -> list[Highlight]:
     """The whole objective's products at the largest size counted."""
     rows = [r for r in results["loss"] if r["objective"] == "full objective"]
     largest = max(rows, key=lambda r: r["rows"])
-    ours, theirs = sum(largest["units"].values()), largest["published_units"]
+    ours, published_units = sum(largest["units"].values()), largest["published_units"]
     name = f"products of the whole objective, counted, N {largest['rows']}"
     return [
-        Highlight(name, f"{ours:.2f} N²D", f"{theirs:g} N²D (published formulation)", f"{theirs / ours:.2f}×")
+        Highlight(
+            name,
+            f"{ours:.2f} N²D",
+            f"{published_units:g} N²D (published formulation)",
+            f"{published_units / ours:.2f}×",
+        )
     ]
-
-
-def figures(results: dict[str, Any]) -> dict[str, Any]:
-    """None: the tables are short."""
-    return {}
 
 
 def exact(results: dict[str, Any]) -> dict[str, float]:
     """Every count by name."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for r in results["loss"]:
         name = f"work {r['objective']} {r['architecture']} {r['rows']}x{r['width']}"
         for what in ("units", "bytes", "launches", "operations_per_logit", "exponentials_per_logit"):
             for when, value in r[what].items():
-                found[f"{name} {what.replace('_', ' ')} {when}"] = value
+                numbers[f"{name} {what.replace('_', ' ')} {when}"] = value
     for r in results["average"]:
         for what in ("launches", "bytes_per_parameter"):
-            found[f"work moving average {r['mode']} {what.replace('_', ' ')}"] = r[what]
+            numbers[f"work moving average {r['mode']} {what.replace('_', ' ')}"] = r[what]
     for r in results["memory"]:
         for when in ("forward", "saved", "backward"):
-            found[f"memory {r['objective']} {r['architecture']} {r['rows']}x{r['width']} {when}"] = r[when]
-    return found
-
-
-def ratios(results: dict[str, Any]) -> dict[str, float]:
-    """None: nothing is timed."""
-    return {}
+            numbers[f"memory {r['objective']} {r['architecture']} {r['rows']}x{r['width']} {when}"] = r[when]
+    return numbers
 
 
 if __name__ == "__main__":

@@ -326,3 +326,11 @@ def _operand_dtype(image: Tensor) -> torch.dtype:
 
 def _mkldnn_is_faster(a: Tensor) -> bool:
     return a.dtype == torch.float32 and a.device.type == "cpu" and not mkl_knows_this_processor()
+
+
+def target_weights(count: Tensor, others: int, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Return the target q of a positive and of a negative, for ``count`` positives among ``others``."""
+    if smoothing == 0.0:
+        return 1 / count, torch.zeros_like(count)
+    q_negative = torch.where(count < others, smoothing / (others - count), 0.0)
+    return (1 - q_negative * (others - count)) / count, q_negative

@@ -23,7 +23,6 @@ __all__ = [
     "INTERPRETED",
     "Gpu",
     "Launch",
-    "device_guard",
     "gpu",
     "launch",
     "planning_for",
@@ -109,11 +108,11 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **con
         _recorder.launches.append(this if _recorder.keep_arguments else this._replace(arguments=()))
         if not _recorder.execute:
             return
-    with device_guard(next(x for x in arguments if isinstance(x, Tensor))):
+    with _current_device(next(x for x in arguments if isinstance(x, Tensor))):
         this.run()
 
 
-def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
+def _current_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Make a tensor's GPU the current device, because Triton launches on the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 

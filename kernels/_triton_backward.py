@@ -54,8 +54,8 @@ def _store_strip(ptr, b_x, stride, row, offs_m, row_inside, col_inside):
 def backward_kernel(
     grad_terms_ptr,  # [len(TERMS)]
     image_ptr, text_ptr, logit_scale_ptr,  # [N, D], [M, D], []
-    labels_ptr, text_labels_ptr,  # [N], [M], or None
     teacher_image_ptr, teacher_text_ptr, teacher_factor_ptr,  # [N, D], [M, D], σ'/T [], or None
+    labels_ptr, text_labels_ptr,  # [N], [M], or None
     row_stats_ptr, col_stats_ptr,  # [len(Statistics), N], [len(Statistics), M]
     ds_ptr, da_ptr, db_ptr, stride,  # strips [last − first, M] with row stride, or None
     d_logit_scale_ptr,  # [grid 0, grid 1], or None

@@ -83,8 +83,8 @@ AGREEMENT, KL = (tl.constexpr(PAIR_DIAGNOSTICS.index(name)) for name in ("agreem
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=SMALL_OPERANDS)
 def forward_kernel(
     image_ptr, text_ptr, logit_scale_ptr,  # [N, D], [M, D], []
-    labels_ptr, text_labels_ptr,  # [N], [M], or None
     teacher_image_ptr, teacher_text_ptr, teacher_factor_ptr,  # [N, D], [M, D], σ'/T [], or None
+    labels_ptr, text_labels_ptr,  # [N], [M], or None
     row_partial_ptr, col_partial_ptr, parked_ptr,  # [grid 1, blocks of rows, K, BLOCK_N], columns likewise, twice
     margin, N, M, width, rows, cols,  # rows, cols: size of a program's rectangle, in whole tiles
     K: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, LABELS: tl.constexpr, MARGIN: tl.constexpr,
@@ -109,7 +109,7 @@ def forward_kernel(
         offs_n = row + tl.arange(0, BLOCK_N)
         z, s = empty_statistics(Z_MAX, Z_NEGATIVE, BLOCK_N), empty_statistics(S_MAX, S_ARG, BLOCK_N)
         t, x = empty_statistics(T_MAX, T_MINUS_X, BLOCK_N), empty_statistics(X_MAX, COUNT, BLOCK_N)
-        # The first row of tiles starts the column statistics; later rows park theirs to be merged.
+        # The first row of tiles starts the column statistics; later rows park their statistics to be merged.
         if row == first_row:
             park_ptr = col_partial_ptr
         else:
@@ -153,8 +153,8 @@ def forward_kernel(
             x = merge(x, row_part, SLOTS, X_MAX)
 
         # 5. Rows are complete.
-        places = scratch_offsets(offs_n, K, BLOCK_N)
-        store_statistics(row_partial_ptr, places, offs_n < N, BLOCK_N, z + s + t + x, SLOTS, Z_MAX)
+        row_places = scratch_offsets(offs_n, K, BLOCK_N)
+        store_statistics(row_partial_ptr, row_places, offs_n < N, BLOCK_N, z + s + t + x, SLOTS, Z_MAX)
 
         # 6. Merge what this row of tiles has parked, between barriers: other threads wrote it.
         if row > first_row:

@@ -31,11 +31,11 @@ class Inputs(NamedTuple):
     image: Tensor  # u [N, D]
     text: Tensor  # v [M, D]
     logit_scale: Tensor  # σ, already exponentiated
-    labels: Tensor | None = None  # y of the images [N], int64
-    text_labels: Tensor | None = None  # y of the texts [M], int64
     teacher_image: Tensor | None = None  # u' [N, D]
     teacher_text: Tensor | None = None  # v' [M, D]
     teacher_logit_scale: Tensor | None = None  # σ', not yet divided by the temperature
+    labels: Tensor | None = None  # y of the images [N], int64
+    text_labels: Tensor | None = None  # y of the texts [M], int64
 
     @property
     def has_teacher(self) -> bool:

@@ -15,8 +15,7 @@ What makes it fast, in order of weight:
 * the margin needs no exponential of its own: it multiplies the negatives by exp(σδ);
 * label smoothing is a constant per row plus one per column, so its part of loss and gradients has
   rank one and never touches a tile;
-* positives are few, so they are lists of positions, not masks. Where classes are few and large these lists fall
-  short: with two classes the definition is the faster one;
+* positives are few, so they are lists of positions, not masks (with two large classes the definition is faster);
 * base-2 exponentials, because torch's exp goes to MKL too.
 """
 
@@ -27,22 +26,20 @@ import math
 import torch
 from torch import Tensor
 
+from ._blocked_gradients import GradientWalk, slopes
 from ._blocked_tile import (
     COL,
     DIRECTIONS,
-    HIGHEST,
     LN2,
     LOWEST,
     ROW,
-    SUMMANDS,
     Logits,
     Plan,
     Positives,
     References,
     Tile,
     TilePositives,
-    add_product,
-    inner_product,
+    target_weights,
 )
 from .contrastive import TERMS, Forward, Gradients, Inputs, Needs, Options, Saved, Statistics
 
@@ -60,38 +57,11 @@ def forward(inputs: Inputs, options: Options) -> Forward:
 def backward(grad_terms: Tensor, inputs: Inputs, saved: Saved, options: Options, needs: Needs) -> Gradients:
     """Return the gradients of ``grad_terms · terms``; ``saved`` are final statistics of whole rows and columns."""
     logits, plan = Logits(inputs, options), Plan.of(options, inputs.has_teacher, stats=False)
-    positives = Positives(inputs, logits)
-    rows, cols = _slopes(grad_terms, saved, logits, options, plan)
-    walk = _GradientWalk(logits, positives, rows, cols, options, plan, needs)
-    u, v = logits.operands["u"], logits.operands["v"]
-    image, d_text, d_scale = inputs.image, walk.d_text, walk.d_scale
-    d_image = torch.empty(image.shape, dtype=image.dtype, device=image.device) if needs.image else None
-    if options.smoothing:  # what every image gets from the constants per column, and per unit of its own
-        to_all = (cols.q_negative @ v.to(logits.dtype))[None]
-        text_total = v.sum(0, dtype=logits.dtype)[None]
-
+    rows, cols = slopes(grad_terms, saved, logits, options, plan)
+    walk = GradientWalk(inputs, logits, rows, cols, options, plan, needs)
     for at_rows in logits.row_blocks():
-        through_s, through_a = walk.visit(at_rows)
-        if through_s is not None and options.smoothing:
-            through_s -= torch.addmm(to_all, rows.q_negative[at_rows, None], text_total)
-        if needs.logit_scale and through_a is not None:
-            d_scale += inner_product(through_a, u[at_rows])
-        if needs.logit_scale and d_text is None and through_s is not None:
-            d_scale += inner_product(through_s, u[at_rows])
-        if d_image is not None and through_s is not None:
-            d_image[at_rows] = logits.scale * (through_s if through_a is None else through_s.add_(through_a))
-
-    if d_text is not None:
-        if options.smoothing:
-            d_text -= cols.q_negative[:, None] * u.sum(0, dtype=logits.dtype) + rows.q_negative @ u.to(
-                logits.dtype
-            )
-        if needs.logit_scale:
-            d_scale += inner_product(d_text, v)
-        d_text = d_text.mul_(logits.scale).to(inputs.text.dtype)
-    return Gradients(
-        d_image, d_text if needs.text else None, d_scale.to(logits.dtype) if needs.logit_scale else None
-    )
+        walk.visit(at_rows)
+    return walk.gradients()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -153,10 +123,8 @@ class PartialStatistics:
 
     def _track_best(self, name: str, tile: Tile) -> None:
         if name not in self._best:
-            self._best[name] = (
-                torch.full_like(self.positives, -math.inf),
-                torch.zeros_like(self.positives).long(),
-            )
+            place = torch.zeros_like(self.positives).long()
+            self._best[name] = torch.full_like(self.positives, -math.inf), place
         value, place = self._best[name]
         at, offset = tile.at(self._direction), tile.at(1 - self._direction).start
         new, where = tile.x(name).max(self._direction)
@@ -253,21 +221,13 @@ def _maxima(logits: Logits, positives: Positives, plan: Plan) -> tuple[Reference
 # Forward: from the statistics of whole rows and columns to the result.
 
 
-def _target_weights(count: Tensor, others: int, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Return the target q of a positive and of a negative, for ``count`` positives among ``others``."""
-    if smoothing == 0.0:
-        return 1 / count, torch.zeros_like(count)
-    q_negative = torch.where(count < others, smoothing / (others - count), 0.0)
-    return (1 - q_negative * (others - count)) / count, q_negative
-
-
 def _terms(rows: PartialStatistics, cols: PartialStatistics, logits: Logits, options: Options) -> Tensor:
     """Return the vector of terms from the statistics of whole rows and whole columns."""
     terms = dict.fromkeys(TERMS, logits.scale.new_zeros(()))
     for side, x, totals in ((rows, "a", logits.row_totals), (cols, "b", logits.col_totals)):
         count, others = side.positives, side.others
         if options.contrastive:
-            q_positive, q_negative = _target_weights(count, others, options.smoothing)
+            q_positive, q_negative = target_weights(count, others, options.smoothing)
             expected = (q_positive - q_negative) * side["positive/s"]
             if options.smoothing:
                 expected += q_negative * (totals() + (others - count) * logits.shift)
@@ -307,191 +267,3 @@ def _diagnostics(
             agree = side.predictions("s") == side.predictions("t")
             values += [agree.to(logits.dtype).mean(), LN2 * side.kl("s").mean()]
     return torch.stack(values)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Backward: gradients of tiles.
-
-
-class Slopes:
-    """One direction's share of the gradients with respect to the logits.
-
-    A gradient is a sum of the tile's exponentials, each times a vector over the rows (columns), minus
-    targets. The vectors hold the upstream gradient, ½/N (½/M) and exp2(reference − log-sum-exp).
-    Without ``references`` the log-sum-exps themselves are the references, so that nothing can overflow.
-    """
-
-    def __init__(
-        self,
-        direction: int,
-        stats: Tensor,
-        grads: Tensor,
-        logits: Logits,
-        smoothing: float,
-        plan: Plan,
-        references: References | None,
-    ) -> None:
-        final = Statistics(*stats.unbind())
-        x, others = ("a", logits.m) if direction == ROW else ("b", logits.n)
-        lse = {"z": final.lse_z, "s": final.lse_s, "t": final.lse_t, x: final.lse_x}
-        enabled = ("s" in plan.targets, "s" in plan.kl, x in plan.targets, x in plan.kl)
-        contrastive, relational, interactive, cross = (
-            grad if on else torch.zeros_like(grad) for grad, on in zip(grads.unbind(), enabled, strict=True)
-        )
-        q_positive, q_negative = _target_weights(final.positives, others, smoothing)
-        self.direction, self.smoothed = direction, smoothing > 0
-        self.target, self.q_negative = contrastive * q_positive, contrastive * q_negative
-        self.cross_target = interactive / final.positives
-        self.exact = True
-        self.references: References = lse if references is None else references
-        step = {name: self.references[name] - lse[name] for name in lse if name in self.references}
-        if references is not None:
-            used = [name for name in plan.matrices if direction in DIRECTIONS[name]]
-            checked = [step[name] for name in used] + [step["z"] + logits.shift]
-            low, high = torch.cat(checked).aminmax()
-            # Far below, a slope, which has 1/N as another factor, would be a subnormal number.
-            self.exact = bool(low >= -HIGHEST - SUMMANDS) and bool(high <= -LOWEST)
-        self.z = contrastive * step["z"].exp2()
-        self.s = relational * step["s"].exp2()
-        self.negative = self.s + contrastive * (step["z"] + logits.shift).exp2()
-        self.positive = self.s + self.z
-        if "t" in step:
-            self.t, self.t_cross = relational * step["t"].exp2(), cross * step["t"].exp2()
-        if x in step:
-            self.cross = (interactive + cross) * step[x].exp2()
-
-
-def _slopes(
-    grad_terms: Tensor, saved: Saved, logits: Logits, options: Options, plan: Plan
-) -> tuple[Slopes, Slopes]:
-    """Return the slopes along rows and along columns, with shared references where they serve."""
-    half = 0.5 * grad_terms.to(logits.dtype)
-
-    def along_both(references: References | None) -> tuple[Slopes, Slopes]:
-        return (
-            Slopes(ROW, saved.row_stats, half / logits.n, logits, options.smoothing, plan, references),
-            Slopes(COL, saved.col_stats, half / logits.m, logits, options.smoothing, plan, references),
-        )
-
-    rows, cols = along_both(logits.shared_references())
-    return (rows, cols) if rows.exact and cols.exact else along_both(None)
-
-
-class _GradientWalk:
-    """The walk of the backward pass: accumulates the gradients of the features, before their factor σ."""
-
-    def __init__(
-        self,
-        logits: Logits,
-        positives: Positives,
-        rows: Slopes,
-        cols: Slopes,
-        options: Options,
-        plan: Plan,
-        needs: Needs,
-    ) -> None:
-        self._logits, self._positives, self._rows, self._cols, self._plan = (
-            logits,
-            positives,
-            rows,
-            cols,
-            plan,
-        )
-        self._margin = options.margin
-        # σ's gradient is Σ ds u·v + Σ da u·v' + Σ db u'·v. The text's gradient before its factor σ, times v,
-        # has the first and the last; the part of the image's that comes through a, times u, has the other.
-        self._has_cross = "b" in plan.matrices
-        need_cols = needs.text or (needs.logit_scale and self._has_cross)
-        self._need_rows = needs.image or (needs.logit_scale and not need_cols)
-        self._need_a = self._has_cross and (needs.image or needs.logit_scale)
-        self.d_text = logits.scale.new_zeros(logits.operands["v"].shape) if need_cols else None
-        self.d_scale = torch.zeros((), dtype=torch.float64, device=logits.scale.device)
-        self._room = logits.operands["u"].new_empty((2 if self._has_cross else 1) * logits.tile_size)
-
-    def visit(self, at_rows: slice) -> tuple[Tensor | None, Tensor | None]:
-        """Visit one row of tiles; return what reaches its images through s and through a, where needed."""
-        rows, cols, plan, operands = self._rows, self._cols, self._plan, self._logits.operands
-        u, height = operands["u"][at_rows], at_rows.stop - at_rows.start
-        new_zeros = self._logits.scale.new_zeros
-        through_s = new_zeros(height, u.shape[1]) if self._need_rows else None
-        through_a = new_zeros(height, u.shape[1]) if self._need_a else None
-        left = torch.cat([u, operands["tu"][at_rows]]) if self._has_cross else u
-        for at_cols in self._logits.col_blocks():
-            tile = Tile(self._logits, self._positives, at_rows, at_cols, rows.references, cols.references)
-            # ds above db, so that one product takes both to the text's gradient.
-            stack = self._room[: len(left) * (at_cols.stop - at_cols.start)].view(len(left), -1)
-            ds, db = stack[:height], stack[height:]
-            at_positives = _student_gradient(tile, rows, cols, plan, ds)
-            if self._logits.has_margin and at_positives is not None:
-                self.d_scale -= self._margin * at_positives
-            if through_s is not None:
-                add_product(through_s, ds, operands["v"][at_cols].T)
-            if through_a is not None:
-                da = torch.empty_like(ds)
-                _cross_gradient("a", tile, rows, plan, da)
-                add_product(through_a, da, operands["tv"][at_cols].T)
-            if self.d_text is not None:
-                if self._has_cross:
-                    _cross_gradient("b", tile, cols, plan, db)
-                add_product(self.d_text[at_cols], stack.T, left.T)
-        return through_s, through_a
-
-
-def _student_gradient(tile: Tile, rows: Slopes, cols: Slopes, plan: Plan, out: Tensor) -> Tensor | None:
-    """Write d/ds, without the constants of the smoothing, to ``out``.
-
-    Returns the sum of d/dz over the positives of the tile, None if there are none.
-    """
-    positives, at_positives = tile.positives, None
-    if tile.shared:
-        e = tile.e("s", ROW)
-        before = tile.at_positives(e) if positives else None
-        ds = torch.add(
-            tile.spread(rows.negative, ROW), tile.spread(cols.negative, COL), out=_if_same(out, e)
-        ).mul_(e)
-        if positives and before is not None:
-            _, row, col = positives
-            at_positives = before * (rows.z[row] + cols.z[col])
-            ds.view(-1)[positives.place] = before * (rows.positive[row] + cols.positive[col])
-    else:
-        ds = tile.e("z", ROW) * tile.spread(rows.z, ROW)
-        ds.addcmul_(tile.e("z", COL), tile.spread(cols.z, COL))
-        at_positives = tile.at_positives(ds) if positives else None
-        if "s" in plan.kl:
-            for side in (rows, cols):
-                ds.addcmul_(tile.e("s", side.direction), tile.spread(side.s, side.direction))
-    if positives and at_positives is not None:
-        place, row, col = positives
-        target = rows.target[row] + cols.target[col]
-        correction = target - rows.q_negative[row] - cols.q_negative[col] if rows.smoothed else target
-        ds.view(-1).index_add_(0, place, correction, alpha=-1)
-        at_positives = (at_positives - target).sum(dtype=torch.float64)
-    if "s" in plan.kl:
-        if tile.shared:
-            both = tile.spread(rows.t, ROW) + tile.spread(cols.t, COL)
-            ds.addcmul_(tile.e("t", ROW), both, value=-1)
-        else:
-            for side in (rows, cols):
-                ds.addcmul_(tile.e("t", side.direction), tile.spread(side.t, side.direction), value=-1)
-    if ds.data_ptr() != out.data_ptr():
-        out.copy_(ds)
-    return at_positives
-
-
-def _cross_gradient(name: str, tile: Tile, side: Slopes, plan: Plan, out: Tensor) -> None:
-    """Write d/da, over rows, or d/db, over columns, to ``out``."""
-    mine = side.direction
-    e = tile.e(name, mine)
-    d = torch.mul(e, tile.spread(side.cross, mine), out=_if_same(out, e))
-    if name in plan.kl:
-        d.addcmul_(tile.e("t", mine), tile.spread(side.t_cross, mine), value=-1)
-    if name in plan.targets and tile.positives:
-        target = side.cross_target[tile.positives.along(mine)]
-        d.view(-1).index_add_(0, tile.positives.place, target, alpha=-1)
-    if d.data_ptr() != out.data_ptr():
-        out.copy_(d)
-
-
-def _if_same(out: Tensor, e: Tensor) -> Tensor:
-    """Return ``out`` if it has the dtype of the tile's arithmetic, else room for it."""
-    return out if out.dtype == e.dtype else torch.empty_like(e)

@@ -64,10 +64,10 @@ def logit_matrices(inputs: Inputs, options: Options) -> Logits:
     logits = Logits(positives, sigma * similarity)
     if options.contrastive:
         logits = logits._replace(z=sigma * (similarity + options.margin * (1 - positives)))
-    teacher_scale, u, v = teacher_factor(inputs, options), inputs.teacher_image, inputs.teacher_text
-    if teacher_scale is not None and u is not None and v is not None:
+    factor, u, v = teacher_factor(inputs, options), inputs.teacher_image, inputs.teacher_text
+    if factor is not None and u is not None and v is not None:
         u, v = u.detach(), v.detach()
-        logits = logits._replace(t=teacher_scale * (u @ v.T).to(dtype))
+        logits = logits._replace(t=factor * (u @ v.T).to(dtype))
         if options.crossed:
             logits = logits._replace(
                 a=sigma * (image @ v.to(image.dtype).T).to(dtype),

@@ -58,14 +58,14 @@ def _operands(inputs: Inputs, options: Options) -> Inputs:
     require_gpu(inputs.image, instead="blocked")
     dtype, factor = inputs.image.dtype, teacher_factor(inputs, options)
     return Inputs(
-        inputs.image.contiguous(),
-        inputs.text.contiguous(),
-        inputs.logit_scale.to(torch.float32),
-        None if inputs.labels is None else inputs.labels.contiguous(),
-        None if inputs.text_labels is None else inputs.text_labels.contiguous(),
-        None if inputs.teacher_image is None else inputs.teacher_image.to(dtype).contiguous(),
-        None if inputs.teacher_text is None else inputs.teacher_text.to(dtype).contiguous(),
-        None if factor is None else factor.to(torch.float32),
+        image=inputs.image.contiguous(),
+        text=inputs.text.contiguous(),
+        logit_scale=inputs.logit_scale.to(torch.float32),
+        teacher_image=None if inputs.teacher_image is None else inputs.teacher_image.to(dtype).contiguous(),
+        teacher_text=None if inputs.teacher_text is None else inputs.teacher_text.to(dtype).contiguous(),
+        teacher_logit_scale=None if factor is None else factor.to(torch.float32),
+        labels=None if inputs.labels is None else inputs.labels.contiguous(),
+        text_labels=None if inputs.text_labels is None else inputs.text_labels.contiguous(),
     )
 
 

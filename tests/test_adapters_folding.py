@@ -102,7 +102,7 @@ def test_a_file_of_adapters_names_its_architecture(tmp_path):
     save_adapters(adapted().state_dict(), file, "ViT-B-32")
     with pytest.raises(ValueError, match="belong to ViT-B-32, not to ViT-B-16"):
         read_adapters(file, "ViT-B-16")
-    with pytest.raises(ValueError, match=r"none\.safetensors' do not exist"):
+    with pytest.raises(ValueError, match=r"none\.safetensors' does not exist"):
         read_adapters(tmp_path / "none.safetensors", "ViT-B-16")
     save_weights(build().state_dict(), tmp_path / "student.safetensors")
     with pytest.raises(

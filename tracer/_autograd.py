@@ -34,9 +34,13 @@ _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", boo
 
 
 def _schema(*records: type) -> str:
-    """Return the arguments of a schema: every field of the records, in order."""
-    fields = [item for record in records for item in get_type_hints(record).items()]
-    return ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in fields)
+    """Return the arguments of a schema: every field of the records, in order; those of Needs by ``needs_…``."""
+    fields = [
+        f"{_SCHEMA_TYPES[hint]} {'needs_' if record is Needs else ''}{name}"
+        for record in records
+        for name, hint in get_type_hints(record).items()
+    ]
+    return ", ".join(fields)
 
 
 def _records(values: Iterable[Any], *records: Any) -> list[Any]:

@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tracer.files import write_tensors
+from tracer.files import read_tensors, write_tensors
 from tracer.recipes import R_ADAPTER
 from tracer.schedules import EMA
 
@@ -247,16 +246,8 @@ def read_adapters(path: Path, model: str) -> dict[str, Tensor]:
         ValueError: the file does not exist or holds no adapters, or they were trained in another architecture
             than ``model``; the shapes of adapters alone cannot tell ViT-B-32 from ViT-B-16.
     """
-    if not path.is_file():
-        raise ValueError(f"adapters '{path}' do not exist: check the path")
-    try:
-        with safe_open(path, "pt") as file:
-            saved_model = (file.metadata() or {}).get("model")
-            adapters = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dictionary)
-    except SafetensorError as error:
-        raise ValueError(
-            f"'{path}' is not a complete safetensors file ({error}): give a run's adapters.safetensors"
-        ) from error
+    adapters, metadata = read_tensors(path)
+    saved_model = metadata.get("model")
     if saved_model is None or not adapter_state(adapters):
         raise ValueError(f"'{path}' holds no adapters: give a run's adapters.safetensors")
     if saved_model != model:

@@ -1,7 +1,8 @@
 """The ``tracer`` command: demo, pretrain, finetune, evaluate.
 
 Every option of a command is a field of its settings dataclass; ``--config FILE.yaml`` reads them from a file,
-options after it override. A mistake that the user can mend ends with one line on stderr and exit code 2.
+and options after it override the file. A mistake that the user can mend ends with one line on stderr and exit
+code 2.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
@@ -57,7 +59,7 @@ def _pretrain(config: PretrainConfig) -> None:
 
 
 class Command(NamedTuple):
-    """A command of the line: its settings, one line of help, and the function that runs it."""
+    """A command: the class of its settings, one line of help, and the function that runs it."""
 
     settings: type
     summary: str
@@ -133,11 +135,22 @@ class SettingsFile(ActionConfigFile):
 def run(command: str, config: Any) -> None:
     """Check the settings and run the command."""
     config.validate()
-    for category in (UserWarning, FutureWarning, DeprecationWarning):  # that libraries address to each other
-        warnings.filterwarnings("ignore", category=category, module="(deepspeed|nvidia|torch|open_clip).*")
     import tracer.demo.small_clip  # noqa: F401 (registers the demo's model)
 
-    COMMANDS[command].run(config)
+    with _warnings_of_one_line():
+        COMMANDS[command].run(config)
+
+
+@contextmanager
+def _warnings_of_one_line() -> Iterator[None]:
+    """Print each warning of this program and of the libraries as one line, whichever module raises it."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"tracer: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def _thread_error(error: threading.ExceptHookArgs) -> None:

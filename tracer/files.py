@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from tracer.errors import UserError
 
@@ -73,24 +73,39 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """Write tensors as a safetensors file, whole or not at all.
 
     Args:
-        path: of the file; its folder is made where it is missing.
-        tensors: on any device; their order decides nothing, their dtypes are kept.
+        path: of the file; missing parent folders are made.
+        tensors: name → tensor, on any device; the file keeps its dtype.
         metadata: strings for the file's header.
 
     Raises:
-        OSError: the file cannot be written; with the operating system's number and ``path``.
+        OSError: the file cannot be written; holds the operating system's error number and ``path``.
     """
-    from safetensors.torch import save_file  # imports torch, which the other functions do without
+    from safetensors.torch import save_file  # imports torch, which the other functions do not need
 
-    # Each tensor a storage of its own: the format refuses tied ones.
+    # The format refuses tied tensors, so each gets a storage of its own.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with whole_file(path) as part:
         try:
             save_file(own, part, metadata)
-        except SafetensorError as error:  # the library's own word for what the operating system said
+        except SafetensorError as error:  # the library words the system's error in its own way
             number = re.search(r"os error (\d+)", str(error))
             code = int(number[1]) if number else errno.EIO
             raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, on the CPU, and its metadata.
+
+    Raises:
+        ValueError: there is no such file, or it is not a complete safetensors file.
+    """
+    if not path.is_file():
+        raise ValueError(f"'{path}' does not exist: check the path")
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is not a complete safetensors file ({error}): copy it again") from error
 
 
 def remove_folder(path: Path) -> None:

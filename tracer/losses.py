@@ -3,6 +3,8 @@
 ``ClipLoss`` takes the place of ``open_clip.loss.ClipLoss`` (same constructor, same call), so that
 open_clip's own training script runs with it: see ``examples/open_clip_training.py``. With
 ``output_dict=True`` every module returns ``{"..._loss": tensor}`` whose values sum to the loss.
+
+``kernels/contrastive_eager.py`` defines the positives and every term.
 """
 
 from __future__ import annotations
@@ -168,7 +170,9 @@ class TracerLoss(nn.Module):
             output_dict: return the *weighted* terms, named ``..._loss``, in a dictionary.
         """
         weights = self.distill_weights if teacher is not None else dict.fromkeys(self.distill_weights, 0.0)
-        teacher_image, teacher_text, teacher_scale = teacher if teacher is not None else (None, None, None)
+        teacher_image, teacher_text, teacher_logit_scale = (
+            teacher if teacher is not None else (None, None, None)
+        )
         loss, terms, measured = contrastive_loss(
             image_features,
             text_features,
@@ -177,7 +181,7 @@ class TracerLoss(nn.Module):
             text_labels=text_labels,
             teacher_image=teacher_image,
             teacher_text=teacher_text,
-            teacher_logit_scale=teacher_scale,
+            teacher_logit_scale=teacher_logit_scale,
             stats=stats,
             **weights,  # type: ignore[arg-type]
             **self.options,  # type: ignore[arg-type]

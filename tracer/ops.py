@@ -104,20 +104,9 @@ def contrastive_loss(
     labels, text_labels = _checks.check_labels(image, text, labels, text_labels)
     teacher = _checks.check_teacher(image, text, teacher_image, teacher_text, weights)
     impl = _checks.resolve(impl, image, text)
-    scale_dtype = accumulation_dtype(image)
-    scale = _checks.scalar("logit_scale", logit_scale, image.device, scale_dtype)
+    scale = _checks.scalar("logit_scale", logit_scale, image.device, accumulation_dtype(image))
     _checks.refuse_forward_mode(impl, image, text, scale)
 
-    distance: Tensor | None = None
-    if teacher is not None and feature:
-        distance = contrastive_eager.feature_distance(image, teacher[0])
-        distance = distance + contrastive_eager.feature_distance(text, teacher[1])
-
-    # The kernels see one dtype: autocast's if it is on, else the student's.
-    dtype = image.dtype
-    if dtype != torch.float64 and _checks.autocast_is_on(image):
-        dtype = torch.get_autocast_dtype(image.device.type)
-    inputs = Inputs(image.to(dtype), text.to(dtype), scale, labels, text_labels)
     options = Options(
         margin=float(margin),
         smoothing=float(smoothing),
@@ -127,30 +116,42 @@ def contrastive_loss(
         cross=cross > 0,
         stats=stats,
     )
+    # The kernels see one dtype: autocast's if it is on, else the student's.
+    dtype = image.dtype
+    if dtype != torch.float64 and _checks.autocast_is_on(image):
+        dtype = torch.get_autocast_dtype(image.device.type)
+    inputs = Inputs(image.to(dtype), text.to(dtype), scale, labels=labels, text_labels=text_labels)
+    distance = None
+    if teacher is not None and feature:
+        distance = contrastive_eager.feature_distance(image, teacher[0])
+        distance = distance + contrastive_eager.feature_distance(text, teacher[1])
     if teacher is not None and (stats or options.relational or options.crossed):
         sigma = scale if teacher_logit_scale is None else teacher_logit_scale
+        sigma = _checks.scalar("teacher_logit_scale", sigma, image.device, scale.dtype).detach()
         inputs = inputs._replace(
-            teacher_image=teacher[0].to(dtype),
-            teacher_text=teacher[1].to(dtype),
-            teacher_logit_scale=_checks.scalar(
-                "teacher_logit_scale", sigma, image.device, scale_dtype
-            ).detach(),
+            teacher_image=teacher[0].to(dtype), teacher_text=teacher[1].to(dtype), teacher_logit_scale=sigma
         )
     if impl == "eager":
         vector, measured = contrastive_eager.contrastive_terms(inputs, options)
     else:
         vector, measured = _autograd.contrastive_terms(impl, inputs, options)
+    named = named_diagnostics(measured, inputs.has_teacher, len(image), len(text)) if stats else {}
+    return _weighted(vector, distance, weights, named)
 
+
+def _weighted(
+    vector: Tensor, distance: Tensor | None, weights: dict[str, float], stats: dict[str, Tensor]
+) -> ContrastiveOutput:
+    """Return the weighted sum of the terms beside each of them; ``distance`` is the feature term, if it is on."""
     terms = dict(zip(TERMS, vector.unbind(), strict=True))
     loss = terms["contrastive"]
     for name in TERMS:
         if name in weights and weights[name] > 0:
             loss = loss + weights[name] * terms[name]
     if distance is not None:
-        loss = loss + feature * distance
+        loss = loss + weights["feature"] * distance
     terms["feature"] = vector.new_zeros(()) if distance is None else distance
-    named = named_diagnostics(measured, inputs.has_teacher, len(image), len(text)) if stats else {}
-    return ContrastiveOutput(loss, terms, named)
+    return ContrastiveOutput(loss, terms, stats)
 
 
 @torch.no_grad()

@@ -55,6 +55,11 @@ class MovingAverageTeacher:
             forward; call ``wait`` before using what it returned. Not at ZeRO stage 3, where DeepSpeed has
             streams of its own.
 
+    Attributes:
+        schedule: as given.
+        step: the last step that :meth:`update` was called for.
+        average: the averages, and the module that runs with them.
+
     Raises:
         ValueError: ``own_stream`` without a GPU or at stage 3; an engine whose master weights cannot be
             followed.

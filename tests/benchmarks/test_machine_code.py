@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import _roofline, machine_code
+from benchmarks import disassembly, machine_code, roofline
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -88,11 +88,11 @@ def test_programs_fit_and_hide_latency(found):
     ],
 )
 def test_resident_warps(arch, registers, shared, columns, warps, resident):
-    assert machine_code._resident(arch, registers, shared, columns, warps) == resident
+    assert disassembly.resident_warps(arch, registers, shared, columns, warps) == resident
 
 
 def test_no_recompilation_when_values_change(results):
-    assert results["variants"] == {"_forward_kernel": 1, "_combine_kernel": 1, "_backward_kernel": 1}
+    assert results["variants"] == {"forward_kernel": 1, "combine_kernel": 1, "backward_kernel": 1}
 
 
 def test_estimates_are_labelled_and_no_faster_than_a_card_allows(results):
@@ -101,7 +101,7 @@ def test_estimates_are_labelled_and_no_faster_than_a_card_allows(results):
     assert {r["architecture"] for r in rows} == set(ARCHITECTURES)
     for row in rows:
         products = 12 * 2 * row["rows"] ** 2 * row["width"]
-        floor = products / _roofline.CARDS[row["architecture"]].tensor
+        floor = products / roofline.CARDS[row["architecture"]].tensor
         assert floor <= sum(row["estimate_seconds"].values()) < 5 * floor
         assert all(0.5 < share <= 1 for share in row["busy"].values())
     page = machine_code.report(results)

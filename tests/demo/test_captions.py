@@ -6,6 +6,7 @@ import pytest
 from demo.icon_files import icon
 
 from tracer.demo import benchmark, captions, packages, themes
+from tracer.errors import UserError
 
 
 def test_shipped_classes_and_packages_are_consistent():
@@ -21,7 +22,7 @@ def test_shipped_classes_and_packages_are_consistent():
 
 def test_a_name_in_two_classes_is_refused(tmp_path):
     (tmp_path / "classes.txt").write_text("a = a x ; one\nb = b x ; two\n")
-    with pytest.raises(ValueError, match="'x' belongs to both 'a' and 'b'"):
+    with pytest.raises(UserError, match="'x' belongs to both 'a' and 'b'"):
         captions.read_classes(tmp_path / "classes.txt")
 
 

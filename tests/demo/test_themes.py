@@ -19,5 +19,5 @@ def test_theme_gives_one_drawing_per_bucket_and_follows_links(theme_package):
 
 def test_damaged_package_is_named(tmp_path):
     (tmp_path / "broken.deb").write_bytes(b"!<arch>\nnot a package")
-    with pytest.raises(UserError, match=r"broken\.deb' is no readable Debian package"):
+    with pytest.raises(UserError, match=r"broken\.deb' is damaged or not a Debian package"):
         themes.read_theme(tmp_path / "broken.deb", "gnome")

@@ -25,6 +25,22 @@ def test_metrics_are_what_numpy_says():
     assert calibration_error(*got) == pytest.approx(expected, abs=1e-6)
 
 
+def test_full_confidence_belongs_to_the_last_bin():
+    """Ten pictures at 1.0, five of them right, and ten at 0.937, all right, share the bin from 14/15 to 1."""
+    p = torch.tensor([[1.0, 0.0]] * 10 + [[0.937, 0.063]] * 10)
+    truth = torch.tensor([0, 1] * 5 + [0] * 10)
+    for dtype in (torch.float32, torch.float64):
+        assert calibration_error(p.to(dtype), truth) == pytest.approx(0.2185, abs=1e-6)
+    assert calibration_error(torch.eye(2), torch.tensor([0, 1])) == pytest.approx(0, abs=1e-6)
+    assert calibration_error(torch.eye(2), torch.tensor([1, 0])) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_confidence_between_two_bins_belongs_to_the_upper_one():
+    p = torch.tensor([[0.6, 0.4], [0.6, 0.4], [0.62, 0.38]])  # 9/15 is the border
+    expected = abs(2 / 3 - (0.6 + 0.6 + 0.62) / 3)
+    assert calibration_error(p, torch.tensor([0, 0, 1])) == pytest.approx(expected, abs=1e-6)
+
+
 def test_classes_that_do_not_occur_do_not_count():
     p = torch.tensor([[0.8, 0.1, 0.1], [0.6, 0.3, 0.1]])
     assert accuracy(p, torch.tensor([0, 1])) == 0.5

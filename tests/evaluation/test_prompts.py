@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import open_clip
 import pytest
 
+from tracer.data.index import Index
 from tracer.errors import UserError
-from tracer.evaluation.prompts import class_prompts
+from tracer.evaluation.prompts import check_distinct, check_labels, class_prompts
 
 
 def test_prompts_come_from_the_names_or_from_a_file(tmp_path):
@@ -29,6 +32,8 @@ def test_prompts_come_from_the_names_or_from_a_file(tmp_path):
         ('["a"]', "must hold {class"),
         ('{"a": "one prompt", "b": ["two"]}', "must hold {class"),
         ('{"a": [], "b": ["two"]}', "at least one string"),
+        ('{"a": [" "], "b": ["two"]}', "none empty"),
+        ('{"a": ["one"], "b": ["two"], "a": ["three"]}', "names 'a' twice"),
     ],
 )
 def test_bad_classes_files_are_named(tmp_path, content, says):
@@ -39,6 +44,41 @@ def test_bad_classes_files_are_named(tmp_path, content, says):
         class_prompts(path, ["a", "b"])
     assert "classes.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+CONTEXT = open_clip.SimpleTokenizer(context_length=8)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        class_prompts(None, ["hot_dog", "hot-dog"]),
+        class_prompts(None, ["hot dog", "cat", "Hot  Dog "]),
+        {"a": ["one", "two"], "b": ["two", "one"]},
+        {"a": ["one"], "b": ["one", "one"]},
+        {"a": ["one two three four five six seven"], "b": ["one two three four five six eight"]},  # beyond
+    ],
+)
+def test_classes_with_the_same_prompts_are_named(prompts):
+    first, *_, last = prompts
+    with pytest.raises(
+        UserError, match=f"'{first}' and '{last}' have the same prompts, such as .*never win: join"
+    ):
+        check_distinct(prompts, CONTEXT)
+
+
+def test_classes_that_share_a_prompt_are_distinct():
+    check_distinct({"a": ["one", "two"], "b": ["two"], "c": ["one", "one", "two"]}, CONTEXT)
+
+
+@pytest.mark.parametrize(("missing", "says"), [([0, 1, 2], "no labels"), ([1], "1 pictures without a label")])
+def test_pictures_without_a_label_are_refused(missing, says):
+    labels = [None if n in missing else "cat" for n in range(3)]
+    index = Index("mixed", [Path(f"{n}.png") for n in range(3)], labels, [["a cat"]] * 3)
+    with pytest.raises(
+        UserError, match=rf"'mixed' has {says}, first '{missing[0]}.png': .*one for retrieval"
+    ):
+        check_labels([index], {"cat": ["a cat"], "dog": ["a dog"]})
 
 
 def test_fewer_than_two_classes_are_refused(tmp_path):

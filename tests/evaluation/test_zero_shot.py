@@ -99,3 +99,12 @@ def test_a_label_without_prompts_is_named(tiny_config, drawings):
     clip = load_clip(str(tiny_config), None)
     with pytest.raises(UserError, match=r"'test' has 3 labels without prompts, first 'bar'"):
         evaluate_zero_shot(clip, [read_index(drawings / "test.csv")], {"circle": ["a circle"]})
+
+
+@pytest.mark.parametrize("tensor", ["visual.proj", "text_projection", "logit_scale"])
+def test_nothing_that_is_not_finite_is_scored(tensor, tiny_config, drawings):
+    clip = load_clip(str(tiny_config), None)
+    clip.model.get_parameter(tensor).data.fill_(torch.nan)
+    index = read_index(drawings / "test.csv")
+    with pytest.raises(UserError, match=r"(are NaN, first '.*png'|NaN or infinite): its weights diverged"):
+        evaluate_zero_shot(clip, [index], class_prompts(None, index.classes))

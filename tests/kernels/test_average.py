@@ -164,7 +164,7 @@ def test_dispatch(monkeypatch):
         average_(averages, params, 0.5, impl="loop")
     monkeypatch.undo()
     monkeypatch.setattr(_triton, "INTERPRETED", False)
-    with pytest.raises(ValueError, match=r"needs tensors on a GPU, got cpu: use impl='foreach'"):
+    with pytest.raises(ValueError, match=r"needs a GPU but the tensors are on cpu; use impl='foreach'"):
         average_([torch.zeros(3)], [torch.zeros(3)], 0.5, impl="triton")
 
 

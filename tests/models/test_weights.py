@@ -51,7 +51,7 @@ def test_a_write_that_fails_is_an_error_of_the_system(monkeypatch, tmp_path, tex
     def fail(*_args):
         raise SafetensorError(text)
 
-    monkeypatch.setattr("tracer.models.weights.save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match=r"w\.safetensors") as caught:
         save_weights({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
     assert caught.value.errno == number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,24 @@ def diagnostics(rng: random.Random, kl: float | None) -> dict[str, float]:
     return values
 
 
+def sample_log(rng: random.Random, steps: int, gap: Callable[[float], float] | None) -> list[dict[str, Any]]:
+    """Return the rows of a run's log; ``gap``: KL to the teacher at a share of the steps, None without one."""
+    log = []
+    for step in range(1, steps + 1):
+        t = step / steps
+        record = {"step": step, "contrastive": 1.2 + 1.8 * math.exp(-4 * t) + rng.gauss(0, 0.05)}
+        record.update(lr=1e-4 * math.cos(t * math.pi / 2) ** 2, logit_scale=30 + t, step_seconds=0.11)
+        if gap is not None:
+            kl = gap(t) * math.exp(rng.gauss(0, 0.1)) if step > 1 else 0.0
+            record.update(relational=kl, interactive=1.3 + math.exp(-3 * t), cross=0.7 * kl + 1e-4)
+            record.update(feature=1e-4 * t)
+        if step % 5 == 0:
+            record.update(diagnostics(rng, kl if gap else None))
+        record["loss"] = record["contrastive"] + record.get("relational", 0.0)
+        log.append(record)
+    return log
+
+
 def sample_content(folder: Path, seeds: int = 3, steps: int = 240) -> dict[str, Any]:
     """Return results such as the demo writes, with drawn numbers and pictures."""
     rng = random.Random(0)
@@ -79,19 +98,8 @@ def sample_content(folder: Path, seeds: int = 3, steps: int = 240) -> dict[str, 
     for key, name, note, home, away, gap in METHODS:
         runs = []
         for seed in [None] if key == "zero-shot" else list(range(seeds)):
-            log = []
-            for step in range(1, steps + 1) if key not in ("zero-shot", "wise-ft") else ():
-                t = step / steps
-                record = {"step": step, "contrastive": 1.2 + 1.8 * math.exp(-4 * t) + rng.gauss(0, 0.05)}
-                record.update(lr=1e-4 * math.cos(t * math.pi / 2) ** 2, logit_scale=30 + t, step_seconds=0.11)
-                if gap is not None:
-                    kl = gap(t) * math.exp(rng.gauss(0, 0.1)) if step > 1 else 0.0
-                    record.update(relational=kl, interactive=1.3 + math.exp(-3 * t), cross=0.7 * kl + 1e-4)
-                    record.update(feature=1e-4 * t)
-                if step % 5 == 0:
-                    record.update(diagnostics(rng, kl if gap else None))
-                record["loss"] = record["contrastive"] + record.get("relational", 0.0)
-                log.append(record)
+            trained = key not in ("zero-shot", "wise-ft")
+            log = sample_log(rng, steps, gap) if trained else []
             noise = 0.0 if seed is None else 0.006
             runs.append(
                 {

@@ -123,3 +123,9 @@ def test_vanished_gap_counts_as_zero(tmp_path: Path) -> None:
     assert "EMA: the gap collapses; it peaks at 0.02 nats and ends at 0, 0 % of the peak." in gap
     assert "times EMA's" not in gap, "nothing is a multiple of 0"
     assert "Teacher–student KL" in page.render(Results.from_json(content), tmp_path)
+
+
+def test_names_with_commas_are_divided_by_semicolons() -> None:
+    assert sentences.listing(["A"]) == "A"
+    assert sentences.listing(["A", "B", "C"]) == "A, B and C"
+    assert sentences.listing(["TRACER, EMA", "B", "C"]) == "TRACER, EMA; B; and C"

@@ -15,20 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from cut_runs import content, cut
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tracer.data.batches import TrainingBatches
-from tracer.demo.config import DemoConfig
-from tracer.demo.methods import finetune_once
 from tracer.errors import UserError
-from tracer.files import aside, whole_file, whole_folder
+from tracer.files import aside, whole_folder
 from tracer.models.clip import load_clip
 from tracer.models.weights import save_weights
 from tracer.train.checkpoint import WHOLE, newest
 from tracer.train.config import Config
 from tracer.train.log import read_log
-from tracer.train.run import finetune, fingerprint
+from tracer.train.run import finetune
 
 
 @pytest.fixture(scope="module")
@@ -56,24 +53,6 @@ def config(tiny_config, drawings, start, tmp_path) -> Config:
         precision="fp32",
         adapter_momentum=0.5,
     )
-
-
-def cut(config: Config, monkeypatch, batches: int) -> Path:
-    """Interrupt the run after so many batches; returns what it leaves aside."""
-    whole = TrainingBatches.__iter__
-
-    def some(self):
-        for n, batch in enumerate(whole(self)):
-            if n == batches:
-                raise KeyboardInterrupt
-            yield batch
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingBatches, "__iter__", some)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(config)
-    assert not config.output.exists()
-    return aside(config.output)
 
 
 def interrupt(*_args, **_kwargs):
@@ -182,7 +161,7 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it(config, tmp_path, m
     cut(config, monkeypatch, 3)
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"tracer.checkpoint.{place}", interrupt)
+        patch.setattr(f"tracer.train.checkpoint.{place}", interrupt)
         with pytest.raises(KeyboardInterrupt):
             finetune(config)
     assert [p.name for p in aside(config.output).glob("checkpoint*")] == ["checkpoint-2"]
@@ -221,10 +200,6 @@ def test_a_run_without_a_checkpoint_begins_anew(config, tmp_path, monkeypatch):
     (part / "tensorboard").mkdir(parents=True)  # as a kill leaves it
     (part / "log.jsonl").write_text('{"step": 1, "loss": 9')
     assert_same(finetune(config), uninterrupted(config, tmp_path))
-
-
-def content(folder: Path) -> dict[Path, bytes]:
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_an_unfinished_run_with_other_settings_is_refused_and_stays(config, monkeypatch, drawings, tmp_path):
@@ -338,66 +313,3 @@ def test_seconds_of_both_attempts_count(config, monkeypatch):
     assert 0 < state["seconds"] < 60
     about.write_text(json.dumps(state | {"seconds": 1000.0}))
     assert 1000 < json.loads((finetune(config) / "run.json").read_text())["seconds"] < 1060
-
-
-def test_epochs_are_steps(config, tmp_path):
-    config = dataclasses.replace(config, steps=None, epochs=3, accumulation=2)
-    run = finetune(config)
-    assert len(read_log(run)) == 3 * 32 // (12 * 2) == 4
-    settings = yaml.safe_load((run / "config.yaml").read_text())
-    assert (settings["steps"], settings["epochs"]) == (4, None)
-    same = dataclasses.replace(config, steps=4, epochs=None)
-    assert (
-        fingerprint(same) == fingerprint(config) == json.loads((run / "run.json").read_text())["fingerprint"]
-    )
-    few = dataclasses.replace(config, epochs=1, warmup=1, output=tmp_path / "few")
-    with pytest.raises(UserError, match="--warmup is 1: it must be below the 1 steps that --epochs 1 makes"):
-        finetune(few)
-    assert not aside(few.output).exists()
-
-
-def run_by_the_demo(config: Config) -> Path:
-    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
-    demo = DemoConfig(**settings | {"output": config.output.parent})
-    return finetune_once(demo, "flyp", {"method": "flyp"}, seed=0)
-
-
-def test_the_demo_goes_on_with_its_own_run_and_trains_another_anew(config, monkeypatch, capsys):
-    run = dataclasses.replace(config, method="flyp", output=config.output / "flyp-0")
-
-    def says(cut_off: Config) -> str:
-        part = cut(cut_off, monkeypatch, 3)
-        assert any(part.glob(WHOLE))
-        shutil.rmtree(run_by_the_demo(run))
-        return capsys.readouterr().out
-
-    assert "going on after step 2 of 5" in says(run)
-    assert "going on" not in says(dataclasses.replace(run, lr=2e-2))
-
-
-@pytest.mark.parametrize("finished", [False, True])
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_the_demo_leaves_what_another_process_is_writing(config, monkeypatch, finished, checkpoint):
-    """With other settings, and with the same ones as long as there is no checkpoint."""
-    run = dataclasses.replace(config, method="flyp", output=config.output / "flyp-0")
-    part = aside(run.output)
-    if checkpoint:
-        cut(dataclasses.replace(run, lr=2e-2), monkeypatch, 3)
-    if finished:
-        run.output.mkdir(parents=True)
-        (run.output / "run.json").write_text("of an earlier run")
-    with whole_folder(run.output, keep=WHOLE):
-        (part / "log.jsonl").write_text("of the first process")
-        before = content(part)
-        with pytest.raises(UserError, match=f"another process is writing '{part}': wait until it has ended"):
-            run_by_the_demo(run)
-        assert content(part) == before
-        shutil.rmtree(run.output, ignore_errors=True)
-
-
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    path, synced = tmp_path / "a.json", []
-    monkeypatch.setattr("os.fsync", lambda handle: synced.append((os.fstat(handle).st_ino, path.exists())))
-    with whole_file(path) as part:
-        part.write_text("{}")
-    assert synced == [(path.stat().st_ino, False)]

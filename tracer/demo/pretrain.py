@@ -19,11 +19,10 @@ from tqdm import tqdm
 from tracer.demo.augment import augment
 from tracer.demo.config import PretrainConfig
 from tracer.demo.corpus import Corpus, download_corpus
-from tracer.demo.small_clip import demo_model, demo_tokenizer
+from tracer.demo.small_clip import demo_architecture, demo_model, demo_tokenizer
 from tracer.errors import UserError
 from tracer.files import whole_file
-from tracer.models.clip import MAX_LOGIT_SCALE
-from tracer.models.weights import save_weights
+from tracer.models.weights import MAX_LOGIT_SCALE, save_weights
 from tracer.ops import contrastive_loss
 from tracer.train.engine import parameter_groups
 from tracer.train.log import trim_log
@@ -92,7 +91,7 @@ def fit(config: PretrainConfig, corpus: Corpus) -> Path:
                 saved = elapsed
                 _checkpoint(config, model, optimizer, draw, step, elapsed)
     weights = {name: value.half() for name, value in model.state_dict().items()}
-    save_weights(weights, config.output / "model.safetensors")
+    save_weights(weights, config.output / "model.safetensors", demo_architecture().metadata())
     (config.output / "resume.pt").unlink(missing_ok=True)
     return config.output / "model.safetensors"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import tempfile
@@ -10,21 +11,24 @@ from pathlib import Path
 
 import open_clip
 from open_clip import tokenizer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tracer.demo.packages import ASSETS
+from tracer.models.architecture import Architecture
+from tracer.models.picture_format import PictureFormat
 from tracer.models.registry import register_model
+from tracer.models.weights import read_weights
 
 NAME = "tracer-demo"
 CHECKPOINT = ASSETS / "tracer-demo.safetensors"  # the demo's pretrained start
+CONFIG = json.loads((ASSETS / "tracer-demo.json").read_text())  # in open_clip's words
 
 PIXEL_MEAN, PIXEL_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD  # of RGB in [0, 1]
 
 
 def demo_tokenizer() -> open_clip.SimpleTokenizer:
     """Return open_clip's tokenizer cut to its first merges, which is the vocabulary of the demo's model."""
-    config = json.loads((ASSETS / "tracer-demo.json").read_text())["text_cfg"]
+    config = CONFIG["text_cfg"]
     merges = config["vocab_size"] - 2 * 256 - 2  # bytes inside and at the end of words, start and end of text
     lines = gzip.decompress(Path(tokenizer.default_bpe()).read_bytes()).decode("utf-8").split("\n")
     with tempfile.TemporaryDirectory() as folder:
@@ -35,9 +39,12 @@ def demo_tokenizer() -> open_clip.SimpleTokenizer:
 
 def demo_model(checkpoint: Path | None = CHECKPOINT) -> open_clip.CLIP:
     """Return the demo's model in float32 with the weights of ``checkpoint``, untrained for None."""
-    model = open_clip.CLIP(**json.loads((ASSETS / "tracer-demo.json").read_text()))
+    model = open_clip.CLIP(**copy.deepcopy(CONFIG))
     if checkpoint is not None:
-        model.load_state_dict({name: value.float() for name, value in load_file(checkpoint).items()})
+        weights = {name: value.float() for name, value in read_weights(checkpoint).items()}
+        if "logit_scale" in weights:
+            weights["logit_scale"] = weights["logit_scale"].reshape(model.logit_scale.shape)
+        model.load_state_dict(weights)
     return model
 
 
@@ -46,4 +53,10 @@ def load(checkpoint: Path | None) -> tuple[nn.Module, Callable[[list[str]], Tens
     return demo_model(checkpoint or CHECKPOINT), demo_tokenizer()
 
 
-register_model(NAME, load, weights=CHECKPOINT)
+def demo_architecture() -> Architecture:
+    """Return what a file of the model's weights says about them."""
+    size = CONFIG["vision_cfg"]["image_size"]
+    return Architecture(NAME, CONFIG, PictureFormat(size, tuple(PIXEL_MEAN), tuple(PIXEL_STD)))
+
+
+register_model(NAME, load, weights=CHECKPOINT, config=CONFIG)

@@ -15,8 +15,8 @@ class EvaluateConfig:
     Args:
         eval_data: name → CSV or folder of each evaluation set.
         classes: JSON file {class: [prompt, …]}; default: one prompt for each label, made of its name.
-        model: open_clip model name, a model config (.json), or tracer-demo.
-        pretrained: open_clip tag or local checkpoint file.
+        model: open_clip model name, a model config (.json), local-dir:<folder>, hf-hub:<name>, or tracer-demo.
+        pretrained: open_clip tag or local checkpoint file; null for a model that comes with its weights.
         output: JSON file for the results; default: the results are only printed.
         workers: threads that decode pictures.
         check_images: decode every picture once before the evaluation, so that a damaged one is named at once.
@@ -25,7 +25,7 @@ class EvaluateConfig:
 
     eval_data: dict[str, Path]
     classes: Path | None = None
-    model: str = "ViT-B-16"
+    model: str = "ViT-B-16-quickgelu"
     pretrained: str | None = "openai"
     output: Path | None = None
     workers: int = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
@@ -22,11 +23,15 @@ def calibration_error(probabilities: Tensor, truth: Tensor) -> float:
     """Return the expected calibration error, in [0, 1]: Σ_b |b|/N · |accuracy(b) − mean confidence(b)|.
 
     The bins b divide the confidence, the largest probability of a row, into ``CALIBRATION_BINS`` equal intervals
-    (Guo et al. 2017, arXiv 1706.04599).
+    [b/15, (b + 1)/15); the last one is closed, so that it holds a confidence of exactly 1 (Guo et al. 2017,
+    arXiv 1706.04599).
 
     Args:
         probabilities: [N, C], each row sums to 1.
         truth: class numbers [N] int64.
     """
     classes = probabilities.shape[1]
+    # torchmetrics 1.9 puts a confidence of exactly 1 into a bin of its own: it becomes the number next to 1.
+    one = torch.ones((), dtype=probabilities.dtype)
+    probabilities = probabilities.clamp(max=torch.nextafter(one, 0 * one).item())
     return float(multiclass_calibration_error(probabilities, truth, classes, n_bins=CALIBRATION_BINS))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from tracer.data.index import Index
 from tracer.data.text import default_caption
 from tracer.errors import UserError
+from tracer.models.registry import Tokenizer
 
 
 def class_prompts(path: Path | None, classes: list[str]) -> dict[str, list[str]]:
@@ -35,25 +39,71 @@ def _read_prompts(path: Path) -> dict[str, list[str]]:
     if not path.is_file():
         raise UserError(f"classes file '{path}' does not exist: check --classes")
     try:
-        prompts = json.loads(path.read_text(encoding="utf-8-sig"))
+        prompts = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
             f"classes file '{path}' is not JSON in UTF-8 ({error}): give {{class: [prompt, …]}}"
         ) from error
+    except UserError as error:
+        raise UserError(f"classes file '{path}' {error}") from error
     if not isinstance(prompts, dict) or not all(
-        isinstance(group, list) and group and all(isinstance(prompt, str) for prompt in group)
+        isinstance(group, list)
+        and group
+        and all(isinstance(prompt, str) and prompt.strip() for prompt in group)
         for group in prompts.values()
     ):
         raise UserError(
-            f"classes file '{path}' must hold {{class: [prompt, …]}}, a list of at least one string for each class"
+            f"classes file '{path}' must hold {{class: [prompt, …]}}, "
+            "a list of at least one string for each class, none empty"
         )
     return prompts
 
 
-def check_labels(sets: list[Index], prompts: dict[str, list[str]]) -> None:
-    """Raise UserError if a set has a label that is not a class of ``prompts``."""
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dictionary; the parser itself would keep the last of two equal names silently."""
+    repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if repeated:
+        raise UserError(f"names '{repeated[0]}' twice: give each class once, with all its prompts")
+    return dict(pairs)
+
+
+def check_distinct(prompts: dict[str, list[str]], tokenizer: Tokenizer) -> None:
+    """Raise UserError if two classes have the same prompts, so that one of them could never win.
+
+    Prompts are the same if the model's tokenizer makes the same tokens of them: most ignore case and repeated
+    spaces, and all ignore what lies beyond the context length. The order of a class's prompts does not matter.
+    """
+    names: dict[frozenset, str] = {}
+    for name, group in prompts.items():
+        counts = Counter(tuple(tokens) for tokens in tokenizer(group).tolist())
+        divisor = math.gcd(*counts.values())  # the mean of prompts that are all given twice is the same
+        other = names.setdefault(frozenset((tokens, n // divisor) for tokens, n in counts.items()), name)
+        if other != name:
+            raise UserError(
+                f"the classes '{other}' and '{name}' have the same prompts, such as '{group[0]}', so that one of "
+                "them can never win: join them, or give them different prompts in --classes"
+            )
+
+
+def check_labelled(sets: list[Index]) -> None:
+    """Raise UserError if a set has pictures without a label, which belong to no class."""
     for index in sets:
-        unknown = sorted(set(index.labels) - set(prompts))
+        missing = [path for path, label in zip(index.images, index.labels, strict=True) if label is None]
+        if missing:
+            how_many = (
+                "no labels" if len(missing) == len(index) else f"{len(missing)} pictures without a label"
+            )
+            raise UserError(
+                f"'{index.name}' has {how_many}, first '{missing[0]}': zero-shot evaluation needs a label for "
+                "every picture, so label them or leave them out; a set of captions alone is one for retrieval"
+            )
+
+
+def check_labels(sets: list[Index], prompts: dict[str, list[str]]) -> None:
+    """Raise UserError if a set has pictures without a label, or a label that is not a class of ``prompts``."""
+    check_labelled(sets)
+    for index in sets:
+        unknown = sorted(set(index.classes) - set(prompts))
         if unknown:
             raise UserError(
                 f"'{index.name}' has {len(unknown)} labels without prompts, first '{unknown[0]}': "

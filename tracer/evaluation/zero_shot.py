@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from tracer.data.decoded import DecodedPictures
 from tracer.data.index import Index
+from tracer.errors import UserError
 from tracer.evaluation.metrics import accuracy, calibration_error
 from tracer.evaluation.prompts import check_labels
 from tracer.models.clip import MAX_LOGIT_SCALE, Clip
@@ -55,7 +56,7 @@ def evaluate_zero_shot(
     scores: Scores = {}
     for index in sets:
         probabilities = class_probabilities(clip, index, weights, workers=workers, decoded=decoded)
-        truth = torch.tensor([number[label] for label in index.labels])
+        truth = torch.tensor([number[label] for label in index.labels if label is not None])
         scores[index.name] = {
             "accuracy": accuracy(probabilities, truth),
             "ece": calibration_error(probabilities, truth),
@@ -69,6 +70,9 @@ def classifier(clip: Clip, prompts: dict[str, list[str]]) -> Tensor:
     """Return zero-shot weights [C, D]: per class the normalised mean of its prompts' normalised features.
 
     This is prompt ensembling in feature space (Radford et al. 2021, arXiv 2103.00020, section 3.1.4).
+
+    Raises:
+        UserError: a feature is not finite.
     """
     clip.model.eval()
     device = next(clip.model.parameters()).device
@@ -79,6 +83,8 @@ def classifier(clip: Clip, prompts: dict[str, list[str]]) -> Tensor:
             for i in range(0, len(texts), TEXTS_AT_ONCE)
         ]
     )
+    if not features.isfinite().all():
+        raise UserError("the model's text features are NaN or infinite: its weights diverged in training")
     groups = features.split([len(group) for group in prompts.values()])
     return F.normalize(torch.stack([group.mean(0) for group in groups]), dim=-1)
 
@@ -102,6 +108,9 @@ def class_probabilities(
         batch_size: pictures that are encoded at once.
         workers: threads that decode pictures.
         decoded: where pictures stay decoded for the next model; default: nowhere.
+
+    Raises:
+        UserError: a probability is not finite; the largest of a row of NaN would be the first class.
     """
     clip.model.eval()
     scale = clip.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
@@ -112,4 +121,11 @@ def class_probabilities(
     for image in tqdm(batches, desc=f"evaluating {index.name}", total=total, delay=3, leave=False):
         features = clip.model.encode_image(image, normalize=True)
         rows.append((scale * features @ weights.T).softmax(-1).cpu())
-    return torch.cat(rows)
+    probabilities = torch.cat(rows)
+    bad = (~probabilities.isfinite().all(1)).nonzero()
+    if len(bad):
+        raise UserError(
+            f"the model's probabilities for {len(bad)} of {len(index)} pictures of '{index.name}' are NaN, first "
+            f"'{index.images[int(bad[0])]}': its weights diverged in training"
+        )
+    return probabilities

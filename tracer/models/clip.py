@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import textwrap
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
+from open_clip.factory import _find_checkpoint_in_dir
 from torch import Tensor, nn
 
 from tracer.errors import UserError
+from tracer.models.architecture import Architecture, refuse_another, saved_architecture
 from tracer.models.picture_format import PictureFormat
 from tracer.models.registry import Tokenizer, registered_model, registered_names
+from tracer.models.weights import MAX_LOGIT_SCALE, SUFFIXES, check_finite, readable_by_open_clip
 
-CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+OWN_WEIGHTS = ("local-dir:", "hf-hub:")  # names of models that come with their weights
 
-MAX_LOGIT_SCALE = (
-    100.0  # the bound in CLIP's own training (Radford et al. 2021, arXiv 2103.00020, section 2.5)
-)
+CONFIG_FILE = "open_clip_config.json"  # of a folder or a hub's repository with a model
 
 
 @dataclass
@@ -29,58 +33,112 @@ class Clip:
     """A dual encoder with the tokenizer of its texts and the format of its pictures.
 
     Attributes:
-        name: the name under which it was loaded; for a model config (.json) the name of the file.
+        name: the name of the model that was built; for a model config (.json) the name of the file.
         model: an ``open_clip.CLIP`` or one of its relatives, which share no base class.
         tokenizer: maps n strings to int64 tokens [n, context].
         picture_format: size, resizing and normalisation of the pictures.
+        config: open_clip's model config, as built; None where it is not known.
     """
 
     name: str
     model: Any
     tokenizer: Tokenizer
     picture_format: PictureFormat
+    config: dict[str, Any] | None = None
+
+    @property
+    def architecture(self) -> Architecture:
+        """What a file of the model's weights must say about them."""
+        return Architecture(self.name, self.config, self.picture_format)
 
 
 def load_clip(name: str, pretrained: str | None) -> Clip:
     """Build the model ``name`` with the weights ``pretrained``.
 
+    A tag of open_clip brings its own activation and picture format: where open_clip would put weights that were
+    trained with QuickGELU into a model with GELU (``ViT-B-16`` with ``openai``), the model with QuickGELU
+    (``ViT-B-16-quickgelu``) is built. A file of this package brings its picture format, and is read into no other
+    architecture. For a file that does not describe itself, what cannot be known is warned about.
+
     Args:
         name: a registered model, an open_clip name, ``local-dir:<folder>``, ``hf-hub:<name>``, or the path of
             a model config (.json).
-        pretrained: a tag of open_clip or the path of a checkpoint; None means random weights, or for a
-            registered model its own.
+        pretrained: a tag of open_clip or the path of a checkpoint; None means random weights, for a registered
+            model its own, and for ``local-dir:`` and ``hf-hub:`` those that lie there.
 
     Raises:
-        UserError: the model or the tag is unknown, the checkpoint is missing or does not fit, the weights
-            cannot be downloaded, or the picture format is not supported.
+        UserError: the model or the tag is unknown; the checkpoint is missing, does not fit, or belongs to another
+            architecture; weights are not finite or cannot be downloaded; a folder's or a hub's model was asked to
+            take other weights; or the picture format is not supported.
     """
-    if pretrained and Path(pretrained).suffix in CHECKPOINT_SUFFIXES and not Path(pretrained).is_file():
+    if pretrained and Path(pretrained).suffix in SUFFIXES and not Path(pretrained).exists():
         raise UserError(f"checkpoint '{pretrained}' does not exist: check --pretrained")
-    if registered_model(name):
-        model, tokenizer = _load_registered(name, pretrained)
+    registered = registered_model(name)
+    if registered:
+        config = registered.config
     else:
         if name.endswith(".json"):
             name = _add_model_config(Path(name))
         _check_names(name, pretrained)
-        model, tokenizer = _load_open_clip(name, pretrained)
-    return Clip(name, model, tokenizer, _picture_format(name, model))
+        name = _with_the_tags_activation(name, pretrained)
+        config = _config(name, pretrained)
+    file = weights_file(name, pretrained)
+    saved = saved_architecture(file) if file else None
+    if saved and file:
+        refuse_another(file, saved, name, config)
+    load = _load_registered if registered else _load_open_clip
+    model, tokenizer = load(name, pretrained)
+    check_finite(model.state_dict(), f"'{file or pretrained or name}'")
+    wanted = open_clip.get_model_preprocess_cfg(model)
+    if saved:
+        wanted = asdict(saved.picture_format)
+    elif file and not registered and not name.startswith(OWN_WEIGHTS):
+        wanted = _presumed_format(name, file, wanted)
+        _warn_of_an_unknown_activation(name, file)
+    return Clip(name, model, tokenizer, _picture_format(name, wanted), config)
 
 
 def weights_file(name: str, pretrained: str | None) -> Path | None:
-    """Return the local file from which :func:`load_clip` reads the weights; None for a tag of open_clip."""
+    """Return the local file from which :func:`load_clip` reads the weights; None for a tag of open_clip.
+
+    A tag counts before a file of the same name, as in open_clip.
+    """
+    if name.startswith("local-dir:"):
+        return _file_in_folder(name)
     if pretrained:
-        return Path(pretrained) if Path(pretrained).is_file() else None
+        tag = not registered_model(name) and bool(open_clip.get_pretrained_cfg(name, pretrained))
+        return Path(pretrained) if not tag and Path(pretrained).is_file() else None
     registered = registered_model(name)
     return registered.weights if registered else None
+
+
+def source_files(name: str, pretrained: str | None) -> list[Path]:
+    """Return the local files that decide which model :func:`load_clip` builds, sorted where there are several.
+
+    They are the model config (.json), the file of weights, all files of a ``local-dir:``, and those files of a
+    ``hf-hub:`` model that have been downloaded. Files that do not exist are left out.
+    """
+    files = [Path(name)] if name.endswith(".json") else []
+    if name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+        files += sorted(folder.iterdir()) if folder.is_dir() else []
+    elif name.startswith("hf-hub:"):
+        names = (CONFIG_FILE, open_clip.constants.HF_SAFE_WEIGHTS_NAME, open_clip.constants.HF_WEIGHTS_NAME)
+        cached = [try_to_load_from_cache(name.removeprefix("hf-hub:"), file) for file in names]
+        files += [Path(path) for path in cached if isinstance(path, str)]
+    elif weights := weights_file(name, pretrained):
+        files.append(weights)
+    return [path for path in files if path.is_file()]
 
 
 def _load_registered(name: str, pretrained: str | None) -> tuple[nn.Module, Tokenizer]:
     registered = registered_model(name)
     assert registered is not None  # load_clip asked
     if pretrained and not Path(pretrained).is_file():
+        _refuse_a_folder(pretrained)
         raise UserError(
             f"{name} has no pretrained tags, and '{pretrained}' is not a local file: give --pretrained a "
-            f".safetensors file, or null for the weights shipped with it"
+            f".safetensors or .pt file, or null for the weights shipped with it"
         )
     try:
         return registered.load(Path(pretrained) if pretrained else None)
@@ -104,9 +162,18 @@ def _add_model_config(path: Path) -> str:
 
 
 def _check_names(name: str, pretrained: str | None) -> None:
-    """Raise UserError for a model or a tag that open_clip does not know."""
+    """Raise UserError for a model or a tag that open_clip does not know, or would not use."""
+    if name.startswith(OWN_WEIGHTS):
+        if pretrained:
+            raise UserError(
+                f"--model {name} comes with its own weights, so --pretrained {pretrained} would be ignored: "
+                "give --pretrained null, or the name of the architecture as --model"
+            )
+        if name.startswith("local-dir:"):
+            _file_in_folder(name)
+        return
     models = open_clip.list_models()
-    if name not in models and not name.startswith(("hf-hub:", "local-dir:")):
+    if name not in models:
         similar = [model for model in models if model.lower().startswith(name.lower()[:5])]
         registered = "".join(f"{other}, " for other in registered_names())
         raise UserError(
@@ -114,32 +181,153 @@ def _check_names(name: str, pretrained: str | None) -> None:
             f"{registered}local-dir:<folder>, hf-hub:<name>, or the path of a model config (.json)"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained and not Path(pretrained).is_file() and ":" not in name and pretrained not in tags:
+    if pretrained and not Path(pretrained).is_file() and pretrained not in tags:
+        _refuse_a_folder(pretrained)
         raise UserError(
             f"'{pretrained}' is neither a local file nor a pretrained tag of {name} "
             f"(its tags: {', '.join(tags) or 'none'}): check --pretrained"
         )
 
 
-def _load_open_clip(name: str, pretrained: str | None) -> tuple[nn.Module, Tokenizer]:
+def _refuse_a_folder(pretrained: str) -> None:
+    if Path(pretrained).is_dir():
+        raise UserError(
+            f"checkpoint '{pretrained}' is a folder: give --pretrained the file of weights in it, such as "
+            "student.safetensors"
+        )
+
+
+def _file_in_folder(name: str) -> Path:
+    """Return the file of weights that open_clip reads for ``local-dir:<folder>``."""
+    folder = Path(name.removeprefix("local-dir:"))
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"'{folder}' holds no {CONFIG_FILE}: check --model {name}")
+    file = _find_checkpoint_in_dir(folder)
+    if file is None:  # open_clip would go on with random weights
+        raise UserError(f"'{folder}' holds no weights (.safetensors, .bin or .pth): check --model {name}")
+    return Path(file)
+
+
+def _with_the_tags_activation(name: str, pretrained: str | None) -> str:
+    """Return the name of the model that has the activation with which the tag's weights were trained.
+
+    A tag that does not mention the activation belongs to the model as it is.
+    """
+    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+    trained_with = tag.get("quick_gelu")
+    config = open_clip.get_model_config(name) or {}
+    if trained_with is None or trained_with == config.get("quick_gelu", False):
+        return name
+    twin = _quick_gelu_twin(name)
+    if twin is None or not trained_with:
+        raise UserError(
+            f"the weights '{pretrained}' were trained with {'QuickGELU' if trained_with else 'GELU'}, and {name} "
+            "has another activation: give a --model with it"
+        )
+    warnings.warn(
+        f"the weights '{pretrained}' were trained with QuickGELU: building {twin} in place of {name}",
+        stacklevel=3,
+    )
+    return twin
+
+
+def _quick_gelu_twin(name: str) -> str | None:
+    """Return the model of open_clip that differs from ``name`` in its activation alone: QuickGELU for GELU."""
+    config = open_clip.get_model_config(name)
+    twin = open_clip.get_model_config(f"{name}-quickgelu")
+    return f"{name}-quickgelu" if config and twin == config | {"quick_gelu": True} else None
+
+
+def _config(name: str, pretrained: str | None) -> dict[str, Any]:
+    """Return open_clip's model config; UserError where it cannot be read or downloaded."""
     try:
-        # A logit scale with one dimension: DeepSpeed cannot broadcast a parameter that has none.
-        model = open_clip.create_model(name, pretrained=pretrained, nonscalar_logit_scale=True)
+        config = open_clip.get_model_config(name)
+    except Exception as error:  # as many kinds as in _load_open_clip
+        raise _not_loadable(name, pretrained, error) from error
+    if not isinstance(config, dict) or not {"vision_cfg", "text_cfg"} <= config.keys():
+        raise UserError(f"the {CONFIG_FILE} of {name} must hold vision_cfg and text_cfg: check --model")
+    return config
+
+
+def _load_open_clip(name: str, pretrained: str | None) -> tuple[nn.Module, Tokenizer]:
+    file = weights_file(name, pretrained) if pretrained else None
+    try:
+        with ExitStack() as stack:
+            readable, state = pretrained, dict[str, Tensor]()
+            if file:
+                path, state = stack.enter_context(readable_by_open_clip(file))
+                readable = str(path)
+            # A logit scale with one dimension: DeepSpeed cannot broadcast a parameter that has none.
+            model = open_clip.create_model(
+                name,
+                pretrained=readable,
+                nonscalar_logit_scale=True,
+                require_pretrained=bool(pretrained) or name.startswith(OWN_WEIGHTS),
+            )
+        _warn_of_resizing(model, state, file)
         return model, open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip raises many kinds, from network errors to shapes that do not fit
         raise _not_loadable(name, pretrained, error) from error
 
 
 def _not_loadable(name: str, pretrained: str | None, error: Exception) -> UserError:
+    if isinstance(error, UserError):  # it names the remedy
+        return UserError(f"model '{name}' with weights '{pretrained}' cannot be loaded: {error}")
     reason = textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
     return UserError(
         f"model '{name}' with weights '{pretrained}' cannot be loaded: {reason}: check --model and --pretrained"
     )
 
 
-def _picture_format(name: str, model: nn.Module) -> PictureFormat:
-    """Read the picture format off a model; UserError for one that the data pipeline cannot make."""
-    wanted = open_clip.get_model_preprocess_cfg(model)
+def _presumed_format(name: str, file: Path, default: dict[str, Any]) -> dict[str, Any]:
+    """Return the picture format of weights that do not say it, with a warning where ``default`` may be wrong.
+
+    If all tags of the model agree on a format, it is that one.
+    """
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    formats = [{key: tag[key] for key in keys} for tag in tags]
+    if all(other == {key: default[key] for key in keys} for other in formats):
+        return default
+    agreed = all(other == formats[0] for other in formats)
+    taken = default | formats[0] if agreed else default
+    described = ", ".join(f"{key} {taken[key]}" for key in keys)
+    warnings.warn(
+        f"'{file}' does not say which pictures it was trained on: taking "
+        f"{f'those of the tags of {name}' if agreed else 'the usual ones'} ({described})",
+        stacklevel=3,
+    )
+    return taken
+
+
+def _warn_of_an_unknown_activation(name: str, file: Path) -> None:
+    """Warn if open_clip has the model with another activation too."""
+    twin = _quick_gelu_twin(name)
+    plain = name.removesuffix("-quickgelu")
+    if twin or (plain != name and _quick_gelu_twin(plain) == name):
+        has, other, whose = (
+            ("GELU", "QuickGELU", "OpenAI's") if twin else ("QuickGELU", "GELU", "most of LAION's")
+        )
+        warnings.warn(
+            f"'{file}' does not say with which activation it was trained, and {name} has {has}: for weights with "
+            f"{other}, such as {whose}, give --model {twin or plain}",
+            stacklevel=3,
+        )
+
+
+def _warn_of_resizing(model: nn.Module, state: dict[str, Tensor], file: Path | None) -> None:
+    """Warn of weights that open_clip resized to fit the model: positional embeddings of other sizes."""
+    for name, built in model.state_dict().items():
+        if name in state and state[name].numel() != built.numel():
+            warnings.warn(
+                f"'{file}' was made for another picture size or text length: its '{name}' was resized from "
+                f"{list(state[name].shape)} to {list(built.shape)}",
+                stacklevel=4,
+            )
+
+
+def _picture_format(name: str, wanted: dict[str, Any]) -> PictureFormat:
+    """Read a ``preprocess_cfg`` of open_clip; UserError for a format that the data pipeline cannot make."""
     size = wanted["size"]
     height, width = (size, size) if isinstance(size, int) else size
     mode, interpolation = wanted.get("resize_mode", "shortest"), wanted.get("interpolation", "bicubic")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,24 +14,29 @@ Loader = Callable[[Path | None], tuple[nn.Module, Tokenizer]]
 
 
 class RegisteredModel(NamedTuple):
-    """``load`` builds the model and its tokenizer from a checkpoint; ``weights`` is its default checkpoint."""
+    """``load`` builds the model and its tokenizer from a checkpoint; ``weights`` is its default checkpoint.
+
+    ``config`` is the model's config in open_clip's words; None where it has none.
+    """
 
     load: Loader
     weights: Path
+    config: dict[str, Any] | None = None
 
 
 _MODELS: dict[str, RegisteredModel] = {}
 
 
-def register_model(name: str, load: Loader, weights: Path) -> None:
+def register_model(name: str, load: Loader, weights: Path, config: dict[str, Any] | None = None) -> None:
     """Make ``name`` a model that :func:`~tracer.models.clip.load_clip` can load.
 
     Args:
         name: the name for ``--model``; it takes precedence over a model of open_clip with the same name.
         load: builds the model and its tokenizer from a checkpoint's path; None stands for ``weights``.
         weights: checkpoint that ``load`` reads when the user names none.
+        config: model config with the keys of open_clip's; saved weights are described with it.
     """
-    _MODELS[name] = RegisteredModel(load, weights)
+    _MODELS[name] = RegisteredModel(load, weights, config)
 
 
 def registered_model(name: str) -> RegisteredModel | None:

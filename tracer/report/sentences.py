@@ -61,8 +61,12 @@ def duration(seconds: Any) -> str:
 
 
 def listing(items: Sequence[str]) -> str:
-    """Return A, B and C."""
-    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+    """Return A, B and C; where an item has a comma of its own, A; B; and C."""
+    if len(items) == 1:
+        return items[0]
+    if any("," in item for item in items):
+        return "; ".join(items[:-1]) + "; and " + items[-1]
+    return ", ".join(items[:-1]) + " and " + items[-1]
 
 
 def change(stat: Stat, base: Stat) -> str:
@@ -181,7 +185,7 @@ def calibration_sentence(results: Results) -> str:
     ranked = sorted((pair for pair in measured if math.isfinite(pair[0].mean)), key=lambda pair: pair[0].mean)
     if len(ranked) < 2:
         return ""
-    values = ", ".join(f"{name} {with_spread(stat)}" for stat, name in ranked)
+    values = "; ".join(f"{name} {with_spread(stat)}" for stat, name in ranked)
     return f"Expected calibration error {column.label.lower()}, in points, from best to worst: {values}."
 
 

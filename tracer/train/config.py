@@ -47,11 +47,11 @@ class ModelSettings:
     """Say which model is trained, and from which weights.
 
     Args:
-        model: open_clip model name, a model config (.json), or tracer-demo.
-        pretrained: open_clip tag or local checkpoint file.
+        model: open_clip model name, a model config (.json), local-dir:<folder>, hf-hub:<name>, or tracer-demo.
+        pretrained: open_clip tag or local checkpoint file; null for a model that comes with its weights.
     """
 
-    model: str = "ViT-B-16"
+    model: str = "ViT-B-16-quickgelu"
     pretrained: str | None = "openai"
 
 

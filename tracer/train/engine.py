@@ -20,7 +20,7 @@ from tracer.machine import resolve_precision
 from tracer.train.config import Config
 
 if TYPE_CHECKING:
-    import deepspeed
+    from deepspeed import DeepSpeedEngine
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -63,7 +63,7 @@ def mixed_precision(device: torch.device, precision: str) -> Iterator[None]:
         yield
 
 
-def start_engine(config: Config, model: nn.Module) -> deepspeed.DeepSpeedEngine:
+def start_engine(config: Config, model: nn.Module) -> DeepSpeedEngine:
     """Return a DeepSpeed engine that trains ``model`` as ``config`` says.
 
     Without a launcher the process becomes a group of one.
@@ -121,7 +121,7 @@ def _deepspeed_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def full_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
+def full_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     """Return the student's state dict with the optimizer's float32 weights, whatever the ZeRO stage."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
@@ -136,7 +136,7 @@ def full_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
     return {n: v.float() if v.is_floating_point() else v for n, v in state.items()}
 
 
-def optimizer_sizes(engine: deepspeed.DeepSpeedEngine) -> dict[str, int]:
+def optimizer_sizes(engine: DeepSpeedEngine) -> dict[str, int]:
     """Return how many parameters this rank's optimizer trains, and the bytes of its state (Adam's moments)."""
     trained = sum(
         math.prod(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters() if p.requires_grad

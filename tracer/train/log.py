@@ -70,9 +70,8 @@ class StepLog:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        with (
-            suppress(OSError) if kind else nullcontext()
-        ):  # the error that ends the block is the one to report
+        # Where another error ends the block, that is the one to report.
+        with suppress(OSError) if kind else nullcontext():
             self.flush()
             self._file.close()
             self._board.close()

@@ -27,7 +27,7 @@ from tracer.train.engine import full_weights, mixed_precision, optimizer_sizes, 
 from tracer.train.log import StepLog
 
 if TYPE_CHECKING:
-    import deepspeed
+    from tracer.train.engine import DeepSpeedEngine
 
 MEASURE_EVERY = 5  # optimizer steps between two measurements of the loss's diagnostics and of the teacher gap
 
@@ -38,7 +38,7 @@ class Averages(NamedTuple):
     """The moving averages of a run; None where the method has none.
 
     ``teacher`` averages all that trains, and teaches the student. ``student`` averages the adapters (R-Adapter's
-    W̃); it is folded in place of the last step's.
+    W̃), and is folded in place of the last step's.
     """
 
     teacher: MovingAverageTeacher | None
@@ -144,7 +144,7 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
     return trained
 
 
-def moving_averages(config: Config, engine: deepspeed.DeepSpeedEngine) -> Averages:
+def moving_averages(config: Config, engine: DeepSpeedEngine) -> Averages:
     """Return the moving averages that ``config`` asks for, each starting at the engine's present weights."""
     teacher = student = None
     if config.method == "tracer":
@@ -182,7 +182,7 @@ def objective(config: Config) -> TracerLoss:
 
 @torch.no_grad()
 def teacher_gap(
-    engine: deepspeed.DeepSpeedEngine, teacher: MovingAverageTeacher, image: Tensor, text: Tensor
+    engine: DeepSpeedEngine, teacher: MovingAverageTeacher, image: Tensor, text: Tensor
 ) -> Tensor:
     """Return KL(teacher ‖ student) on a batch in nats, mean of both directions, without mixed precision.
 

@@ -20,11 +20,12 @@ from tracer.data.check import check_pictures
 from tracer.data.decoded import DecodedPictures
 from tracer.data.index import Index, read_index
 from tracer.errors import UserError
-from tracer.evaluation.prompts import check_labels, class_prompts
+from tracer.evaluation.prompts import check_distinct, check_labels, class_prompts
 from tracer.evaluation.zero_shot import Scores, evaluate_zero_shot
 from tracer.files import sync, whole_folder
 from tracer.machine import compute_device, resolve_precision, versions
-from tracer.models.clip import load_clip, weights_file
+from tracer.models.architecture import Architecture
+from tracer.models.clip import load_clip, source_files
 from tracer.models.weights import save_weights
 from tracer.train.checkpoint import WHOLE, Checkpoints
 from tracer.train.config import Config
@@ -75,6 +76,7 @@ def finetune(config: Config) -> Path:
     config = config.resolve(len(index))
     torch.manual_seed(config.seed)  # for random initial weights, and for adapters of a given rank
     clip = load_clip(config.model, config.pretrained)
+    check_distinct(evaluation.prompts, clip.tokenizer)
     start = clip.model.state_dict()  # stays float32, whatever the engine does to the model
     if config.adapted:
         tqdm.write(str(adapt(config, clip.model)))
@@ -90,8 +92,9 @@ def finetune(config: Config) -> Path:
         (folder / "config.yaml").write_text(config.to_yaml())
         with StepLog(folder, after=checkpoints.step) as log:
             trained = train(config, clip, index, log, checkpoints)
-        weights = _export(config, trained, start, folder, clip.name)
-        del clip  # its model may be bf16, or in shards
+        name, architecture = clip.name, clip.architecture
+        del clip  # frees the engine's weights, to which its model is tied
+        weights = _export(config, trained, start, folder, name, architecture)
         scores = _evaluate(config, weights, evaluation)
         (folder / "metrics.json").write_text(json.dumps(scores, indent=1))
         record = RunRecord(
@@ -140,10 +143,13 @@ def _warn_of_a_slow_average(config: Config) -> None:
         )
 
 
-def _export(config: Config, trained: Trained, start: Weights, folder: Path, model: str) -> dict[str, Weights]:
+def _export(
+    config: Config, trained: Trained, start: Weights, folder: Path, model: str, architecture: Architecture
+) -> dict[str, Weights]:
     """Write the trained weights to ``folder``, and return those of each whole model by the name of its file.
 
-    Adapters are written by themselves, with the name of their ``model``, and folded into the weights of ``start``.
+    Each file describes its ``architecture``. Adapters are written by themselves, with the name of their ``model``,
+    and folded into the weights of ``start``.
     """
     weights = {"student": trained.student}
     if trained.teacher is not None:
@@ -153,7 +159,7 @@ def _export(config: Config, trained: Trained, start: Weights, folder: Path, mode
         save_adapters(trained.last, folder / "adapters_last.safetensors", model)
         weights = {n: fold(start | adapter_state(w), config.adapter_alpha) for n, w in weights.items()}
     for name, state in weights.items():
-        save_weights(state, folder / f"{name}.safetensors")
+        save_weights(state, folder / f"{name}.safetensors", architecture.metadata())
     return weights
 
 
@@ -190,8 +196,7 @@ def fingerprint(config: Config) -> str:
     """Return a digest of all that decides a run's result: settings, versions, and the files that it reads."""
     index = read_index(config.train_data)
     settings = decisive(config.resolve(len(index)))
-    start = weights_file(config.model, config.pretrained)
-    files = [Path(name) for name in (config.model, config.classes, start) if name]
+    files = [*source_files(config.model, config.pretrained), *([config.classes] if config.classes else [])]
     content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
     data = [index.digest(), *(read_index(path).digest() for path in config.eval_data.values())]
     return hashlib.sha256(json.dumps([settings, content, data, versions()]).encode()).hexdigest()

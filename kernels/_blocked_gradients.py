@@ -1,0 +1,241 @@
+"""Backward half of the blocked implementation: gradients of tiles, and the walk that adds them up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._blocked_tile import (
+    COL,
+    DIRECTIONS,
+    HIGHEST,
+    LOWEST,
+    ROW,
+    SUMMANDS,
+    Logits,
+    Plan,
+    Positives,
+    References,
+    Tile,
+    add_product,
+    inner_product,
+    target_weights,
+)
+from .contrastive import Gradients, Inputs, Needs, Options, Saved, Statistics
+
+
+class Slopes:
+    """One direction's share of the gradients with respect to the logits.
+
+    A gradient is a sum of the tile's exponentials, each times a vector over the rows (columns), minus
+    targets. The vectors hold the upstream gradient, ½/N (½/M) and exp2(reference − log-sum-exp).
+    Without ``references`` the log-sum-exps themselves are the references, so that nothing can overflow.
+    """
+
+    def __init__(
+        self,
+        direction: int,
+        stats: Tensor,
+        grads: Tensor,
+        logits: Logits,
+        smoothing: float,
+        plan: Plan,
+        references: References | None,
+    ) -> None:
+        final = Statistics(*stats.unbind())
+        x, others = ("a", logits.m) if direction == ROW else ("b", logits.n)
+        lse = {"z": final.lse_z, "s": final.lse_s, "t": final.lse_t, x: final.lse_x}
+        enabled = ("s" in plan.targets, "s" in plan.kl, x in plan.targets, x in plan.kl)
+        contrastive, relational, interactive, cross = (
+            grad if on else torch.zeros_like(grad) for grad, on in zip(grads.unbind(), enabled, strict=True)
+        )
+        q_positive, q_negative = target_weights(final.positives, others, smoothing)
+        self.direction, self.smoothed = direction, smoothing > 0
+        self.target, self.q_negative = contrastive * q_positive, contrastive * q_negative
+        self.cross_target = interactive / final.positives
+        self.exact = True
+        self.references: References = lse if references is None else references
+        step = {name: self.references[name] - lse[name] for name in lse if name in self.references}
+        if references is not None:
+            used = [name for name in plan.matrices if direction in DIRECTIONS[name]]
+            checked = [step[name] for name in used] + [step["z"] + logits.shift]
+            low, high = torch.cat(checked).aminmax()
+            # Far below, a slope, which has 1/N as another factor, would be a subnormal number.
+            self.exact = bool(low >= -HIGHEST - SUMMANDS) and bool(high <= -LOWEST)
+        self.z = contrastive * step["z"].exp2()
+        self.s = relational * step["s"].exp2()
+        self.negative = self.s + contrastive * (step["z"] + logits.shift).exp2()
+        self.positive = self.s + self.z
+        if "t" in step:
+            self.t, self.t_cross = relational * step["t"].exp2(), cross * step["t"].exp2()
+        if x in step:
+            self.cross = (interactive + cross) * step[x].exp2()
+
+
+def slopes(
+    grad_terms: Tensor, saved: Saved, logits: Logits, options: Options, plan: Plan
+) -> tuple[Slopes, Slopes]:
+    """Return the slopes along rows and along columns, with shared references where they serve."""
+    half = 0.5 * grad_terms.to(logits.dtype)
+
+    def along_both(references: References | None) -> tuple[Slopes, Slopes]:
+        return (
+            Slopes(ROW, saved.row_stats, half / logits.n, logits, options.smoothing, plan, references),
+            Slopes(COL, saved.col_stats, half / logits.m, logits, options.smoothing, plan, references),
+        )
+
+    rows, cols = along_both(logits.shared_references())
+    return (rows, cols) if rows.exact and cols.exact else along_both(None)
+
+
+class GradientWalk:
+    """The walk of the backward pass, from the gradients of the logits to those of the inputs."""
+
+    # σ's gradient is Σ ds u·v + Σ da u·v' + Σ db u'·v. The text's gradient before its factor σ, times v, has the
+    # first and the last; the part of the image's that comes through a, times u, has the other.
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        logits: Logits,
+        rows: Slopes,
+        cols: Slopes,
+        options: Options,
+        plan: Plan,
+        needs: Needs,
+    ) -> None:
+        self._inputs, self._logits, self._positives = inputs, logits, Positives(inputs, logits)
+        self._rows, self._cols, self._options, self._plan, self._needs = rows, cols, options, plan, needs
+        self._has_cross = "b" in plan.matrices
+        need_cols = needs.text or (needs.logit_scale and self._has_cross)
+        self._need_rows = needs.image or (needs.logit_scale and not need_cols)
+        self._need_a = self._has_cross and (needs.image or needs.logit_scale)
+
+        image, u, v = inputs.image, logits.operands["u"], logits.operands["v"]
+        self._d_image = (
+            torch.empty(image.shape, dtype=image.dtype, device=image.device) if needs.image else None
+        )
+        self._d_text = logits.scale.new_zeros(v.shape) if need_cols else None  # before its factor σ
+        self._d_scale = torch.zeros((), dtype=torch.float64, device=image.device)
+        if options.smoothing:  # what every image gets from the constants per column, and per unit of its own
+            self._to_all = (cols.q_negative @ v.to(logits.dtype))[None]
+            self._text_total = v.sum(0, dtype=logits.dtype)[None]
+        self._room = u.new_empty((2 if self._has_cross else 1) * logits.tile_size)
+
+    def visit(self, at_rows: slice) -> None:
+        """Visit one row of tiles and complete the gradients of its images."""
+        rows, cols, plan, operands = self._rows, self._cols, self._plan, self._logits.operands
+        u, height = operands["u"][at_rows], at_rows.stop - at_rows.start
+        new_zeros = self._logits.scale.new_zeros
+        through_s = new_zeros(height, u.shape[1]) if self._need_rows else None
+        through_a = new_zeros(height, u.shape[1]) if self._need_a else None
+        left = torch.cat([u, operands["tu"][at_rows]]) if self._has_cross else u
+        for at_cols in self._logits.col_blocks():
+            tile = Tile(self._logits, self._positives, at_rows, at_cols, rows.references, cols.references)
+            # ds above db, so that one product takes both to the text's gradient.
+            stack = self._room[: len(left) * (at_cols.stop - at_cols.start)].view(len(left), -1)
+            ds, db = stack[:height], stack[height:]
+            at_positives = _student_gradient(tile, rows, cols, plan, ds)
+            if self._logits.has_margin and at_positives is not None:
+                self._d_scale -= self._options.margin * at_positives
+            if through_s is not None:
+                add_product(through_s, ds, operands["v"][at_cols].T)
+            if through_a is not None:
+                da = torch.empty_like(ds)
+                _cross_gradient("a", tile, rows, plan, da)
+                add_product(through_a, da, operands["tv"][at_cols].T)
+            if self._d_text is not None:
+                if self._has_cross:
+                    _cross_gradient("b", tile, cols, plan, db)
+                add_product(self._d_text[at_cols], stack.T, left.T)
+        self._complete_images(at_rows, through_s, through_a)
+
+    def _complete_images(self, at_rows: slice, through_s: Tensor | None, through_a: Tensor | None) -> None:
+        """Take what reaches these images through s and through a to their gradient and to σ's."""
+        u = self._logits.operands["u"][at_rows]
+        if through_s is not None and self._options.smoothing:
+            through_s -= torch.addmm(self._to_all, self._rows.q_negative[at_rows, None], self._text_total)
+        if self._needs.logit_scale and through_a is not None:
+            self._d_scale += inner_product(through_a, u)
+        if self._needs.logit_scale and self._d_text is None and through_s is not None:
+            self._d_scale += inner_product(through_s, u)
+        if self._d_image is not None and through_s is not None:
+            total = through_s if through_a is None else through_s.add_(through_a)
+            self._d_image[at_rows] = self._logits.scale * total
+
+    def gradients(self) -> Gradients:
+        """Complete the texts' gradient and σ's, after all rows were visited."""
+        d_text, logits = self._d_text, self._logits
+        if d_text is not None:
+            u, v = logits.operands["u"], logits.operands["v"]
+            if self._options.smoothing:
+                from_cols = self._cols.q_negative[:, None] * u.sum(0, dtype=logits.dtype)
+                d_text -= from_cols + self._rows.q_negative @ u.to(logits.dtype)
+            if self._needs.logit_scale:
+                self._d_scale += inner_product(d_text, v)
+            d_text = d_text.mul_(logits.scale).to(self._inputs.text.dtype)
+        return Gradients(
+            self._d_image,
+            d_text if self._needs.text else None,
+            self._d_scale.to(logits.dtype) if self._needs.logit_scale else None,
+        )
+
+
+def _student_gradient(tile: Tile, rows: Slopes, cols: Slopes, plan: Plan, out: Tensor) -> Tensor | None:
+    """Write d/ds, without the constants of the smoothing, to ``out``.
+
+    Returns the sum of d/dz over the positives of the tile, None if there are none.
+    """
+    positives, at_positives = tile.positives, None
+    if tile.shared:
+        e = tile.e("s", ROW)
+        before = tile.at_positives(e) if positives else None
+        ds = torch.add(
+            tile.spread(rows.negative, ROW), tile.spread(cols.negative, COL), out=_if_same(out, e)
+        ).mul_(e)
+        if positives and before is not None:
+            _, row, col = positives
+            at_positives = before * (rows.z[row] + cols.z[col])
+            ds.view(-1)[positives.place] = before * (rows.positive[row] + cols.positive[col])
+    else:
+        ds = tile.e("z", ROW) * tile.spread(rows.z, ROW)
+        ds.addcmul_(tile.e("z", COL), tile.spread(cols.z, COL))
+        at_positives = tile.at_positives(ds) if positives else None
+        if "s" in plan.kl:
+            for side in (rows, cols):
+                ds.addcmul_(tile.e("s", side.direction), tile.spread(side.s, side.direction))
+    if positives and at_positives is not None:
+        place, row, col = positives
+        target = rows.target[row] + cols.target[col]
+        correction = target - rows.q_negative[row] - cols.q_negative[col] if rows.smoothed else target
+        ds.view(-1).index_add_(0, place, correction, alpha=-1)
+        at_positives = (at_positives - target).sum(dtype=torch.float64)
+    if "s" in plan.kl:
+        if tile.shared:
+            both = tile.spread(rows.t, ROW) + tile.spread(cols.t, COL)
+            ds.addcmul_(tile.e("t", ROW), both, value=-1)
+        else:
+            for side in (rows, cols):
+                ds.addcmul_(tile.e("t", side.direction), tile.spread(side.t, side.direction), value=-1)
+    if ds.data_ptr() != out.data_ptr():
+        out.copy_(ds)
+    return at_positives
+
+
+def _cross_gradient(name: str, tile: Tile, side: Slopes, plan: Plan, out: Tensor) -> None:
+    """Write d/da, over rows, or d/db, over columns, to ``out``."""
+    mine = side.direction
+    e = tile.e(name, mine)
+    d = torch.mul(e, tile.spread(side.cross, mine), out=_if_same(out, e))
+    if name in plan.kl:
+        d.addcmul_(tile.e("t", mine), tile.spread(side.t_cross, mine), value=-1)
+    if name in plan.targets and tile.positives:
+        target = side.cross_target[tile.positives.along(mine)]
+        d.view(-1).index_add_(0, tile.positives.place, target, alpha=-1)
+    if d.data_ptr() != out.data_ptr():
+        out.copy_(d)
+
+
+def _if_same(out: Tensor, e: Tensor) -> Tensor:
+    """Return ``out`` if it has the dtype of the tile's arithmetic, else room for it."""
+    return out if out.dtype == e.dtype else torch.empty_like(e)

@@ -1,0 +1,74 @@
+"""Files and folders are whole or absent, and nobody else's are touched."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tracer.errors import UserError
+from tracer.files import aside, remove_folder, whole_file, whole_folder
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "a.json", []
+    monkeypatch.setattr("os.fsync", lambda handle: synced.append((os.fstat(handle).st_ino, path.exists())))
+    with whole_file(path) as part:
+        part.write_text("{}")
+    assert synced == [(path.stat().st_ino, False)]
+
+
+def test_a_file_that_fails_leaves_the_one_before_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    with whole_file(path) as part:
+        part.write_text("first")
+
+    def fail() -> None:
+        with whole_file(path) as part:
+            part.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "run"
+    aside(path).mkdir()
+    (aside(path) / "left by a killed attempt").write_text("")
+    with whole_folder(path) as part:
+        assert not list(part.iterdir())
+        (part / "a").write_text("a")
+        assert not path.exists()
+    assert [p.name for p in path.iterdir()] == ["a"]
+    assert not aside(path).exists()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_folder_that_fails_stays_only_with_what_is_to_be_kept(tmp_path, kept):
+    path = tmp_path / "run"
+
+    def fail() -> None:
+        with whole_folder(path, keep="checkpoint-*") as part:
+            (part / "log").write_text("")
+            if kept:
+                (part / "checkpoint-1").mkdir()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert aside(path).exists() == kept
+    with whole_folder(path, keep="checkpoint-*") as part:
+        assert {p.name for p in part.iterdir()} == ({"log", "checkpoint-1"} if kept else set())
+
+
+def test_a_folder_that_is_being_written_is_not_removed(tmp_path):
+    with whole_folder(tmp_path / "run") as part:
+        (part / "a").write_text("a")
+        with pytest.raises(UserError, match=f"another process is writing '{part}': wait until it has ended"):
+            remove_folder(part)
+        assert (part / "a").exists()
+    remove_folder(tmp_path / "run")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,131 @@
+"""The DeepSpeed engine: optimizer, learning rate, precisions and what it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tracer.adapters import add_adapters
+from tracer.models.clip import encode, load_clip
+from tracer.models.weights import save_weights
+from tracer.schedules import WMA
+from tracer.teacher import build_teacher
+from tracer.train.engine import lr_schedule, parameter_groups, start_engine
+from tracer.train.log import read_log
+from tracer.train.loop import objective
+from tracer.train.run import finetune
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16"},
+        {"precision": "amp_bf16"},
+        {"zero_stage": 0},
+        {"zero_stage": 2},
+        {"accumulation": 2},
+    ],
+)
+def test_other_engines_train_too(config, changes):
+    folder = finetune(dataclasses.replace(config, steps=2, warmup=0, **changes))
+    rows = read_log(folder)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    start, student = load_file(config.pretrained), load_file(folder / "student.safetensors")
+    assert student["visual.proj"].dtype == torch.float32
+    assert not torch.equal(start["visual.proj"], student["visual.proj"])
+    # the optimizer's weights, not their rounded copies that a bf16 engine computes with
+    assert not torch.equal(student["visual.proj"], student["visual.proj"].bfloat16().float())
+
+
+def test_learning_rate_rises_then_falls_to_zero(config):
+    config = dataclasses.replace(config, steps=10, warmup=4)
+    adam = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    rate, seen = lr_schedule(config, adam), []
+    for _ in range(10):
+        seen.append(adam.param_groups[0]["lr"])
+        adam.step()
+        rate.step()
+    assert seen[:4] == pytest.approx([0.25, 0.4375, 0.625, 0.8125])
+    assert seen[4] == pytest.approx(1.0)
+    assert seen[5:] == sorted(seen[5:], reverse=True)
+    assert adam.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_engine_is_gone_when_the_run_is_evaluated(config, monkeypatch, stage):
+    engines, alive = [], []
+
+    def start(*args):
+        engine = start_engine(*args)
+        engines.append(weakref.ref(engine))
+        return engine
+
+    def save(*args):
+        gc.collect()
+        alive.append(engines[0]() is not None)
+        save_weights(*args)
+
+    monkeypatch.setattr("tracer.train.loop.start_engine", start)
+    monkeypatch.setattr("tracer.train.run.save_weights", save)
+    finetune(dataclasses.replace(config, zero_stage=stage))
+    assert alive == [False, False]  # student and teacher
+
+
+def test_in_the_engine_a_teacher_of_the_adapters_holds_no_trunk(config):
+    clip = load_clip(config.model, config.pretrained)
+    add_adapters(clip.model)
+    teacher = build_teacher(start_engine(dataclasses.replace(config, adapters=True), clip.model), WMA(6))
+    student = dict(clip.model.named_parameters())
+    for name, value in teacher.module.named_parameters():
+        shared = value.data_ptr() == student[name].data_ptr()
+        assert shared == (".adapter." not in name), name
+    averages = teacher.state_dict()["averages"].values()  # this rank's shards
+    assert sum(value.numel() for value in averages) == 4 * 32 * 32
+
+
+def test_a_deepspeed_checkpoint_of_adapters_resumes_bit_for_bit(config, tmp_path):
+    """Without the frozen parameters it is a small part of the full one, and nothing is missing from it."""
+    config = dataclasses.replace(config, method="r-adapter", warmup=0)
+    batch = torch.rand(4, 3, 32, 32), torch.randint(1, 99, (4, 16))
+
+    def engine(adapted: bool = True):
+        clip = load_clip(config.model, config.pretrained)
+        if adapted:
+            add_adapters(clip.model, drop=0.0)
+        return start_engine(config, clip.model)
+
+    def step(run) -> None:
+        run.backward(objective(config)(*encode(run, *batch)).loss)
+        run.step()
+
+    def size(folder) -> int:
+        return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+    run, full = engine(), engine(adapted=False)
+    step(run)
+    step(full)
+    run.save_checkpoint(str(tmp_path / "adapters"), exclude_frozen_parameters=True)
+    full.save_checkpoint(str(tmp_path / "full"))
+    assert size(tmp_path / "adapters") < size(tmp_path / "full") / 50
+    resumed = engine()
+    resumed.load_checkpoint(str(tmp_path / "adapters"), load_module_strict=False)
+    for part in (run, resumed):
+        step(part)
+    assert all(torch.equal(a, b) for a, b in zip(run.parameters(), resumed.parameters(), strict=True))
+
+
+def test_weight_decay_falls_on_the_matrices_that_train_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    model[2].requires_grad_(False)
+    decayed, rest = parameter_groups(model, 0.3)
+    assert decayed["weight_decay"] == 0.3
+    assert rest["weight_decay"] == 0
+    assert [id(p) for p in decayed["params"]] == [id(model[0].weight)]
+    assert [id(p) for p in rest["params"]] == [id(model[0].bias), id(model[1].weight), id(model[1].bias)]

@@ -1,0 +1,115 @@
+"""The architecture of a model, as a file of its weights describes it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+from tracer.errors import UserError
+from tracer.models.picture_format import PictureFormat
+from tracer.models.registry import registered_model
+from tracer.models.weights import read_metadata
+
+BUILT_IN = frozenset(open_clip.list_models())  # open_clip's own models, before the user adds configs
+
+# Settings of a model config that train a model otherwise and change nothing in what given weights compute.
+WITHOUT_EFFECT = {
+    "init_logit_scale",
+    "init_logit_bias",
+    "vision_cfg.patch_dropout",
+    "vision_cfg.timm_drop",
+    "vision_cfg.timm_drop_path",
+    "vision_cfg.timm_model_pretrained",
+    "text_cfg.hf_model_pretrained",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that the tensors of a model do not say by themselves.
+
+    Attributes:
+        model: the name of the model.
+        config: open_clip's model config of it, as built; None for a registered model that has none.
+        picture_format: the format of its pictures.
+    """
+
+    model: str
+    config: dict[str, Any] | None
+    picture_format: PictureFormat
+
+    def metadata(self) -> dict[str, str]:
+        """Return the strings by which the header of a safetensors file describes the architecture.
+
+        ``model_cfg`` and ``preprocess_cfg`` are JSON, with the names and the content that they have in open_clip's
+        ``open_clip_config.json``; ``activation`` is ``quick_gelu`` or ``gelu``.
+        """
+        described = {
+            "format": "pt",
+            "model": self.model,
+            "preprocess_cfg": json.dumps(asdict(self.picture_format)),
+        }
+        if self.config is not None:
+            described["activation"] = "quick_gelu" if self.config.get("quick_gelu") else "gelu"
+            described["model_cfg"] = json.dumps(self.config)
+        return described
+
+
+def saved_architecture(path: Path) -> Architecture | None:
+    """Return the architecture that a file of weights describes; None for a file that describes none.
+
+    Raises:
+        UserError: the description is damaged.
+    """
+    metadata = read_metadata(path)
+    if "preprocess_cfg" not in metadata:
+        return None
+    try:
+        pictures = json.loads(metadata["preprocess_cfg"])
+        pictures |= {"mean": tuple(pictures["mean"]), "std": tuple(pictures["std"])}
+        config = json.loads(metadata["model_cfg"]) if "model_cfg" in metadata else None
+        return Architecture(metadata["model"], config, PictureFormat(**pictures))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the header of '{path}' describes no architecture ({error}): write the file again"
+        ) from error
+
+
+def refuse_another(path: Path, saved: Architecture, model: str, config: dict[str, Any] | None) -> None:
+    """Raise UserError if ``path`` holds weights of another architecture than that of ``model``.
+
+    Args:
+        path: of the weights.
+        saved: what the file says.
+        model, config: name and open_clip's config of the model that shall be built.
+    """
+    if saved.config is None or config is None:
+        theirs, ours = {"model": saved.model}, {"model": model}
+    else:
+        theirs, ours = _effective(saved.config), _effective(config)
+    different = [n for n in sorted(theirs.keys() | ours.keys()) if theirs.get(n) != ours.get(n)]
+    if different:
+        name = different[0]
+        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+        known = saved.model in BUILT_IN or registered_model(saved.model) or ":" in saved.model
+        remedy = f"--model {saved.model}" if known else f"--model the config (.json) of {saved.model}"
+        raise UserError(
+            f"'{path}' holds weights of {saved.model}, not of {model} "
+            f"({name} is {theirs.get(name)} in the file and {ours.get(name)} in the model{more}): give {remedy}"
+        )
+
+
+def _effective(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a model config that decide what a model computes, with open_clip's defaults."""
+    settings = {"quick_gelu": False, "custom_text": False} | {
+        name: value for name, value in config.items() if name not in ("vision_cfg", "text_cfg")
+    }
+    for tower, defaults in (("vision_cfg", CLIPVisionCfg()), ("text_cfg", CLIPTextCfg())):
+        settings |= {f"{tower}.{name}": value for name, value in (asdict(defaults) | config[tower]).items()}
+    decisive = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
+    return json.loads(json.dumps(decisive))  # tuples become lists, as in a file
