@@ -191,13 +191,7 @@ def environment() -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Return processor, cores, memory and GPU, and the processor's instructions for bfloat16 products or None."""
-    return tracer.machine.machine() | {"bf16": _bf16_instructions()}
-
-
-def _bf16_instructions() -> str | None:
-    if torch.cpu._is_amx_tile_supported():
-        return "AMX"
-    return "AVX-512" if torch.cpu._is_avx512_bf16_supported() else None
+    return tracer.machine.machine() | {"bf16": tracer.machine.bfloat16_unit()}
 
 
 def _commit() -> str:

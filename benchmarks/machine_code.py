@@ -86,7 +86,7 @@ class Report:
 
 
 class _Driver:
-    """As much of a Triton driver as compiling needs."""
+    """The part of a Triton driver that compiling needs."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -211,7 +211,7 @@ def _read(
 
 
 def shipped(architectures: list[str], quick: bool) -> list[Case]:
-    """Every entry of the tables of the named architectures: with all options and, unless quick, without, and
+    """Return every entry of the named architectures' tables, with all options and, unless quick, without, and
     with a width that no block divides.
     """
     variants = ((True, 512),) if quick else ((True, 512), (False, 512), (True, 520))
@@ -236,7 +236,7 @@ def shipped(architectures: list[str], quick: bool) -> list[Case]:
 def compile_all(
     architectures: list[str], quick: bool
 ) -> tuple[list[Report], dict[str, int], list[dict[str, Any]]]:
-    """Reports of all kernels, compiled variants of a varied run, and estimates, by all processors."""
+    """Return reports of all kernels, compiled variants of a varied run, and estimates, on all processors."""
     cases = sorted(shipped(architectures, quick), key=lambda c: (c.many, c.kernel == "forward with stats"))
     cases.reverse()  # the slowest kinds first
     seen: set[tuple[str, str, bool]] = set()
@@ -318,7 +318,7 @@ def refuse_spills(rows: list[dict[str, Any]]) -> None:
 
 
 def report(results: dict[str, Any]) -> str:
-    """The tables, as Markdown: the worst of each kind, and roofline estimates."""
+    """Return the tables as Markdown: the worst of each kind, and roofline estimates."""
     parts = [
         f"Compiled with Triton {results['triton']}, not run. The worst of each kind of kernel; registers are per "
         "thread, spilled bytes are registers that went to memory, resident warps are what a multiprocessor holds:",
@@ -342,7 +342,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def _kind(row: dict[str, Any]) -> tuple[str, str, str]:
-    """Kernels that share a row of the summary: architecture, kernel, operands."""
+    """Return the row of the summary that a kernel belongs to: architecture, kernel, operands."""
     name, operands = row["kernel"], "16 bits"
     if name == AVERAGE or name.startswith("combine"):
         name, operands = name.split(" of ")[0], ""
@@ -437,7 +437,7 @@ def _average_estimates(rows: list[dict[str, Any]]) -> str:
 
 
 def highlights(results: dict[str, Any]) -> list[Highlight]:
-    """No spills, anywhere."""
+    """Return the number of spilled bytes over all kernels."""
     rows = results["kernels"]
     architectures = sorted({row["architecture"] for row in rows})
     what = f"registers spilled by {len(rows)} compiled kernels ({', '.join(architectures)})"
@@ -445,7 +445,7 @@ def highlights(results: dict[str, Any]) -> list[Highlight]:
 
 
 def exact(results: dict[str, Any]) -> dict[str, float]:
-    """Registers, spills and shared memory of every kernel: a compiler of one version repeats them."""
+    """Return registers, spills and shared memory of every kernel: a compiler of one version repeats them."""
     numbers: dict[str, float] = {}
     for row in results["kernels"]:
         name = (

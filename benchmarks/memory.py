@@ -62,7 +62,7 @@ def _step(case: str, precision: str, who: str, pairs: int, width: int) -> Step:
 
 
 def _count(case: str, precision: str, who: str, sizes: Sequence[int], width: int) -> dict[int, int]:
-    """Bytes by N, after a small step was found right."""
+    """Return bytes by N, once the result of a small step has been checked."""
     small = _step(case, precision, who, 512, width)
     small()
     check(case, who, precision, small.result(), 512, width)
@@ -71,7 +71,7 @@ def _count(case: str, precision: str, who: str, sizes: Sequence[int], width: int
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Each thread of a sum has a partial result of its own."""
+    """Take sums on one thread, because each thread holds a partial result of its own."""
     kept = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -82,7 +82,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def any_processor() -> Iterator[None]:
-    """The CPU implementation takes the same products whatever the processor."""
+    """Make the CPU implementation take the same products whatever the processor."""
     with (
         patch.object(_blocked_tile, "bfloat16_unit", lambda: "AMX"),
         patch.object(_blocked_tile, "mkl_knows_this_processor", lambda: False),
@@ -100,7 +100,7 @@ def launches_left_out() -> Iterator[None]:
 
 
 def report(results: dict[str, Any]) -> str:
-    """The table: MiB by batch size, and what the last doubling of N made of them."""
+    """Return the table: MiB by batch size, and the growth at the last doubling of N."""
     rows = results["rows"]
     sizes = sorted({int(n) for row in rows for n in row["bytes"]})
     lines = []
@@ -115,7 +115,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def exact(results: dict[str, Any]) -> dict[str, float]:
-    """Bytes of every row and size."""
+    """Return the bytes of every row and size."""
     return {
         f"{row['case']} {row['precision']} N {n} D {results['width']}: {row['who']}, bytes": count
         for row in results["rows"]

@@ -58,7 +58,7 @@ _COUNTED = (256, 16, 4)
 
 
 def counts(architectures: list[str]) -> list[dict[str, Any]]:
-    """Rows of :mod:`benchmarks.work`, counted in a process of its own: this one compiles."""
+    """Return rows of :mod:`benchmarks.work`, counted in a process of its own, because this one compiles."""
     N, D, places = _COUNTED
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.work", "--json"]
     command += [
@@ -89,7 +89,7 @@ def _strips(objective: str, N: int, D: int, tile: Tile) -> _grid.Strips:
 
 
 def estimate(work: dict[str, Any], N: int, D: int) -> dict[str, Any]:
-    """Seconds at the least for N images and N texts of width D in bfloat16, by pass and side.
+    """Return the least seconds for N images and N texts of width D in bfloat16, by pass and side.
 
     ``work`` is a row of :mod:`benchmarks.work` of any size, whose tiles are the architecture's own.
     """
@@ -145,12 +145,12 @@ def estimate(work: dict[str, Any], N: int, D: int) -> dict[str, Any]:
 
 
 def estimates(architectures: list[str]) -> list[dict[str, Any]]:
-    """One row per architecture, objective and size."""
+    """Return one row per architecture, objective and size."""
     return [estimate(work, *size) for work in counts(architectures) for size in SIZES]
 
 
 def average_estimates(architectures: list[str]) -> list[dict[str, Any]]:
-    """The moving average of whole models, which memory alone bounds: one row per architecture and model."""
+    """Return one row per architecture and model for the moving average of whole models, bound by memory alone."""
     return [
         {
             "architecture": name,

@@ -100,7 +100,7 @@ ARCHITECTURES: tuple[Architecture, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 @dataclass
 class Work:
-    """What interpreted kernels did. ``flops`` are those of products; ``operations`` are elementwise."""
+    """Counts of what interpreted kernels did. ``flops`` are those of products; ``operations`` are elementwise."""
 
     launches: int = 0
     flops: int = 0
@@ -112,7 +112,7 @@ class Work:
 
 @contextmanager
 def counting() -> Iterator[Work]:
-    """Count what interpreted kernels do within."""
+    """Count what interpreted kernels do inside the block."""
     work = Work()
 
     def create_dot(dot: Any, self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
@@ -226,7 +226,7 @@ def count(objective: str, N: int, D: int, architecture: str = "sm_90", places: i
 
 
 def _published_units(objective: str, N: int, D: int) -> float:
-    """Products of the published formulation, forward and backward, counted by torch."""
+    """Return the products of the published formulation, forward and backward, as torch counts them."""
     image, text, scale = torch.randn(N, D), torch.randn(N, D), torch.tensor(1.0)
     teacher = (image.clone(), text.clone(), scale)
     student = [t.requires_grad_() for t in (image, text, scale)]
@@ -243,7 +243,7 @@ def _published_units(objective: str, N: int, D: int) -> float:
 
 
 def count_average(mode: str) -> dict[str, Any]:
-    """Bytes and launches of one update of the moving average, the table of chunks included."""
+    """Return bytes and launches of one update of the moving average, the table of chunks included."""
     dtype, low, floor = AVERAGES[mode]
     averages = [torch.zeros(shape) for shape in AVERAGED]
     params = [torch.ones(shape, dtype=dtype) for shape in AVERAGED]
@@ -260,7 +260,7 @@ def count_average(mode: str) -> dict[str, Any]:
 
 
 class Allocated(TorchDispatchMode):
-    """Bytes of the tensors that were made within, at their peak and still alive; ``inputs`` don't count."""
+    """Counts the bytes of the tensors made inside the block, at their peak and still alive, without ``inputs``."""
 
     def __init__(self, inputs: Any) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ class Allocated(TorchDispatchMode):
 
 
 def count_memory(objective: str, N: int, D: int, architecture: str, places: int) -> dict[str, Any]:
-    """Bytes that the launchers allocate for N images and N texts of width D in bfloat16.
+    """Return the bytes that the launchers allocate for N images and N texts of width D in bfloat16.
 
     They run on a GPU's tensors without data: what is allocated is what would be, nothing is computed.
     """
@@ -354,7 +354,7 @@ def measure(
 
 
 def report(results: dict[str, Any]) -> str:
-    """The tables, as Markdown."""
+    """Return the tables as Markdown."""
     return "\n\n".join(
         [
             f"Counted in Triton's interpreter, not timed; float16, grids of {results['places']} multiprocessors.",
@@ -452,7 +452,7 @@ def _memory_table(rows: list[dict[str, Any]]) -> str:
 
 
 def highlights(results: dict[str, Any]) -> list[Highlight]:
-    """The whole objective's products at the largest size counted."""
+    """Return the whole objective's products at the largest size counted."""
     rows = [r for r in results["loss"] if r["objective"] == "full objective"]
     largest = max(rows, key=lambda r: r["rows"])
     ours, published_units = sum(largest["units"].values()), largest["published_units"]
@@ -468,7 +468,7 @@ def highlights(results: dict[str, Any]) -> list[Highlight]:
 
 
 def exact(results: dict[str, Any]) -> dict[str, float]:
-    """Every count by name."""
+    """Return every count by name."""
     numbers: dict[str, float] = {}
     for r in results["loss"]:
         name = f"work {r['objective']} {r['architecture']} {r['rows']}x{r['width']}"

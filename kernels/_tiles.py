@@ -34,7 +34,7 @@ from ._triton import gpu, triton
 
 
 class Tile(NamedTuple):
-    """Rows, columns and features of a tile, warps of a program, stages of its load pipeline."""
+    """Size of a tile in rows, columns and features; warps of a program and stages of its load pipeline."""
 
     block_n: int
     block_m: int

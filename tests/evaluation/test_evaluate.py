@@ -68,8 +68,8 @@ def test_classes_with_the_same_prompts_end_every_command_at_once(tiny_config, dr
     (tmp_path / "food.csv").write_text("\n".join(["image,label", *rows]))
     common = ["--eval_data.a", tmp_path / "food.csv", "--model", tiny_config, "--pretrained", "null"]
     train = ["--train_data", tmp_path / "food.csv", "--steps", "1", "--output", tmp_path / "run"]
-    demo = ["--seeds", "1", "--batch_size", "2", "--warmup", "0"]
-    for command in (["evaluate"], ["finetune", *train], ["demo", *train, *demo]):
+    train += ["--batch_size", "2", "--warmup", "0"]
+    for command in (["evaluate"], ["finetune", *train], ["demo", *train, "--seeds", "1"]):
         argv = [*command, *common, "--cache", tmp_path / "cache"]
         assert main([str(a) for a in argv]) == 2
         assert "the classes 'hot-dog' and 'hot_dog' have the same prompts" in capsys.readouterr().err

@@ -24,7 +24,8 @@ def evaluate(config: EvaluateConfig) -> Scores:
     """
     config.validate()
     sets = evaluation_sets(config.eval_data)
-    prompts = class_prompts(config.classes, sorted({label for index in sets for label in index.classes}))
+    classes = sorted({label for index in sets for label in index.classes})
+    prompts = class_prompts(config.classes, classes)
     check_labels(sets, prompts)
     if config.check_images:
         for index in sets:

@@ -31,7 +31,7 @@ def calibration_error(probabilities: Tensor, truth: Tensor) -> float:
         truth: class numbers [N] int64.
     """
     classes = probabilities.shape[1]
-    # torchmetrics 1.9 puts a confidence of exactly 1 into a bin of its own: it becomes the number next to 1.
-    one = torch.ones((), dtype=probabilities.dtype)
-    probabilities = probabilities.clamp(max=torch.nextafter(one, 0 * one).item())
+    # torchmetrics 1.9 gives a confidence of exactly 1 a bin of its own: make it the float32 number next to 1.
+    below_one = torch.nextafter(torch.ones(()), torch.zeros(()))
+    probabilities = probabilities.float().clamp(max=below_one.item())
     return float(multiclass_calibration_error(probabilities, truth, classes, n_bins=CALIBRATION_BINS))

@@ -56,7 +56,9 @@ def evaluate_zero_shot(
     scores: Scores = {}
     for index in sets:
         probabilities = class_probabilities(clip, index, weights, workers=workers, decoded=decoded)
-        truth = torch.tensor([number[label] for label in index.labels if label is not None])
+        truth = torch.tensor(
+            [number[label] for label in index.labels if label is not None]
+        )  # check_labels: none is
         scores[index.name] = {
             "accuracy": accuracy(probabilities, truth),
             "ece": calibration_error(probabilities, truth),
