@@ -64,3 +64,16 @@ def test_batches_go_on_from_any_of_them(drawings, clip, monkeypatch, first):
     for a, b in zip(whole[first:], rest, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(astuple(a), astuple(b), strict=True))
     assert len(read) == 8 * (12 - first)
+
+
+def test_a_picture_without_a_label_is_a_positive_of_itself_alone(drawings, clip, write_csv):
+    """Half-labelled data trains; two rows of one file stay together, and equal labels still share a number."""
+    files = [str(path) for path in sorted(drawings.glob("*.png"))[:5]]
+    labels = ["x", "x", "", "", ""]
+    rows = [[file, label, "a drawing"] for file, label in zip(files, labels, strict=True)]
+    index = read_index(write_csv("half.csv", ["image", "label", "captions"], [*rows, [files[4], "", "a line"]]))
+    (batch,) = TrainingBatches(index, clip, batch_size=6, steps=1, seed=0, crop_scale=0.9)
+    number = dict(zip(batch.index.tolist(), batch.label.tolist(), strict=True))
+    assert number[0] == number[1] == 0
+    assert number[4] == number[5]
+    assert len({number[i] for i in (0, 2, 3, 4)}) == 4

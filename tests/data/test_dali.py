@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as F
+from torchvision.transforms.functional import _compute_resized_output_size
 
 from tracer.data.dali import Pictures
-from tracer.data.index import read_index
+from tracer.data.index import Index, read_index
 from tracer.data.order import Crops, in_order, random_crops
-from tracer.data.window import random_window
+from tracer.data.window import centre_window, random_window
 from tracer.models.picture_format import PictureFormat
 
 
@@ -113,3 +118,37 @@ def test_a_crop_is_what_pil_cuts_out(wanted, tmp_path, write_csv, name, turned):
         (top, left), (bottom, right) = (corner * upright.size[::-1] for corner in (low, high))
         cut = upright.resize((32, 32), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
         assert (got - torch.from_numpy(np.array(cut)).permute(2, 0, 1)).abs().mean() < 3
+
+
+def test_evaluation_shows_the_centre_that_open_clip_shows(tmp_path, wanted):
+    """Pixels of random noise, for sizes whose margins round in every way: one pixel off would differ by far."""
+    sizes = [(w, h) for w in (33, 37, 40, 57, 64, 302) for h in (32, 43, 48, 61, 90, 240)]
+    sizes += [(1, 7), (7, 1), (32, 32), (31, 95), (302, 240), (3, 300)]
+    noise = np.random.default_rng(0)
+    for i, (width, height) in enumerate(sizes):
+        Image.fromarray(noise.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    paths = [tmp_path / f"{i}.png" for i in range(len(sizes))]
+    index = Index("noise", paths, ["x"] * len(paths), [["x"]] * len(paths))
+    ((images, _),) = Pictures(index, wanted, in_order(len(paths), len(paths)), len(paths))
+    transform = image_transform_v2(PreprocessCfg(**dataclasses.asdict(wanted)), is_train=False)
+    for size, path, image in zip(sizes, paths, images, strict=True):
+        difference = levels(image, wanted) - levels(transform(Image.open(path)), wanted)
+        assert difference.abs().mean() < 1.5, size
+
+
+@given(
+    height=st.integers(1, 3000),
+    width=st.integers(1, 3000),
+    side=st.sampled_from([32, 40, 224, 240, 256, 336, 378, 384]),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_centre_lies_where_torchvision_cuts_it_out(height, width, side):
+    """Within a thousandth of a pixel of the resized picture, for any size of picture and model."""
+    wanted = PictureFormat(side, (0.0,) * 3, (1.0,) * 3)
+    resized = np.array(_compute_resized_output_size((height, width), [side]))
+    whole = mock.MagicMock(spec=torch.Tensor)
+    with mock.patch.multiple(F, get_dimensions=lambda _: [3, *resized], crop=lambda *corners: corners[1:]):
+        top, left, *_ = F.center_crop(whole, [side])
+    start, end = centre_window((height, width), wanted)
+    assert start * resized == pytest.approx([top, left], abs=2e-7 * max(resized) + 1e-3)
+    assert end * resized == pytest.approx([top + side, left + side], abs=2e-7 * max(resized) + 1e-3)

@@ -1,0 +1,261 @@
+"""Picture files that are not what they should be: read as PIL reads them, or refused by name."""
+
+from __future__ import annotations
+
+import csv
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from tracer.cli import main
+from tracer.data.dali import Pictures
+from tracer.data.index import Index
+from tracer.data.order import in_order, random_crops
+from tracer.models.picture_format import PictureFormat
+
+H, W = 40, 60
+Y, X = np.mgrid[:H, :W]
+COLOURS = np.stack([X * 4, Y * 6, (X + Y) * 2], 2).astype(np.uint8)
+ALPHA = (np.hypot(X - 30, Y - 20) * 6).clip(0, 255).astype(np.uint8)
+RGB = Image.fromarray(COLOURS)
+GRAY = RGB.convert("L")
+RGBA = Image.fromarray(np.dstack([COLOURS, ALPHA]))
+LEVELS = PictureFormat(32, (0.0,) * 3, (1 / 255,) * 3, resize_mode="squash")  # pictures as levels 0 … 255
+
+
+def png(array: np.ndarray, colour: int, bits: int, end: bool = True) -> bytes:
+    """A PNG file of a colour type and depth that PIL does not write; with ``end`` False it stops too early."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", array.shape[1], array.shape[0], bits, colour, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in array))
+    body = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows)
+    return body + (chunk(b"IEND", b"") if end else b"")
+
+
+def sixteen(array: np.ndarray) -> np.ndarray:
+    return (array.astype(np.uint16) * 257).astype(">u2")
+
+
+def turned(way: int) -> dict[str, object]:
+    exif = Image.Exif()
+    exif[0x0112] = way
+    return {"exif": exif}
+
+
+# name of the file → (the picture, how PIL saves it); None: PIL reads it otherwise than it should
+ODD: dict[str, tuple[Image.Image, dict]] = {
+    "bits.tif": (GRAY.convert("1"), {}),
+    "fax.tif": (GRAY.convert("1"), {"compression": "group4"}),
+    "bits.png": (GRAY.convert("1"), {}),
+    "gray.tif": (GRAY, {}),
+    "colours.tif": (RGB, {"compression": "tiff_lzw"}),
+    "lzma.tif": (RGB, {"compression": "lzma"}),
+    "zstd.tif": (RGB, {"compression": "zstd"}),
+    "jpeg.tif": (RGB, {"compression": "jpeg"}),
+    "cmyk.tif": (RGB.convert("CMYK"), {}),
+    "ycbcr.tif": (RGB.convert("YCbCr"), {}),
+    "lab.tif": (Image.fromarray(COLOURS, "LAB"), {}),
+    "palette.tif": (RGB.quantize(16), {}),
+    "palette.png": (RGB.quantize(4), {"bits": 2}),
+    "cmyk.jpg": (RGB.convert("CMYK"), {"quality": 95}),
+    "gray.jpg": (GRAY, {"quality": 95}),
+    "progressive.jpg": (RGB, {"quality": 95, "progressive": True}),
+    "many.mpo": (RGB, {"save_all": True, "append_images": [GRAY.convert("RGB")]}),
+    "moves.webp": (RGB, {"save_all": True, "append_images": [GRAY.convert("RGB")], "lossless": True}),
+    "moves.png": (RGB, {"save_all": True, "append_images": [GRAY.convert("RGB")]}),
+    "colours.jp2": (RGB, {}),
+    "colours.ppm": (RGB, {}),
+    "gray.pgm": (GRAY, {}),
+    "palette.bmp": (RGB.quantize(16), {}),
+    "turned.jpg": (RGB, {"quality": 95, **turned(6)}),
+    "mirrored.jpg": (RGB, {"quality": 95, **turned(5)}),
+    "turned.png": (RGB, turned(6)),
+    "turned.webp": (RGB, {"lossless": True, **turned(6)}),
+    "turned.tif": (RGB, turned(8)),
+}
+
+
+def index_of(*paths: Path) -> Index:
+    return Index("set", list(paths), ["x"] * len(paths), [["x"]] * len(paths))
+
+
+def loaded(wanted: PictureFormat, *paths: Path, crops=None) -> torch.Tensor:
+    """Pictures [n, 3, S, S] as the loader gives them."""
+    batches = in_order(len(paths), len(paths))
+    ((images, _),) = Pictures(index_of(*paths), wanted, batches, len(paths), crops=crops, workers=1)
+    return images
+
+
+def resized(picture: Image.Image) -> torch.Tensor:
+    pixels = np.array(picture.resize((32, 32), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float()
+
+
+def test_odd_files_have_the_pixels_of_pil(tmp_path):
+    for name, (picture, options) in ODD.items():
+        picture.save(tmp_path / name, **options)
+    images = loaded(LEVELS, *(tmp_path / name for name in ODD))
+    for name, image in zip(ODD, images, strict=True):
+        expected = ImageOps.exif_transpose(Image.open(tmp_path / name)).convert("RGB")
+        assert (image - resized(expected)).abs().mean() < 1.5, name
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    gray = np.asarray(GRAY)
+    (tmp_path / "gray.png").write_bytes(png(sixteen(gray), 0, 16))
+    (tmp_path / "colours.png").write_bytes(png(sixteen(COLOURS), 2, 16))
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "gray.tif")
+    images = loaded(LEVELS, *(tmp_path / name for name in ("gray.png", "gray.tif", "colours.png")))
+    for image, expected in zip(images, (GRAY.convert("RGB"), GRAY.convert("RGB"), RGB), strict=True):
+        assert (image - resized(expected)).abs().mean() < 1.5
+
+
+def palette_with_alpha() -> Image.Image:
+    picture = RGB.quantize(16)
+    picture.info["transparency"] = bytes(range(0, 256, 16))
+    return picture
+
+
+TRANSPARENT: dict[str, Callable[[Path], None]] = {
+    "rgba.png": lambda path: RGBA.save(path),
+    "rgba.webp": lambda path: RGBA.save(path, lossless=True, exact=True),
+    "rgba.tif": lambda path: RGBA.save(path),
+    "rgba.jp2": lambda path: RGBA.save(path),
+    "la.png": lambda path: RGBA.convert("LA").save(path),
+    "la.tif": lambda path: RGBA.convert("LA").save(path),
+    "rgba16.png": lambda path: path.write_bytes(png(sixteen(np.asarray(RGBA)), 6, 16)) and None,
+    "la16.png": lambda path: path.write_bytes(png(sixteen(np.asarray(RGBA.convert("LA"))), 4, 16)) and None,
+    "palette.png": lambda path: palette_with_alpha().save(path),
+    "key.png": lambda path: RGB.save(path, transparency=(0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPARENT)
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+def test_a_transparent_picture_is_evaluated_as_open_clip_does(tmp_path, name, resize_mode):
+    """open_clip sees the same pixels, given the picture as RGBA; a palette it resizes without interpolation."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    TRANSPARENT[name](tmp_path / name)
+    config = PreprocessCfg(size=32, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode=resize_mode)
+    transform = image_transform_v2(config, is_train=False)
+    picture = Image.open(tmp_path / name)
+    expected = 255 * transform(picture if picture.mode == "LA" else picture.convert("RGBA"))
+    wanted = PictureFormat(32, LEVELS.mean, LEVELS.std, resize_mode=resize_mode)
+    (image,) = loaded(wanted, tmp_path / name)
+    assert (image - expected).abs().mean() < 0.1
+
+
+def test_colours_under_alpha_never_show(tmp_path):
+    """In training and evaluation, and where the picture has the model's size and is not resized at all."""
+    opaque = np.zeros((32, 32, 1), np.uint8)
+    opaque[8:20, 5:25] = 255
+    for name, hidden in (("a.png", 250), ("b.png", 0)):
+        colours = np.where(opaque > 0, 120, hidden).repeat(3, 2).astype(np.uint8)
+        Image.fromarray(np.dstack([colours, opaque])).save(tmp_path / name)
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    a, b = loaded(LEVELS, *paths)
+    assert torch.equal(a, b)
+    assert a.unique().tolist() == [0, 120]
+    crops = random_crops(2, 0, 0, 0.2)
+    crops = type(crops)(*(part[:1].repeat(2, 0) for part in crops))
+    a, b = loaded(LEVELS, *paths, crops=iter([crops]))
+    assert torch.equal(a, b)
+    assert a.max() < 150  # a cubic overshoots
+
+
+def test_a_crop_of_a_transparent_picture_is_that_of_an_opaque_one(tmp_path):
+    RGB.save(tmp_path / "a.png")
+    Image.fromarray(np.dstack([COLOURS, np.full((H, W), 255, np.uint8)])).save(tmp_path / "b.png")
+    crops = random_crops(1, 3, 0, 0.2)
+    a, b = (loaded(LEVELS, tmp_path / name, crops=iter([crops])) for name in ("a.png", "b.png"))
+    assert (a - b).abs().mean() < 0.6
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "int32.tif": (lambda p: Image.fromarray(np.asarray(GRAY).astype(np.int32)).save(p), "32-bit numbers"),
+    "float32.tif": (lambda p: Image.fromarray(np.asarray(GRAY) / np.float32(255)).save(p), "32-bit numbers"),
+    "endless.png": (
+        lambda p: p.write_bytes(png(COLOURS, 2, 8, end=False)),
+        "though PIL reads it: save it again",
+    ),
+    "cut.jpg": (lambda p: (RGB.save(p), p.write_bytes(p.read_bytes()[:-60])), "truncated"),
+    "cut.tif": (lambda p: (RGB.save(p), p.write_bytes(p.read_bytes()[:-600])), "truncated"),
+    "movie.png": (lambda p: RGB.save(p, format="GIF"), "GIF is not supported"),
+    "avif.png": (lambda p: RGB.save(p, format="AVIF"), "AVIF is not supported"),
+    "page.jpg": (lambda p: p.write_text("<html>404</html>"), "its content is not a picture"),
+    "empty.png": (lambda p: p.touch(), "its content is not a picture"),
+    "bomb.png": (lambda p: p.write_bytes(png(np.zeros((2, 2), np.uint8), 0, 8)[:16] + BOMB), "more pixels"),
+}
+BOMB_HEADER = struct.pack(">IIBBBBB", 40_000, 10_000, 8, 0, 0, 0, 0)
+BOMB = (
+    BOMB_HEADER
+    + struct.pack(">I", zlib.crc32(b"IHDR" + BOMB_HEADER))
+    + png(np.zeros((2, 2), np.uint8), 0, 8)[33:]
+)
+
+
+@pytest.fixture
+def bad_set(tmp_path) -> Callable[[str], Path]:
+    """Write a CSV of six pictures, the fourth of them bad."""
+
+    def write(name: str) -> Path:
+        names = ["0.png", "1.png", "2.png", name, "4.png", "5.png"]
+        for good in names:
+            RGB.save(tmp_path / good, format="PNG")
+        (tmp_path / name).unlink()
+        BAD[name][0](tmp_path / name)
+        with (tmp_path / "set.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("image", "label"), *((n, "ab"[i % 2]) for i, n in enumerate(names))])
+        return tmp_path / "set.csv"
+
+    return write
+
+
+@pytest.mark.parametrize("check", ["true", "false"])
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_refused_by_name(bad_set, refusal, name, check):
+    line = refusal(bad_set(name), check_images=check)
+    assert f"{name}' " in line
+    assert BAD[name][1] in line
+    assert ("1 of 6 pictures" in line) == (check == "true")
+
+
+def test_training_names_a_bad_file_too(bad_set, tiny_config, tmp_path, capfd):
+    data, output = bad_set("endless.png"), tmp_path / "run"
+    options = {
+        "train_data": data, "model": tiny_config, "pretrained": "null", "output": output, "steps": 2,
+        "batch_size": 2, "method": "flyp", "check_images": "false", "precision": "fp32", "warmup": 0,
+    }  # fmt: skip
+    assert main(["finetune", *(str(x) for name, value in options.items() for x in (f"--{name}", value))]) == 2
+    error = capfd.readouterr().err
+    assert "endless.png' cannot be decoded" in error
+    assert "Traceback" not in error
+    assert not output.exists()
+
+
+def test_an_oblong_picture_costs_no_more_than_a_square_one(tmp_path):
+    """Resized as a whole, 20000×2 pixels would take 6 GB for a model of 224 pixels."""
+    import resource
+
+    wide = np.tile(np.arange(20000) // 79, (2, 1)).astype(np.uint8)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    Image.fromarray(wide.T).save(tmp_path / "tall.png")
+    Image.fromarray(np.dstack([wide, np.full_like(wide, 255)])).save(tmp_path / "clear.png")
+    names, before = ("wide.png", "tall.png", "clear.png"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for resize_mode in ("shortest", "squash"):
+        wanted = PictureFormat(224, LEVELS.mean, LEVELS.std, resize_mode=resize_mode)
+        images = loaded(wanted, *(tmp_path / name for name in names))
+        assert images.shape == (3, 3, 224, 224)
+        assert images.mean().item() == pytest.approx(126, abs=2)
+        loaded(wanted, *(tmp_path / name for name in names), crops=iter([random_crops(3, 0, 0, 0.9)]))
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 500_000  # KiB
