@@ -190,8 +190,8 @@ def _not_finite(config: Config, step: int, skipped: int, pictures: list[Path]) -
     named = ", ".join(f"'{picture}'" for picture in pictures[:3]) or "no pictures"
     return UserError(
         f"the loss or its gradient was not finite in {skipped} steps in a row; the last is step {step}, {batches} "
-        f"with {named}{f' and {len(pictures) - 3} more' * (len(pictures) > 3)}: lower --lr, give a --clip_grad above "
-        "0, or check the start's weights (--max_skipped sets the bound)"
+        f"with {named}{f' and {len(pictures) - 3} more' * (len(pictures) > 3)}: lower --lr, give a --clip_grad "
+        "above 0, or check the start's weights (--max_skipped sets the bound)"
     )
 
 
