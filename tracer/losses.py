@@ -63,7 +63,7 @@ class ClipLoss(nn.Module):
         output_dict: bool = False,
         labels: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Loss of normalised features [N, D]; ``labels`` [N], integer, name the class of each pair.
+        """Return the loss of normalised features [N, D]; ``labels`` [N], integer, name the class of each pair.
 
         ``logit_bias``, of any shape, is accepted as open_clip's loss does: added to every logit, it changes no
         softmax. Its gradient is zero.
@@ -155,7 +155,7 @@ class TracerLoss(nn.Module):
         stats: bool = False,
         output_dict: bool = False,
     ) -> ContrastiveOutput | dict[str, Tensor]:
-        """The loss, its unweighted terms and, on request, diagnostics.
+        """Return the loss, its unweighted terms and, on request, diagnostics.
 
         Args:
             image_features: [N, D]. text_features: [M, D]. logit_scale: exponentiated.
@@ -201,11 +201,11 @@ class TracerLoss(nn.Module):
 
     @staticmethod
     def _projection_product(image: Tensor, text: Tensor) -> Tensor:
-        """‖Wv Wtᵀ‖_F, [width_v, D] times [D, width_t]."""
+        """Return ‖Wv Wtᵀ‖_F, [width_v, D] times [D, width_t]."""
         return torch.linalg.matrix_norm(image.float() @ text.float().T)
 
     @staticmethod
     def _projection_orthogonal(image: Tensor, _: Tensor) -> Tensor:
-        """‖Wvᵀ Wv − I‖_F, [D, D]."""
+        """Return ‖Wvᵀ Wv − I‖_F, [D, D]."""
         gram = image.float().T @ image.float()
         return torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device))
