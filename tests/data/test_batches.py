@@ -71,7 +71,9 @@ def test_a_picture_without_a_label_is_a_positive_of_itself_alone(drawings, clip,
     files = [str(path) for path in sorted(drawings.glob("*.png"))[:5]]
     labels = ["x", "x", "", "", ""]
     rows = [[file, label, "a drawing"] for file, label in zip(files, labels, strict=True)]
-    index = read_index(write_csv("half.csv", ["image", "label", "captions"], [*rows, [files[4], "", "a line"]]))
+    index = read_index(
+        write_csv("half.csv", ["image", "label", "captions"], [*rows, [files[4], "", "a line"]])
+    )
     (batch,) = TrainingBatches(index, clip, batch_size=6, steps=1, seed=0, crop_scale=0.9)
     number = dict(zip(batch.index.tolist(), batch.label.tolist(), strict=True))
     assert number[0] == number[1] == 0
