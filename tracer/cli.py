@@ -84,8 +84,8 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    It is 0 for success, 2 for a mistake of the user, 130 for Ctrl-C and 143 for SIGTERM, which Slurm and Kubernetes
-    send. A training step that either of the two signals interrupts is finished and saved first.
+    It is 0 for success, 2 for a mistake of the user, 130 for Ctrl-C and 143 for SIGTERM, which Slurm and
+    Kubernetes send. A training step that either of the two signals interrupts is finished and saved first.
     """
     threading.excepthook = _thread_error
     try:
@@ -155,9 +155,10 @@ def parse(argv: list[str] | None = None) -> tuple[str, Any]:
 
 def _check_names(argv: list[str]) -> None:
     """Refuse options of named sets whose name the parser would take apart at its dots, or that have no name."""
-    for argument in argv:
+    for n, argument in enumerate(argv):
         option, _, name = argument.partition("=")[0].removeprefix("--").partition(".")
-        if argument.startswith("--") and option in ("eval_data", "kinds"):
+        value = argument.partition("=")[2] or "".join(argv[n + 1 : n + 2])
+        if argument.startswith("--") and option in ("eval_data", "kinds") and (name or value[:1] != "{"):
             check_set_names(option, [name])
 
 

@@ -130,13 +130,13 @@ def whole_file(path: Path, may_replace: Callable[[Path], bool] | None = None) ->
 def whole_folder(path: Path, keep: str | None = None) -> Iterator[Path]:
     """Yield a folder beside ``path`` to write to; rename it to ``path`` on success, remove it on failure.
 
-    The folder is marked as this program's (:data:`MARK`) and stays so. Files that a killed attempt left in it are
-    removed first. A folder that holds a file or folder matching the pattern ``keep`` is not emptied but continued,
-    and a failure leaves it for the next attempt.
+    The folder is marked as this program's (:data:`MARK`) and stays so. Files that a killed attempt left in it
+    are removed first. A folder that holds a file or folder matching the pattern ``keep`` is not emptied but
+    continued, and a failure leaves it for the next attempt.
 
     Raises:
-        UserError: another process is writing it; there is something at its place that this program has not made; or
-            it is whole but cannot have its name, and the message says where it stays.
+        UserError: another process is writing it; there is something at its place that this program has not
+            made; or it is whole but cannot have its name, and the message says where it stays.
     """
     part = aside(path)
     if os.path.lexists(part):

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: a run skips and counts the steps that give them, and nothing is scored with them."""
+"""Numbers that are not finite: a run skips and counts the steps that give them; nothing is scored with them."""
 
 from __future__ import annotations
 

@@ -90,8 +90,8 @@ def fit(config: PretrainConfig, corpus: Corpus) -> Path:
             skipped = 0 if finite else skipped + 1
             if skipped == MAX_SKIPPED:
                 raise UserError(
-                    f"the loss or its gradient was not finite in {skipped} steps in a row, the last is step {step + 1}: "
-                    f"lower --lr and remove '{config.output}' to start anew"
+                    f"the loss or its gradient was not finite in {skipped} steps in a row, the last is "
+                    f"step {step + 1}: lower --lr and remove '{config.output}' to start anew"
                 )
             with torch.no_grad():
                 model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))

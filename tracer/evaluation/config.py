@@ -17,8 +17,8 @@ class EvaluateConfig:
         classes: JSON file {class: [prompt, …]}; default: one prompt for each label, made of its name.
         model: open_clip model name, a model config (.json), or tracer-demo.
         pretrained: open_clip tag or local checkpoint file.
-        output: JSON file for the results; replaces only an earlier one of this command. Default: the results are only
-            printed.
+        output: JSON file for the results; replaces only an earlier one of this command. Default: the results
+            are only printed.
         workers: threads that decode pictures.
         check_images: decode every picture once before the evaluation, so that a damaged one is named at once.
         cache: folder that remembers which data sets have passed this check.

@@ -120,7 +120,7 @@ def class_probabilities(
     broken = int((~probabilities.isfinite().all(1)).sum())
     if broken:
         raise UserError(
-            f"the model's outputs are not finite for {broken} of {len(index)} pictures of '{index.name}': its weights "
-            "are damaged or its training diverged, choose others"
+            f"the model's outputs are not finite for {broken} of {len(index)} pictures of '{index.name}': "
+            "its weights are damaged or its training diverged, choose others"
         )
     return probabilities

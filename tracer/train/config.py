@@ -149,8 +149,8 @@ class OptimisationSettings:
             adapters train, else 0.1.
         warmup: steps of linear warm-up, then cosine to 0.
         clip_grad: largest gradient norm; 0 switches clipping off.
-        max_skipped: a step whose loss or gradient is not finite changes nothing and is counted; the run stops after
-            this many of them in a row.
+        max_skipped: a step whose loss or gradient is not finite changes nothing and is counted; the run stops
+            after this many of them in a row.
         crop_scale: smallest share of the picture's area that the random crop keeps.
         precision: fp32; amp_bf16 (fp32 weights, products in bf16); bf16 (weights and activations bf16, master
             weights and teacher fp32); auto: amp_bf16 where the hardware multiplies bf16, else fp32.

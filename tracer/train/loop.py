@@ -83,10 +83,10 @@ class Trainer:
     def step(self, step: int, micro_batches: Iterable[Batch], measure: bool) -> dict[str, Tensor | float]:
         """Take optimizer step ``step`` (1, 2, …) and return the scalars to log.
 
-        The gradient is the mean over the micro-batches, and so are the loss and its terms. ``skipped`` is 1 where the
-        loss or the gradient was not finite: weights, averages and the learning rate's schedule then stay where they
-        were. With ``measure`` the loss's diagnostics, again means over the micro-batches, and the gap to the teacher
-        on the last micro-batch are added.
+        The gradient is the mean over the micro-batches, and so are the loss and its terms. ``skipped`` is 1 where
+        the loss or the gradient was not finite: weights, averages and the learning rate's schedule then stay where
+        they were. With ``measure`` the loss's diagnostics, again means over the micro-batches, and the gap to the
+        teacher on the last micro-batch are added.
         """
         config, engine, teacher = self.config, self.engine, self.averages.teacher
         started, lr = time.perf_counter(), engine.get_lr()[0]
@@ -189,9 +189,9 @@ def _not_finite(config: Config, step: int, skipped: int, pictures: list[Path]) -
     batches = f"batch {step}" if config.accumulation == 1 else f"micro-batches of batch {step}"
     named = ", ".join(f"'{picture}'" for picture in pictures[:3]) or "no pictures"
     return UserError(
-        f"the loss or its gradient was not finite in {skipped} steps in a row; the last is step {step}, {batches} with "
-        f"{named}{f' and {len(pictures) - 3} more' * (len(pictures) > 3)}: lower --lr, give a --clip_grad above 0, or "
-        "check the start's weights (--max_skipped sets the bound)"
+        f"the loss or its gradient was not finite in {skipped} steps in a row; the last is step {step}, {batches} "
+        f"with {named}{f' and {len(pictures) - 3} more' * (len(pictures) > 3)}: lower --lr, give a "
+        "--clip_grad above 0, or check the start's weights (--max_skipped sets the bound)"
     )
 
 

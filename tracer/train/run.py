@@ -167,8 +167,8 @@ def _exact(trained: Trained, frozen: Weights) -> Trained:
         for key, value in exact[name].items():
             if value.is_floating_point() and not key.endswith("mask") and not value.isfinite().all():
                 raise UserError(
-                    f"the {name}'s weights are not finite after training ('{key}'): they are neither scored nor kept; "
-                    "lower --lr or give a --clip_grad above 0"
+                    f"the {name}'s weights are not finite after training ('{key}'): they are neither scored "
+                    "nor kept; lower --lr or give a --clip_grad above 0"
                 )
     return trained._replace(**exact)
 
