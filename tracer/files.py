@@ -80,13 +80,13 @@ def check_folder(path: Path) -> None:
     Raises:
         UserError: it is not a folder, holds what this program has not made, or cannot be made or written to.
     """
-    empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
     if not os.path.lexists(path):
         check_output(path)
-    elif not empty and not is_marked(path):
+        return
+    empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    if not empty and not is_marked(path):
         raise _foreign(path, "choose another --output")
-    else:
-        _probe(path, path)
+    _probe(path, path)
 
 
 def claim_folder(path: Path) -> None:
