@@ -143,6 +143,13 @@ R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pret
         (["finetune", "--train_data", "x.csv", "--ema_start", "2"], "--ema_start is 2.0: it must be from 0"),
         (["finetune", "--train_data", "x.csv", "--smoothing", "1.5"], "it must be at least 0 and below 1"),
         (["finetune", "--train_data", "x.csv", "--seed", "9876543210"], "it must be from 0 to 2147483647"),
+        (
+            ["finetune", "--train_data", "x.csv", "--eval_data.v1.5", "x.csv"],
+            "--eval_data.v1.5: the name of a set holds no dots, write --eval_data.v1_5",
+        ),
+        (["evaluate", "--eval_data.v1.5=x.csv"], "the name of a set holds no dots, write --eval_data.v1_5"),
+        (["evaluate", "--eval_data", "x.csv"], "--eval_data names no set: write --eval_data.NAME"),
+        (["demo", "--kinds.v1.5", "near"], "--kinds.v1.5: the name of a set holds no dots"),
         (["demo", "--seeds", "0"], "--seeds is 0: it must be at least 1"),
         (["demo", "--wise_alpha", "7"], "--wise_alpha is 7.0: it must be from 0 to 1"),
         (["demo", "--alphas", "[0.5, 3.0]"], "--alphas is 3.0: it must be from 0 to 1"),
@@ -166,6 +173,12 @@ def test_an_unknown_key_in_the_file_is_named(capsys, tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("train_data: a.csv\nlearning_rate: 1\n")
     assert "learning_rate" in refused(capsys, "finetune", "--config", file)
+
+
+def test_a_set_whose_name_holds_a_dot_is_refused_in_the_file_too(capsys, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("eval_data: {v1.5: a.csv}\n")
+    assert "the name of a set holds no dots" in refused(capsys, "evaluate", "--config", file)
 
 
 def test_a_file_of_settings_that_is_not_text_is_named(capsys, tmp_path):

@@ -358,6 +358,20 @@ def test_parameters_that_are_added_later_are_refused():
     assert teacher.step == 1
 
 
+def test_a_module_that_takes_the_place_of_another_is_noticed():
+    """A wrapper with other parameters is refused; one with parameters of the same names is followed."""
+    model = net()
+    teacher = build_teacher(model, Uniform())
+    other = copy.deepcopy(model.head)
+    other.weight.data.fill_(7.0)
+    start, model.head = model.head.weight.detach().clone(), other
+    assert teacher.update(1)
+    torch.testing.assert_close(teacher.gather()["head.weight"], (start + 7.0) / 2)
+    model.head = nn.Sequential(model.head)
+    with pytest.raises(ValueError, match=r"added after the teacher was built \(head\.0\.weight"):
+        teacher.update(2)
+
+
 def test_a_compiled_student_is_unwrapped():
     model = net()
     teacher = build_teacher(torch.compile(model, backend="eager"), Uniform())

@@ -155,9 +155,10 @@ def parse(argv: list[str] | None = None) -> tuple[str, Any]:
 
 def _check_names(argv: list[str]) -> None:
     """Refuse options of named sets whose name the parser would take apart at its dots, or that have no name."""
-    for argument in argv:
+    for n, argument in enumerate(argv):
         option, _, name = argument.partition("=")[0].removeprefix("--").partition(".")
-        if argument.startswith("--") and option in ("eval_data", "kinds"):
+        value = argument.partition("=")[2] or "".join(argv[n + 1 : n + 2])
+        if argument.startswith("--") and option in ("eval_data", "kinds") and (name or value[:1] != "{"):
             check_set_names(option, [name])
 
 

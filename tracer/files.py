@@ -80,13 +80,13 @@ def check_folder(path: Path) -> None:
     Raises:
         UserError: it is not a folder, holds what this program has not made, or cannot be made or written to.
     """
-    empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
     if not os.path.lexists(path):
         check_output(path)
-    elif not empty and not is_marked(path):
+        return
+    empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    if not empty and not is_marked(path):
         raise _foreign(path, "choose another --output")
-    else:
-        _probe(path, path)
+    _probe(path, path)
 
 
 def claim_folder(path: Path) -> None:
@@ -130,9 +130,9 @@ def whole_file(path: Path, may_replace: Callable[[Path], bool] | None = None) ->
 def whole_folder(path: Path, keep: str | None = None) -> Iterator[Path]:
     """Yield a folder beside ``path`` to write to; rename it to ``path`` on success, remove it on failure.
 
-    The folder is marked as this program's (:data:`MARK`) and stays so. Files that a killed attempt left in it are
-    removed first. A folder that holds a file or folder matching the pattern ``keep`` is not emptied but continued,
-    and a failure leaves it for the next attempt.
+    The folder is marked as this program's (:data:`MARK`) and stays so. Files that a killed attempt left in it
+    are removed first. A folder that holds a file or folder matching the pattern ``keep`` is not emptied but
+    continued, and a failure leaves it for the next attempt.
 
     Raises:
         UserError: another process is writing it; there is something at its place that this program has not made;

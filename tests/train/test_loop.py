@@ -174,5 +174,5 @@ def test_the_logged_loss_is_the_mean_of_the_micro_batches(config, monkeypatch, z
                 sum(float(p.terms[name]) for p in parts) / 3, rel=1e-5, abs=1e-9
             )
     name = "student/image_to_text/entropy"
-    mean = sum(float(part.diagnostics[name]) for part in seen[3:]) / 3
+    mean = sum(float(part.stats[name]) for part in seen[3:]) / 3
     assert rows[1][name] == pytest.approx(mean, rel=1e-5)

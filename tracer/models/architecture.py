@@ -89,10 +89,10 @@ def refuse_another(path: Path, saved: Architecture, model: str, config: dict[str
         model, config: name and open_clip's config of the model that shall be built.
     """
     if saved.config is None or config is None:
-        theirs, ours = {"model": saved.model}, {"model": model}
+        in_file, in_model = {"model": saved.model}, {"model": model}
     else:
-        theirs, ours = _effective(saved.config), _effective(config)
-    different = [n for n in sorted(theirs.keys() | ours.keys()) if theirs.get(n) != ours.get(n)]
+        in_file, in_model = _effective(saved.config), _effective(config)
+    different = [n for n in sorted(in_file.keys() | in_model.keys()) if in_file.get(n) != in_model.get(n)]
     if different:
         name = different[0]
         more = f" and {len(different) - 1} more" if len(different) > 1 else ""
@@ -100,7 +100,8 @@ def refuse_another(path: Path, saved: Architecture, model: str, config: dict[str
         remedy = f"--model {saved.model}" if known else f"--model the config (.json) of {saved.model}"
         raise UserError(
             f"'{path}' holds weights of {saved.model}, not of {model} "
-            f"({name} is {theirs.get(name)} in the file and {ours.get(name)} in the model{more}): give {remedy}"
+            f"({name} is {in_file.get(name)} in the file and {in_model.get(name)} in the model{more}): "
+            f"give {remedy}"
         )
 
 
