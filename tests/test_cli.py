@@ -195,8 +195,8 @@ def test_a_file_of_settings_that_is_not_text_is_named(capsys, tmp_path):
         (b'{"circle": [1], "bar": ["a bar"]}', "a list of at least one string for each class"),
         (b'{"circle": [], "bar": ["a bar"]}', "a list of at least one string for each class"),
         (b'["circle", "bar"]', "must hold {class: [prompt, …]}"),
-        (b'{"circle": ["a circle"]}', "has 1 classes ('circle'): a classifier needs at least two"),
-        (b"{}", "has 0 classes ('none'): a classifier needs at least two"),
+        (b'{"circle": ["a circle"]}', "has one class ('circle'): a classifier needs at least two"),
+        (b"{}", "names no class: label the pictures"),
     ],
 )
 def test_prompts_that_cannot_be_used_are_named(capsys, drawings, tmp_path, content, says):

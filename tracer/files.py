@@ -168,7 +168,9 @@ def whole_folder(path: Path, keep: str | None = None) -> Iterator[Path]:
 def check_ours(folder: Path) -> None:
     """Raise UserError for a file, a link or a folder that this program has not made."""
     if not is_marked(folder):
-        raise _foreign(folder, "rename or remove it, or choose another --output")
+        raise _foreign(
+            folder, "rename it, remove it if an earlier version of tracer made it, or choose another --output"
+        )
 
 
 def remove_folder(path: Path) -> None:

@@ -4,7 +4,9 @@
 open_clip's own training script runs with it: see ``examples/open_clip_training.py``. With
 ``output_dict=True`` every module returns ``{"..._loss": tensor}`` whose values sum to the loss.
 
-``kernels/contrastive_eager.py`` defines the positives and every term.
+Image i and text j are positives of each other where their labels are equal, without labels where i = j. The
+targets of a row spread 1 − smoothing evenly over its positives and the rest over its negatives.
+``kernels/contrastive_eager.py`` is the whole definition of every term.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from PIL import Image
 from tracer.data.index import read_index
 from tracer.demo import benchmark, captions, packages, render, split, themes
 from tracer.demo.corpus import build_corpus
+from tracer.files import claim_folder
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -57,7 +58,8 @@ def test_copies_of_a_drawing_are_on_one_side(small_world):
 
 def test_prepare_reuses_what_is_whole_and_rebuilds_what_is_not(small_world):
     root = small_world / "icons"
-    (small_world / "icons.part/pictures").mkdir(parents=True)  # of an attempt that was killed
+    claim_folder(small_world / "icons.part")  # of an attempt that was killed
+    (small_world / "icons.part/pictures").mkdir()
     benchmark.prepare(root)
     assert sorted(p.name for p in small_world.iterdir()) == ["icons", "packages"]
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}

@@ -13,7 +13,7 @@ from cut_runs import content, cut
 from tracer.demo.config import DemoConfig
 from tracer.demo.methods import finetune_once
 from tracer.errors import UserError
-from tracer.files import aside, whole_folder
+from tracer.files import aside, claim_folder, whole_folder
 from tracer.models.clip import load_clip
 from tracer.models.weights import save_weights
 from tracer.train.checkpoint import WHOLE
@@ -67,7 +67,7 @@ def test_the_demo_leaves_what_another_process_is_writing(run, monkeypatch, finis
     if checkpoint:
         cut(dataclasses.replace(run, lr=2e-2), monkeypatch, 3)
     if finished:
-        run.output.mkdir(parents=True)
+        claim_folder(run.output)
         (run.output / "run.json").write_text("of an earlier run")
     with whole_folder(run.output, keep=WHOLE):
         (part / "log.jsonl").write_text("of the first process")

@@ -159,7 +159,7 @@ def test_finished_work_stays_where_another_process_takes_its_name(
 
     def meanwhile(*args):
         output.mkdir()
-        (output / "theirs").write_text("theirs")
+        (output / "note.txt").write_text("mine")
         return evaluate(*args)
 
     monkeypatch.setattr(run, "_evaluate", meanwhile)
@@ -168,7 +168,7 @@ def test_finished_work_stays_where_another_process_takes_its_name(
     assert f"the finished work is in '{aside(output)}', rename it to keep it" in line
     assert (aside(output) / "metrics.json").is_file()
     assert (aside(output) / "student.safetensors").is_file()
-    assert [p.name for p in output.iterdir()] == ["theirs"]
+    assert [p.name for p in output.iterdir()] == ["note.txt"]
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -182,13 +182,13 @@ def test_a_whole_folder_or_file_that_cannot_have_its_name_stays(tmp_path, folder
 
     def create() -> None:
         path.mkdir()
-        (path / "theirs").write_text("")
+        (path / "note.txt").write_text("")
 
     with pytest.raises(UserError, match="the finished work is in '") as error:
         work(create)
     kept = Path(str(error.value).rpartition("is in '")[2].partition("'")[0])
     assert (kept / "a" if folder else kept).read_text() == "done"
-    assert (path / "theirs").exists()
+    assert (path / "note.txt").exists()
 
 
 def test_a_checkpoint_s_name_on_a_folder_of_the_user_is_not_removed(tmp_path):

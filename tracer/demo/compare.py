@@ -18,7 +18,7 @@ from tracer.demo.config import ICONS, DemoConfig
 from tracer.demo.judge import Judge, Rows, choose_examples, finished_run, scored_row
 from tracer.demo.methods import METHODS, TRAINED_VARIANTS, Runs, train_all
 from tracer.evaluation.evaluate import evaluation_sets
-from tracer.evaluation.prompts import class_prompts
+from tracer.evaluation.prompts import class_prompts, classes_of
 from tracer.files import check_folder, claim_folder, whole_file, write_json
 from tracer.machine import machine, versions
 from tracer.models.clip import Clip, load_clip
@@ -93,7 +93,7 @@ def prepare_data(config: DemoConfig) -> tuple[DemoConfig, list[Index], dict[str,
         config.validate()  # again, now that the sets have names
     sets = evaluation_sets(config.eval_data)
     pictures = read_index(config.train_data)
-    prompts = class_prompts(config.classes, pictures.classes)
+    prompts = class_prompts(config.classes, classes_of(pictures, sets))
     return config.resolve(len(pictures)), sets, prompts
 
 

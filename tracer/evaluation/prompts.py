@@ -14,6 +14,11 @@ from tracer.errors import UserError
 from tracer.models.registry import Tokenizer
 
 
+def classes_of(training: Index, sets: list[Index]) -> list[str]:
+    """Return the classes of the training data, or of the evaluation ``sets`` where it has captions alone."""
+    return training.classes or sorted({label for index in sets for label in index.classes})
+
+
 def class_prompts(path: Path | None, classes: list[str]) -> dict[str, list[str]]:
     """Return the prompts of each class, in the order of the class numbers.
 
@@ -25,11 +30,12 @@ def class_prompts(path: Path | None, classes: list[str]) -> dict[str, list[str]]
         UserError: the file is missing or malformed, or there are fewer than two classes.
     """
     prompts = {name: [default_caption(name)] for name in classes} if path is None else _read_prompts(path)
+    where = f"classes file '{path}'" if path else "the data"
+    if not prompts:
+        raise UserError(f"{where} names no class: label the pictures, or give the classes in --classes")
     if len(prompts) < 2:
-        only = next(iter(prompts), "none")
-        where = f"classes file '{path}'" if path else "the data"
         raise UserError(
-            f"{where} has {len(prompts)} classes ('{only}'): a classifier needs at least two, "
+            f"{where} has one class ('{next(iter(prompts))}'): a classifier needs at least two, "
             "so label the pictures or give more in --classes"
         )
     return prompts

@@ -20,7 +20,7 @@ from tracer.data.check import check_pictures
 from tracer.data.decoded import DecodedPictures
 from tracer.data.index import Index, read_index
 from tracer.errors import UserError
-from tracer.evaluation.prompts import check_distinct, check_labels, class_prompts
+from tracer.evaluation.prompts import check_distinct, check_labels, class_prompts, classes_of
 from tracer.evaluation.zero_shot import Scores, evaluate_zero_shot
 from tracer.files import (
     aside,
@@ -126,9 +126,9 @@ def finetune(config: Config) -> Path:
 
 
 def _read_evaluation(config: Config, index: Index) -> Evaluation:
-    """Return the evaluation sets; their classes are those of the training data unless --classes names others."""
+    """Return the evaluation sets with the prompts of the classes, which --classes or else the data names."""
     sets = [read_index(path, name) for name, path in config.eval_data.items()]
-    prompts = class_prompts(config.classes, index.classes) if sets else {}
+    prompts = class_prompts(config.classes, classes_of(index, sets)) if sets else {}
     check_labels(sets, prompts)
     return Evaluation(sets, prompts)
 
