@@ -114,9 +114,12 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path):
     (tmp_path / "gray.png").write_bytes(png(sixteen(gray), 0, 16))
     (tmp_path / "colours.png").write_bytes(png(sixteen(COLOURS), 2, 16))
     Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "gray.tif")
-    images = loaded(LEVELS, *(tmp_path / name for name in ("gray.png", "gray.tif", "colours.png")))
-    for image, expected in zip(images, (GRAY.convert("RGB"), GRAY.convert("RGB"), RGB), strict=True):
-        assert (image - resized(expected)).abs().mean() < 1.5
+    (tmp_path / "gray.pgm").write_bytes(f"P5 {W} {H} 65535\n".encode() + sixteen(gray).tobytes())
+    names = ("gray.png", "gray.tif", "gray.pgm", "colours.png")
+    images = loaded(LEVELS, *(tmp_path / name for name in names))
+    for name, image in zip(names, images, strict=True):
+        expected = RGB if name == "colours.png" else GRAY.convert("RGB")
+        assert (image - resized(expected)).abs().mean() < 1.5, name
 
 
 def palette_with_alpha() -> Image.Image:
@@ -135,6 +138,9 @@ TRANSPARENT: dict[str, Callable[[Path], None]] = {
     "rgba16.png": lambda path: path.write_bytes(png(sixteen(np.asarray(RGBA)), 6, 16)) and None,
     "la16.png": lambda path: path.write_bytes(png(sixteen(np.asarray(RGBA.convert("LA"))), 4, 16)) and None,
     "palette.png": lambda path: palette_with_alpha().save(path),
+    "key16.png": lambda path: Image.fromarray(sixteen(np.asarray(GRAY)).astype(np.uint16)).save(
+        path, transparency=257 * 100
+    ),
     "key.png": lambda path: RGB.save(path, transparency=(0, 0, 0)),
 }
 
@@ -149,6 +155,9 @@ def test_a_transparent_picture_is_evaluated_as_open_clip_does(tmp_path, name, re
     config = PreprocessCfg(size=32, mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode=resize_mode)
     transform = image_transform_v2(config, is_train=False)
     picture = Image.open(tmp_path / name)
+    if name == "key16.png":  # which PIL would clip
+        gray = np.asarray(GRAY)
+        picture = Image.fromarray(np.dstack([gray, np.where(gray == 100, 0, 255).astype(np.uint8)]))
     expected = 255 * transform(picture if picture.mode == "LA" else picture.convert("RGBA"))
     wanted = PictureFormat(32, LEVELS.mean, LEVELS.std, resize_mode=resize_mode)
     (image,) = loaded(wanted, tmp_path / name)

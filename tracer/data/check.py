@@ -17,7 +17,8 @@ from tracer.errors import UserError
 from tracer.files import whole_file, write_json
 from tracer.machine import compute_device
 
-AT_ONCE = 8  # pictures that DALI decodes at once, for each thread
+AT_ONCE = 8  # pictures held in memory at once, for each thread
+PER_PIPELINE = 64  # pictures that one DALI pipeline decodes, for each thread: to build one takes time
 
 
 def check_pictures(index: Index, cache: Path, workers: int) -> None:
@@ -40,7 +41,7 @@ def check_pictures(index: Index, cache: Path, workers: int) -> None:
         ThreadPoolExecutor(workers) as pool,
         tqdm(total=len(images), desc=f"checking {index.name}", unit="picture", delay=1) as progress,
     ):
-        for paths in _chunks(images, AT_ONCE * workers):
+        for paths in _chunks(images, PER_PIPELINE * workers):
             damaged |= _faults(paths, pool, device, workers)
             progress.update(len(paths))
     if damaged:
@@ -61,11 +62,10 @@ def _faults(
     paths: list[Path], pool: ThreadPoolExecutor, device: torch.device, workers: int
 ) -> dict[Path, str]:
     """Return what is wrong with the pictures that cannot be decoded, by their path."""
+    batches = (list(pool.map(read_picture, batch)) for batch in _chunks(paths, AT_ONCE * workers))
+    files = ([p.encoded for p in batch if p.encoded is not None and not p.decoded] for batch in batches)
     try:
-        pictures = list(pool.map(read_picture, paths))
-        files = [p.encoded for p in pictures if p.encoded is not None and not p.decoded]
-        if files:
-            decode(files, device, workers)
+        decode(filter(None, files), device, workers, AT_ONCE * workers)
     except (UserError, RuntimeError):  # which does not say which pictures, so decode them one by one
         return undecodable(paths, device)
     return {}

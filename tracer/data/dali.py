@@ -123,7 +123,7 @@ def undecodable(paths: Iterable[Path], device: torch.device) -> dict[Path, str]:
         try:
             picture = read_picture(path)
             if picture.encoded is not None:
-                decode([picture.encoded], device, workers=1)
+                decode([[picture.encoded]], device, workers=1, batch_size=1)
         except UndecodableError as error:
             faults[path] = error.reason
         except RuntimeError:
@@ -133,21 +133,26 @@ def undecodable(paths: Iterable[Path], device: torch.device) -> dict[Path, str]:
     return faults
 
 
-def decode(files: list[np.ndarray], device: torch.device, workers: int) -> None:
-    """Decode encoded pictures as the training pipeline does, and forget them.
+def decode(batches: Iterable[list[np.ndarray]], device: torch.device, workers: int, batch_size: int) -> None:
+    """Decode batches of encoded pictures, at most ``batch_size`` in each, as the training pipeline does.
+
+    A batch is read when the one before it is decoded and forgotten.
 
     Raises:
         RuntimeError: DALI cannot decode one of them.
     """
 
     def pipeline() -> Any:
-        encoded = fn.external_source(lambda: files, dtype=types.UINT8, ndim=1)
+        encoded = fn.external_source(iter(batches), dtype=types.UINT8, ndim=1)
         return _decoded(encoded, device.type == "cuda").shape()
 
     decorate = pipeline_def(
-        batch_size=len(files), num_threads=workers, device_id=_gpu(device), prefetch_queue_depth=1
+        batch_size=batch_size, num_threads=workers, device_id=_gpu(device), prefetch_queue_depth=1
     )
-    decorate(pipeline)().run()
+    decoder = decorate(pipeline)()
+    with contextlib.suppress(StopIteration):  # the end of the batches
+        while True:
+            decoder.run()
 
 
 def _gpu(device: torch.device) -> Any:

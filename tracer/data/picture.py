@@ -1,4 +1,12 @@
-"""One picture file, handed to DALI so that DALI reads it as PIL and open_clip do.
+"""One picture file, handed to DALI so that DALI reads it as PIL and open_clip do, with four exceptions.
+
+open_clip resizes a picture in the mode of its file and converts it to RGB afterwards. Here it is RGB, or RGBa if
+transparent, before it is resized, which differs for these files:
+
+- a palette or 1 bit a pixel: resized with interpolation, where PIL, and so open_clip, takes the nearest pixel;
+- a transparent colour (PNG's tRNS): transparent, where open_clip shows it;
+- 16 bits of gray: scaled to 8 bits, where PIL's conversion clips them to 255;
+- EXIF that says how the camera was turned: the picture is turned upright, where open_clip leaves it as stored.
 
 DALI and PIL agree on most files, and DALI reads these by itself. PIL reads the others and hands over plain RGB.
 Only transparent pictures are also resized here, because that takes their colours and their alpha together.
@@ -112,15 +120,25 @@ def _is_turned(image: Image.Image) -> bool:
 
 def _decoded(image: Image.Image) -> Picture:
     """Return the picture, upright, as plain RGB or with its alpha."""
-    if image.mode in ("I", "F"):
+    scaled_by_pil = image.mode == "I" and image.format == "PPM"  # more than 8 bits, which PIL scales to 16
+    if image.mode in ("I", "F") and not scaled_by_pil:
         raise UserError("it holds 32-bit numbers, whose black and white are not known: save it with 8 bits")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # PIL would clip these numbers to 255
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257 + 0.5).astype(np.uint8))
+    if image.mode.startswith("I;16") or scaled_by_pil:  # PIL would clip these numbers to 255
+        image = _eight_bits(image)
     shape = (image.height, image.width)
     if image.has_transparency_data:
         return Picture(shape, None, image.convert("RGBA").convert("RGBa"), decoded=True)
     return Picture(shape, _ppm(image.convert("RGB")), decoded=True)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return a gray picture of 16 bits with 8 bits, and with alpha where one of its levels is transparent."""
+    levels, key = np.asarray(image), image.info.get("transparency")
+    gray = Image.fromarray((levels.astype(np.float32) / 257 + 0.5).astype(np.uint8))
+    if key is None:
+        return gray
+    return Image.merge("LA", (gray, Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8))))
 
 
 def _ppm(image: Image.Image) -> np.ndarray:

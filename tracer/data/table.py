@@ -43,7 +43,7 @@ def read_table(source: Path) -> Iterator[Sample]:
             _check_columns(source, header)
             line = rows.line_num + 1  # where the next row begins: a quoted text may hold line breaks
             for cells in rows:
-                if any(cells):
+                if cells:  # a blank line has none; a row of empty fields is refused
                     row = _row(source, line, header, [cell.strip() for cell in cells])
                     sample = _sample(source, line, row)
                     if is_hidden(_within(source, sample.image)):
@@ -65,6 +65,11 @@ _SAVE = "save it as CSV in UTF-8, or give a folder of class folders"
 def _csv_fault(source: Path, line: int, error: str) -> str:
     if "end of data" in error:
         return f"'{source}' line {line}: a double quote opens a text that never ends: close it"
+    if "field limit" in error:
+        return (
+            f"'{source}' line {line}: a text of more than {csv.field_size_limit()} characters: "
+            "a double quote is probably open, close it"
+        )
     if "expected after" in error:
         return (
             f"'{source}' line {line}: a text goes on after its closing double quote: "
@@ -96,14 +101,19 @@ def _check_columns(source: Path, header: list[str]) -> None:
 
 
 def _meant(name: str, header: list[str]) -> str | None:
-    """Return the known column that another column's name is close to, if any."""
+    """Return the known column that another column's name is close to, if any.
+
+    Beside the known column itself, only its singular or plural and its name in other case are close: an
+    ``imageId`` beside ``image`` is a further column.
+    """
     if name in COLUMNS or not name:
         return None
     plain = name.casefold().replace(" ", "_")
     for known, others in COLUMNS.items():
-        if plain in others and known not in header:
+        if plain.removesuffix("s") == known.removesuffix("s") or (plain in others and known not in header):
             return known
-    close = difflib.get_close_matches(plain, COLUMNS, n=1, cutoff=0.8)
+    absent = [known for known in COLUMNS if known not in header]
+    close = difflib.get_close_matches(plain, absent, n=1, cutoff=0.8)
     return close[0] if close else None
 
 
@@ -117,18 +127,21 @@ def _row(source: Path, line: int, header: list[str], cells: list[str]) -> dict[s
         )
     if any("\0" in cell for cell in cells):
         raise UserError(f"{where} holds a zero byte, so this is not CSV in UTF-8: {_SAVE}")
-    row = dict(zip(header, cells, strict=True))
-    if any(_is_swallowed(row.get(column, ""), column) for column in COLUMNS):
+    if any(_is_swallowed(cell, column) for column, cell in zip(header, cells, strict=True)):
         raise UserError(
             f"{where}: a text in double quotes runs over the rows below: close the quote that is open"
         )
-    return row
+    return dict(zip(header, cells, strict=True))
 
 
 def _is_swallowed(cell: str, column: str) -> bool:
-    """Return whether a cell's line breaks are those of whole rows, which an unclosed quote has taken in."""
+    """Return whether a cell's line breaks are those of whole rows, which an unclosed quote has taken in.
+
+    A picture's name and a label have no line breaks. The captions and further columns may have some, but no line
+    that names a picture.
+    """
     _, *following = cell.splitlines() or [""]
-    if column != "captions":
+    if column in ("image", "label"):
         return bool(following)
     return any(is_picture(PurePath(part.strip(' "'))) for line in following for part in line.split(","))
 
