@@ -7,12 +7,13 @@ No GPU is needed: the launchers of ``kernels/contrastive_triton.py`` run on ``me
 and their launches are compiled for the named architecture instead of being started: what is examined is what
 would run. Per kernel: registers per thread, bytes spilled to memory (must be 0), shared memory, tensor-core
 instructions, and how many warps of it a multiprocessor holds at once by registers, shared and tensor memory.
-AMD's scalar registers may be parked in lanes of vector registers; that is no memory traffic and not counted as a
-spill. Compiled variants are counted of a run whose sizes, margin, smoothing, scales and temperature change.
+AMD's scalar registers may be parked in lanes of vector registers; this causes no memory traffic and is not
+counted as a spill. Compiled variants are counted of a run whose sizes, margin, smoothing, scales and temperature
+change.
 
-``--quick`` leaves out the variants with fewer options and those whose width is no multiple of a block, compiles
-the combine kernel once per architecture, kind and number of products, and float32 products, exact or in TF32,
-only where their tile is not one that the same kernel has in sm_90's column.
+``--quick`` leaves out the variants with fewer options and those whose width is not a multiple of a block,
+compiles the combine kernel once per architecture, kind and number of products, and float32 products, exact or in
+TF32, only where their tile is not one that the same kernel has in sm_90's column.
 
 Roofline estimates come from these tiles, counted work and data sheets; see ``benchmarks/roofline.py``.
 """

@@ -1,4 +1,4 @@
-"""Cases of the losses, the teacher and the counting parts for ``pytest benchmarks --benchmark-only``.
+"""Time the losses and the teacher and run the counting parts with ``pytest benchmarks --benchmark-only``.
 
 pytest-benchmark compares them between runs; the step and the loader have files of their own. As everywhere, a
 result is checked before it is timed.
@@ -21,7 +21,7 @@ PAIRS, WIDTH = 1024, 512
     [(case, name) for case in competitors.CASES for name in (competitors.OURS, competitors.baseline(case))],
 )
 def test_loss(benchmark, case, name, precision):
-    """Forward and backward at N 1024, D 512."""
+    """Time a forward and backward pass at N 1024, D 512."""
     step = competitors.Problem(PAIRS, WIDTH).step(case, name, precision)
     step()
     competitors.check(case, name, precision, step.result(), PAIRS, WIDTH)
@@ -39,7 +39,7 @@ def test_loss(benchmark, case, name, precision):
     [("fp32", teacher.PUBLISHED), *((m, u) for m in teacher.MODES for u in (teacher.OURS, teacher.LOOP))],
 )
 def test_teacher(benchmark, mode, update):
-    """One update of ViT-B/32's averages."""
+    """Time one update of ViT-B/32's averages."""
     dtype = torch.bfloat16 if mode.startswith("bf16") else torch.float32
     model = teacher.build("ViT-B-32", competitors.DEVICE, dtype)
     call, _ = teacher.competitors(model, low=mode != "fp32")[update]
@@ -58,6 +58,6 @@ def test_teacher(benchmark, mode, update):
 
 @pytest.mark.parametrize("part", ["memory", "work", "machine_code"])
 def test_counting(benchmark, part):
-    """A part that times nothing, in a process of its own that interprets or compiles, with what it counted."""
+    """Run a counting part in a process of its own, and record what it counted."""
     results = benchmark.pedantic(lambda: run_part(part, quick=True)["results"], rounds=1)
     benchmark.extra_info |= Part(part).exact(results)

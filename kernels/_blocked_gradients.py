@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ._blocked_tile import (
     COL,
-    DIRECTIONS,
     HIGHEST,
     LOWEST,
     ROW,
+    SOFTMAX_DIRECTIONS,
     SUMMANDS,
     Logits,
     Plan,
@@ -57,7 +57,7 @@ class Slopes:
         self.references: References = lse if references is None else references
         step = {name: self.references[name] - lse[name] for name in lse if name in self.references}
         if references is not None:
-            used = [name for name in plan.matrices if direction in DIRECTIONS[name]]
+            used = [name for name in plan.matrices if direction in SOFTMAX_DIRECTIONS[name]]
             checked = [step[name] for name in used] + [step["z"] + logits.shift]
             low, high = torch.cat(checked).aminmax()
             # Far below, a slope, which has 1/N as another factor, would be a subnormal number.

@@ -30,7 +30,7 @@ LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 
 # The logit matrices and the directions in which their softmax is taken: 1 over a row, 0 over a column.
 ROW, COL = 1, 0
-DIRECTIONS = {"z": (ROW, COL), "s": (ROW, COL), "t": (ROW, COL), "a": (ROW,), "b": (COL,)}
+SOFTMAX_DIRECTIONS = {"z": (ROW, COL), "s": (ROW, COL), "t": (ROW, COL), "a": (ROW,), "b": (COL,)}
 
 # What is subtracted from the logits of a matrix before the exponential: a number for each row or column, or one.
 References = Mapping[str, "Tensor | float"]

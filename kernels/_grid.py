@@ -35,12 +35,12 @@ class Grid(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Logit rows of a rectangle."""
+        """Return the number of logit rows of a rectangle."""
         return self.rectangle[0] * self.tile.block_n
 
     @property
     def cols(self) -> int:
-        """Logit columns of a rectangle."""
+        """Return the number of logit columns of a rectangle."""
         return self.rectangle[1] * self.tile.block_m
 
     def busy(self, multiprocessors: int) -> float:

@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the three tensors of the teacher are there; either all or none are."""
+        """Return whether the call has a teacher: either all three of its tensors are given or none is."""
         return self.teacher_image is not None
 
 
@@ -57,7 +57,7 @@ class Options(NamedTuple):
 
     @property
     def crossed(self) -> bool:
-        """Whether a term needs the logits between student and teacher, a and b."""
+        """Return whether a term needs the logits between student and teacher, a and b."""
         return self.interactive or self.cross
 
 
@@ -91,7 +91,7 @@ class Forward(NamedTuple):
 
     @property
     def saved(self) -> Saved:
-        """The part of the result that the backward pass takes."""
+        """Return the part of the result that the backward pass takes."""
         return Saved(self.row_stats, self.col_stats)
 
 

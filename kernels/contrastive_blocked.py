@@ -29,10 +29,10 @@ from torch import Tensor
 from ._blocked_gradients import GradientWalk, slopes
 from ._blocked_tile import (
     COL,
-    DIRECTIONS,
     LN2,
     LOWEST,
     ROW,
+    SOFTMAX_DIRECTIONS,
     Logits,
     Plan,
     Positives,
@@ -91,7 +91,7 @@ class PartialStatistics:
         """Add what a tile has for these rows (columns)."""
         mine, positives = self._direction, tile.positives
         for name in plan.matrices:
-            if mine not in DIRECTIONS[name]:
+            if mine not in SOFTMAX_DIRECTIONS[name]:
                 continue
             if name in plan.kl:
                 self._reduce(f"kl/{name}", tile, tile.gap(name, mine))
@@ -135,7 +135,7 @@ class PartialStatistics:
         """Turn the sums into log-sum-exps and judge whether the references served."""
         if "negative" in self._sums:
             self._sums["s"] = self["negative"] + self["mass/s"]
-        logs = {name: self._sums[name].log2() for name in DIRECTIONS if name in self._sums}
+        logs = {name: self._sums[name].log2() for name in SOFTMAX_DIRECTIONS if name in self._sums}
         checked = dict(logs)
         if "negative" in self._sums:
             logs["z"] = torch.logaddexp2(self["negative"].log2() + shift, self["mass/s"].log2())
@@ -205,7 +205,7 @@ def _maxima(logits: Logits, positives: Positives, plan: Plan) -> tuple[Reference
     """Return the exact maxima of the rows and columns of every matrix: references that no logits can defeat."""
     names = plan.matrices + ("z",) * logits.has_margin
     best = tuple(
-        {name: torch.full_like(size, -math.inf) for name in names if direction in DIRECTIONS[name]}
+        {name: torch.full_like(size, -math.inf) for name in names if direction in SOFTMAX_DIRECTIONS[name]}
         for direction, size in enumerate(positives.counts)
     )
     for at_rows, at_cols in logits.tiles():

@@ -58,3 +58,5 @@ def test_sampled_diagnostics():
     assert named["teacher/diversity"] == 1
     with pytest.raises(ValueError, match="rows must be at least 1"):
         sampled_diagnostics(eye, eye, eye, eye, rows=0)
+    with pytest.raises(ValueError, match="sampled_diagnostics: image has D"):
+        sampled_diagnostics(eye, eye[:, :1], eye, eye)

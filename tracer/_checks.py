@@ -45,30 +45,31 @@ def check_numbers(
             raise ValueError(f"contrastive_loss: weight {name} must be a finite number >= 0, got {weight}")
 
 
-def check_features(image: Tensor, text: Tensor) -> None:
-    """Refuse features that are not two matrices of one width, device and, outside autocast, dtype."""
+def check_features(image: Tensor, text: Tensor, caller: str = "contrastive_loss") -> None:
+    """Refuse features that are not two matrices of one width, device and, outside autocast, dtype.
+
+    The message begins with the name of the public function, ``caller``.
+    """
     for name, x in (("image", image), ("text", text)):
         if x.ndim != 2:
-            raise ValueError(f"contrastive_loss: {name} must be [rows, D], got shape {tuple(x.shape)}")
+            raise ValueError(f"{caller}: {name} must be [rows, D], got shape {tuple(x.shape)}")
         if x.shape[0] == 0 or x.shape[1] == 0:
-            raise ValueError(f"contrastive_loss: {name} is empty {tuple(x.shape)}; skip empty batches")
+            raise ValueError(f"{caller}: {name} is empty {tuple(x.shape)}; skip empty batches")
         if not x.dtype.is_floating_point:
             raise ValueError(
-                f"contrastive_loss: {name} must be floating point, got {x.dtype}; cast the features to float32"
+                f"{caller}: {name} must be floating point, got {x.dtype}; cast the features to float32"
             )
     if image.shape[1] != text.shape[1]:
         raise ValueError(
-            f"contrastive_loss: image has D = {image.shape[1]} but text has D = {text.shape[1]}; "
+            f"{caller}: image has D = {image.shape[1]} but text has D = {text.shape[1]}; "
             "project both to one width"
         )
     if image.device != text.device:
         raise ValueError(
-            f"contrastive_loss: image is on {image.device} but text on {text.device}; move both to one device"
+            f"{caller}: image is on {image.device} but text on {text.device}; move both to one device"
         )
     if image.dtype != text.dtype and not autocast_is_on(image):
-        raise ValueError(
-            f"contrastive_loss: image is {image.dtype} but text {text.dtype}; cast both to one dtype"
-        )
+        raise ValueError(f"{caller}: image is {image.dtype} but text {text.dtype}; cast both to one dtype")
 
 
 def autocast_is_on(x: Tensor) -> bool:
@@ -114,32 +115,32 @@ def check_teacher(
     teacher_image: Tensor | None,
     teacher_text: Tensor | None,
     weights: dict[str, float],
+    caller: str = "contrastive_loss",
 ) -> tuple[Tensor, Tensor] | None:
     """Return the teacher's features without their graph; None without a teacher, which no weight may need."""
     if teacher_image is None and teacher_text is None:
         for name, weight in weights.items():
             if weight > 0:
                 raise ValueError(
-                    f"contrastive_loss: weight {name} = {weight} needs a teacher; pass teacher_image and "
+                    f"{caller}: weight {name} = {weight} needs a teacher; pass teacher_image and "
                     f"teacher_text, or {name}=0"
                 )
         return None
     if teacher_image is None or teacher_text is None:
         missing = "teacher_image" if teacher_image is None else "teacher_text"
-        raise ValueError(f"contrastive_loss: {missing} is missing; pass both of the teacher's features")
+        raise ValueError(f"{caller}: {missing} is missing; pass both of the teacher's features")
     for name, x, like in (("teacher_image", teacher_image, image), ("teacher_text", teacher_text, text)):
         if x.shape != like.shape:
             raise ValueError(
-                f"contrastive_loss: {name} must have the student's shape {tuple(like.shape)}, "
-                f"got {tuple(x.shape)}"
+                f"{caller}: {name} must have the student's shape {tuple(like.shape)}, got {tuple(x.shape)}"
             )
         if x.device != like.device:
             raise ValueError(
-                f"contrastive_loss: {name} is on {x.device} but the student on {like.device}; "
+                f"{caller}: {name} is on {x.device} but the student on {like.device}; "
                 f"use .to({str(like.device)!r})"
             )
         if not x.dtype.is_floating_point:
-            raise ValueError(f"contrastive_loss: {name} must be floating point, got {x.dtype}")
+            raise ValueError(f"{caller}: {name} must be floating point, got {x.dtype}")
     return teacher_image.detach(), teacher_text.detach()
 
 

@@ -48,8 +48,8 @@ def sampled_diagnostics(
     Raises:
         ValueError: features that don't fit together, or ``rows`` below 1.
     """
-    _checks.check_features(image, text)
-    _checks.check_teacher(image, text, teacher_image, teacher_text, {})
+    _checks.check_features(image, text, "sampled_diagnostics")
+    _checks.check_teacher(image, text, teacher_image, teacher_text, {}, "sampled_diagnostics")
     if rows < 1:
         raise ValueError(f"sampled_diagnostics: rows must be at least 1, got {rows}")
     return contrastive_eager.sampled_diagnostics(image, text, teacher_image, teacher_text, rows)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TracerRecipe:
-    """Hold the settings of TRACER for ViT-B/16 (arXiv 2605.29380).
+    """Settings of TRACER for ViT-B/16 (arXiv 2605.29380).
 
     The loss is CON + λ (α_crd CRD + α_fd FD + α_icl ICL + α_xkd XKD) + λ_F ‖Wv Wtᵀ‖_F + λ_O ‖Wvᵀ Wv − I‖_F.
     """
@@ -33,7 +33,7 @@ class TracerRecipe:
 
 @dataclass(frozen=True)
 class WMARecipe:
-    """Hold the settings of TRACER's weighted moving average."""
+    """Settings of TRACER's weighted moving average."""
 
     beta: float = 0.5  # of the density Beta(β, β)
     every: int = 1
@@ -41,7 +41,7 @@ class WMARecipe:
 
 @dataclass(frozen=True)
 class EMARecipe:
-    """Hold the settings of TRACER's exponential moving average.
+    """Settings of TRACER's exponential moving average.
 
     The momentum rises linearly from ``start`` to ``end`` over the share ``warmup`` of all steps.
     """
@@ -54,7 +54,7 @@ class EMARecipe:
 
 @dataclass(frozen=True)
 class RAdapterRecipe:
-    """Hold the settings of R-Adapter and its loss MPM-NCE for classification (arXiv 2408.05749)."""
+    """Settings of R-Adapter and its loss MPM-NCE for classification (arXiv 2408.05749)."""
 
     margin: float = 0.05  # δ
     smoothing: float = 0.05  # ε

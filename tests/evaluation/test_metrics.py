@@ -17,7 +17,9 @@ def test_metrics_are_what_numpy_says():
     confidence, correct = p.max(1), p.argmax(1) == truth
     expected = 0.0
     for b in range(CALIBRATION_BINS):
-        inside = (confidence > b / CALIBRATION_BINS) & (confidence <= (b + 1) / CALIBRATION_BINS)
+        inside = (confidence >= b / CALIBRATION_BINS) & (confidence < (b + 1) / CALIBRATION_BINS)
+        if b == CALIBRATION_BINS - 1:
+            inside |= confidence == 1
         if inside.any():
             expected += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
     got = torch.from_numpy(p).float(), torch.from_numpy(truth)

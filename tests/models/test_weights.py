@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import warnings
 
 import open_clip
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from tracer.errors import UserError
 from tracer.models.clip import load_clip
 from tracer.models.weights import save_weights
 
@@ -56,3 +58,32 @@ def test_a_write_that_fails_is_an_error_of_the_system(monkeypatch, tmp_path, tex
         save_weights({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
     assert caught.value.errno == number
     assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_file_is_refused(tiny_config, tmp_path):
+    (tmp_path / "w.pt").touch()
+    with pytest.raises(UserError, match=r"w\.pt' is empty: copy it again"):
+        load_clip(str(tiny_config), str(tmp_path / "w.pt"))
+
+
+def test_a_logit_bias_is_refused_where_the_model_has_none(tiny_config, tmp_path):
+    state = load_clip(str(tiny_config), None).model.state_dict()
+    torch.save(state | {"logit_bias": torch.zeros(1)}, tmp_path / "w.pt")
+    with pytest.raises(
+        UserError, match="holds 'logit_bias', as SigLIP models do, and tiny-clip has no such weight"
+    ):
+        load_clip(str(tiny_config), str(tmp_path / "w.pt"))
+
+
+def test_a_warning_is_shown_once_for_all_callers(tiny_config, tmp_path):
+    state = load_clip(str(tiny_config), None).model.state_dict()
+    state["positional_embedding"] = state["positional_embedding"].repeat(2, 1)
+    torch.save(state, tmp_path / "w.pt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        warnings.simplefilter("default")
+        load_clip(str(tiny_config), str(tmp_path / "w.pt"))
+        load_clip(str(tiny_config), str(tmp_path / "w.pt"))
+    ours = [w for w in caught if "w.pt" in str(w.message)]
+    assert len(ours) == len({str(w.message) for w in ours}) > 0
+    assert all(w.filename.endswith("clip.py") for w in ours)

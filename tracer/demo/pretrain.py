@@ -22,7 +22,7 @@ from tracer.demo.corpus import Corpus, download_corpus
 from tracer.demo.small_clip import demo_architecture, demo_model, demo_tokenizer
 from tracer.errors import Stopped, UserError
 from tracer.files import claim_folder, whole_file
-from tracer.models.weights import MAX_LOGIT_SCALE, save_weights
+from tracer.models.weights import MAX_LOGIT_SCALE, first_not_finite, save_weights
 from tracer.ops import contrastive_loss
 from tracer.train.engine import parameter_groups
 from tracer.train.log import trim_log
@@ -113,7 +113,7 @@ def fit(config: PretrainConfig, corpus: Corpus) -> Path:
                     request.signal,
                 )
     weights = {name: value.half() for name, value in model.state_dict().items()}
-    if not all(value.isfinite().all() for name, value in weights.items() if not name.endswith("mask")):
+    if first_not_finite(weights) is not None:
         raise UserError(
             f"the weights are not finite in float16: lower --lr and remove '{config.output}' to start anew"
         )

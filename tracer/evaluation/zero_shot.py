@@ -56,9 +56,8 @@ def evaluate_zero_shot(
     scores: Scores = {}
     for index in sets:
         probabilities = class_probabilities(clip, index, weights, workers=workers, decoded=decoded)
-        truth = torch.tensor(
-            [number[label] for label in index.labels if label is not None]
-        )  # check_labels: none is
+        # check_labels has refused pictures without a label; the condition is for the type checker.
+        truth = torch.tensor([number[label] for label in index.labels if label is not None])
         scores[index.name] = {
             "accuracy": accuracy(probabilities, truth),
             "ece": calibration_error(probabilities, truth),

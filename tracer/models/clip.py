@@ -15,7 +15,7 @@ import open_clip
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from open_clip.factory import _find_checkpoint_in_dir
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from tracer.errors import UserError
 from tracer.models.architecture import Architecture, refuse_another, saved_architecture
@@ -48,7 +48,7 @@ class Clip:
 
     @property
     def architecture(self) -> Architecture:
-        """What a file of the model's weights must say about them."""
+        """Return what a file of the model's weights must say about them."""
         return Architecture(self.name, self.config, self.picture_format)
 
 
@@ -226,7 +226,7 @@ def _with_the_tags_activation(name: str, pretrained: str | None) -> str:
         )
     warnings.warn(
         f"the weights '{pretrained}' were trained with QuickGELU: building {twin} in place of {name}",
-        stacklevel=3,
+        stacklevel=2,  # load_clip, whoever calls it: shown once
     )
     return twin
 
@@ -253,10 +253,11 @@ def _load_open_clip(name: str, pretrained: str | None) -> tuple[nn.Module, Token
     file = weights_file(name, pretrained) if pretrained else None
     try:
         with ExitStack() as stack:
-            readable, state = pretrained, dict[str, Tensor]()
+            readable, shapes = pretrained, dict[str, Size]()
             if file:
-                path, state = stack.enter_context(readable_by_open_clip(file))
+                path, shapes = stack.enter_context(readable_by_open_clip(file))
                 readable = str(path)
+                _refuse_a_logit_bias(name, file, shapes)
             # A logit scale with one dimension: DeepSpeed cannot broadcast a parameter that has none.
             model = open_clip.create_model(
                 name,
@@ -264,10 +265,20 @@ def _load_open_clip(name: str, pretrained: str | None) -> tuple[nn.Module, Token
                 nonscalar_logit_scale=True,
                 require_pretrained=bool(pretrained) or name.startswith(OWN_WEIGHTS),
             )
-        _warn_of_resizing(model, state, file)
+        _warn_of_resizing(model, shapes, file)
         return model, open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip raises many kinds, from network errors to shapes that do not fit
         raise _not_loadable(name, pretrained, error) from error
+
+
+def _refuse_a_logit_bias(name: str, file: Path, shapes: dict[str, Size]) -> None:
+    """Raise UserError for weights of a SigLIP model where the model has no bias, which open_clip does not explain."""
+    config = open_clip.get_model_config(name) or {}
+    if "logit_bias" in shapes and config.get("init_logit_bias") is None:
+        raise UserError(
+            f"'{file}' holds 'logit_bias', as SigLIP models do, and {name} has no such weight: "
+            "give the --model that the weights were trained with"
+        )
 
 
 def _not_loadable(name: str, pretrained: str | None, error: Exception) -> UserError:
@@ -295,7 +306,7 @@ def _presumed_format(name: str, file: Path, default: dict[str, Any]) -> dict[str
     warnings.warn(
         f"'{file}' does not say which pictures it was trained on: taking "
         f"{f'those of the tags of {name}' if agreed else 'the usual ones'} ({described})",
-        stacklevel=3,
+        stacklevel=2,
     )
     return taken
 
@@ -311,18 +322,18 @@ def _warn_of_an_unknown_activation(name: str, file: Path) -> None:
         warnings.warn(
             f"'{file}' does not say with which activation it was trained, and {name} has {has}: for weights with "
             f"{other}, such as {whose}, give --model {twin or plain}",
-            stacklevel=3,
+            stacklevel=2,
         )
 
 
-def _warn_of_resizing(model: nn.Module, state: dict[str, Tensor], file: Path | None) -> None:
+def _warn_of_resizing(model: nn.Module, shapes: dict[str, Size], file: Path | None) -> None:
     """Warn of weights that open_clip resized to fit the model: positional embeddings of other sizes."""
     for name, built in model.state_dict().items():
-        if name in state and state[name].numel() != built.numel():
+        if name in shapes and shapes[name].numel() != built.numel():
             warnings.warn(
                 f"'{file}' was made for another picture size or text length: its '{name}' was resized from "
-                f"{list(state[name].shape)} to {list(built.shape)}",
-                stacklevel=4,
+                f"{list(shapes[name])} to {list(built.shape)}",
+                stacklevel=3,  # load_clip, which calls our caller
             )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Size, Tensor
 
 from tracer.adapters import adapter_state
 from tracer.errors import UserError
@@ -81,11 +81,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def readable_by_open_clip(path: Path) -> Iterator[tuple[Path, dict[str, Tensor]]]:
-    """Yield a file that open_clip loads, ``path`` itself or a cleaned copy, and the weights in it.
+def readable_by_open_clip(path: Path) -> Iterator[tuple[Path, dict[str, Size]]]:
+    """Yield a file that open_clip loads, ``path`` itself or a cleaned copy, and the shapes of the weights in it.
 
-    open_clip goes by the suffix and removes no wrapper but a first ``module.``. The weights are left out, as an
-    empty state dict, for NumPy files, which only open_clip can read.
+    open_clip goes by the suffix and removes no wrapper but a first ``module.``. The shapes are empty for NumPy
+    files, which only open_clip can read.
 
     Raises:
         UserError: as :func:`read_weights`.
@@ -95,28 +95,38 @@ def readable_by_open_clip(path: Path) -> Iterator[tuple[Path, dict[str, Tensor]]
         return
     entries = _entries(path)
     state = _plain_names(path, _state_dict(path, entries))
-    stored = entries.get("state_dict", entries)
-    if stored.keys() == state.keys() and _is_safetensors(path) == (path.suffix == ".safetensors"):
-        yield path, state
-        return
+    names = entries.get("state_dict", entries).keys()
+    shapes = {name: tensor.shape for name, tensor in state.items()}
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "weights.safetensors"
-        write_tensors(copy, state)
-        yield copy, state
+        readable = path
+        if names != state.keys() or _is_safetensors(path) != (path.suffix == ".safetensors"):
+            readable = Path(folder) / "weights.safetensors"
+            write_tensors(readable, state)
+        del entries, names, state  # open_clip reads the file again: one copy at a time in memory
+        yield readable, shapes
 
 
-def check_finite(state: Mapping[str, Tensor], source: str) -> None:
-    """Raise UserError if weights are not finite, naming the first such tensor and their ``source``.
+def first_not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that holds NaN or infinite values, or None.
 
-    Masks of attention, which open_clip's relatives may keep among their buffers, hold −∞ on purpose.
+    Masks of attention, which open_clip's relatives may keep among their buffers, hold −∞ on purpose and are
+    passed over.
     """
     for name, tensor in state.items():
         if tensor.is_floating_point() and not name.endswith("mask") and not tensor.isfinite().all():
-            count = int((~tensor.isfinite()).sum())
-            raise UserError(
-                f"the weights of {source} are not finite: '{name}' holds {count} NaN or infinite values of "
-                f"{tensor.numel()}: the training that wrote them diverged, so take an earlier checkpoint"
-            )
+            return name
+    return None
+
+
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError if weights are not finite, naming the first such tensor and their ``source``."""
+    name = first_not_finite(state)
+    if name is not None:
+        count = int((~state[name].isfinite()).sum())
+        raise UserError(
+            f"the weights of {source} are not finite: '{name}' holds {count} NaN or infinite values of "
+            f"{state[name].numel()}: the training that wrote them diverged, so take an earlier checkpoint"
+        )
 
 
 # --- what a file holds
@@ -128,12 +138,19 @@ def _is_safetensors(path: Path) -> bool:
     return head[8:] == b"{"  # after the length of the header, the header, which is JSON
 
 
+def _is_torchscript(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
 def _entries(path: Path) -> dict[str, Any]:
     """Return the top level of a file of weights."""
     if path.is_dir():
         raise UserError(f"'{path}' is a folder: give the file of weights in it, such as student.safetensors")
     with path.open("rb") as file:
         head = file.read(40)
+    if not head:
+        raise UserError(f"'{path}' is empty: copy it again")
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"'{path}' is a Git LFS pointer, not the weights: fetch them with 'git lfs pull'")
     if _is_safetensors(path):
@@ -143,16 +160,18 @@ def _entries(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"'{path}' is not a complete safetensors file ({error}): copy it again"
             ) from error
-    if zipfile.is_zipfile(path) and any(
-        name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()
-    ):
+    archive = head.startswith(b"PK") and zipfile.is_zipfile(path)
+    if archive and _is_torchscript(path):
         raise UserError(
             f"'{path}' is a TorchScript archive, which holds a program: write its weights alone with "
             "torch.save(torch.jit.load(file, map_location='cpu').state_dict(), 'weights.pt'), and give that file"
         )
     try:
-        with path.open("rb") as file:  # not by its path: torch goes by the suffix
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        if archive and path.suffix != ".safetensors":  # torch maps only an archive given by its path
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            with path.open("rb") as file:  # not by its path: torch goes by the suffix
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if not head.startswith((b"PK", b"\x80")):
             raise UserError(

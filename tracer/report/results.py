@@ -202,41 +202,41 @@ class Results:
 
     @cached_property
     def main(self) -> list[Method]:
-        """The methods that are compared with each other: all but the variants."""
+        """Return the methods that are compared with each other: all but the variants."""
         return [m for m in self.methods if m.variant_of is None]
 
     @cached_property
     def variants(self) -> dict[Method, list[Method]]:
-        """Method → its variants, for the methods that have any."""
+        """Return the variants of each method that has any."""
         groups = {full: [m for m in self.methods if m.variant_of == full.key] for full in self.main}
         return {full: group for full, group in groups.items() if group}
 
     @cached_property
     def baseline(self) -> Method | None:
-        """The method that the others are measured against: zero-shot, or else the first untrained one."""
+        """Return the method that the others are measured against: zero-shot, or else the first untrained one."""
         named = next((m for m in self.methods if m.key == "zero-shot"), None)
         return named or next((m for m in self.methods if not m.trained), None)
 
     @cached_property
     def plain(self) -> Method | None:
-        """Fine-tuning without regularisation: flyp, or else the first trained method."""
+        """Return the method without regularisation: flyp, or else the first trained method."""
         named = next((m for m in self.methods if m.key == "flyp"), None)
         return named or next((m for m in self.methods if m.trained), None)
 
     @cached_property
     def in_distribution(self) -> Column:
-        """The mean over the in-distribution domains; the first domain where none has that role."""
+        """Return the mean over the in-distribution domains; the first domain where none has that role."""
         return _mean_column(self._home, "in-distribution", "In distribution")
 
     @cached_property
     def under_shift(self) -> Column | None:
-        """The mean over the shifted domains, if there are any."""
+        """Return the mean over the shifted domains, if there are any."""
         shifted = self._shifted
         return _mean_column(shifted, "shifted", "Under shift") if shifted else None
 
     @cached_property
     def columns(self) -> list[Column]:
-        """The columns of the tables: the means, then each domain that they do not already show alone."""
+        """Return the columns of the tables: the means, then each domain that they do not already show alone."""
         columns = [self.in_distribution] + ([self.under_shift] if self.under_shift else [])
         if len(self._home) > 1:
             columns += [domain_column(d, "In distribution") for d in self._home]
@@ -256,7 +256,7 @@ class Results:
 
     @cached_property
     def seeds(self) -> int:
-        """The largest number of runs with a seed that a method has."""
+        """Return the largest number of runs with a seed that a method has."""
         return max(sum(run.seed is not None for run in m.runs) for m in self.methods)
 
     def place(self, method: Method) -> int:

@@ -49,7 +49,7 @@ def amount(value: float) -> str:
 
 
 def duration(seconds: Any) -> str:
-    """Return seconds in words: 0.42 s, 31.2 s, 4 min 07 s, 2 h 05 min; a dash for what is no number."""
+    """Return seconds in words: 0.42 s, 31.2 s, 4 min 07 s, 2 h 05 min; a dash where the value is not a number."""
     s = number(seconds)
     if not math.isfinite(s):
         return "–"

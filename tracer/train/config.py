@@ -117,7 +117,7 @@ class MethodSettings:
 
     @property
     def adapted(self) -> bool:
-        """Whether adapters train instead of the model."""
+        """Return whether adapters train instead of the model."""
         return self.adapters or self.method == "r-adapter"
 
     def validate(self) -> None:
@@ -178,7 +178,7 @@ class OptimisationSettings:
 
     @property
     def total_steps(self) -> int:
-        """The number of optimizer steps.
+        """Return the number of optimizer steps.
 
         Raises:
             ValueError: the settings still give epochs; :meth:`Config.resolve` turns them into steps.
@@ -250,7 +250,7 @@ class Config(RunSettings, OptimisationSettings, MethodSettings, ModelSettings, D
 
     @property
     def recipe(self) -> Recipe:
-        """What the user set, and the published value for the rest."""
+        """Return what the user set, and the published value for the rest."""
         loss = R_ADAPTER if self.method == "r-adapter" else TRACER
         optimizer = R_ADAPTER if self.adapted else TRACER
         published = Recipe(loss.margin, loss.smoothing, optimizer.lr, optimizer.weight_decay)

@@ -35,7 +35,7 @@ from tracer.files import (
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.architecture import Architecture
 from tracer.models.clip import load_clip, source_files
-from tracer.models.weights import save_weights
+from tracer.models.weights import first_not_finite, save_weights
 from tracer.train.checkpoint import WHOLE, Checkpoints
 from tracer.train.config import Config
 from tracer.train.log import StepLog
@@ -167,12 +167,12 @@ def _exact(trained: Trained, frozen: Weights) -> Trained:
         if state is None:
             continue
         exact[name] = state | {n: v for n, v in frozen.items() if n in state}
-        for key, value in exact[name].items():
-            if value.is_floating_point() and not key.endswith("mask") and not value.isfinite().all():
-                raise UserError(
-                    f"the {name}'s weights are not finite after training ('{key}'): they are neither scored nor "
-                    "kept; lower --lr or give a --clip_grad above 0"
-                )
+        key = first_not_finite(exact[name])
+        if key is not None:
+            raise UserError(
+                f"the {name}'s weights are not finite after training ('{key}'): they are neither scored nor "
+                "kept; lower --lr or give a --clip_grad above 0"
+            )
     return trained._replace(**exact)
 
 
@@ -230,9 +230,18 @@ def fingerprint(config: Config) -> str:
     index = read_index(config.train_data)
     settings = decisive(config.resolve(len(index)))
     files = [*source_files(config.model, config.pretrained), *([config.classes] if config.classes else [])]
-    content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
+    content = [_digest(path) for path in files if path.is_file()]
     data = [index.digest(), *(read_index(path).digest() for path in config.eval_data.values())]
     return hashlib.sha256(json.dumps([settings, content, data, versions()]).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces: weights may be larger than the memory that is free."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def is_run_of(config: Config, folder: Path) -> bool:
