@@ -362,13 +362,13 @@ def test_a_module_that_takes_the_place_of_another_is_noticed():
     """A wrapper with other parameters is refused; one with parameters of the same names is followed."""
     model = net()
     teacher = build_teacher(model, Uniform())
-    other = copy.deepcopy(model.head)
+    other = copy.deepcopy(model.norm)
     other.weight.data.fill_(7.0)
-    start, model.head = model.head.weight.detach().clone(), other
+    start, model.norm = model.norm.weight.detach().clone(), other
     assert teacher.update(1)
-    torch.testing.assert_close(teacher.gather()["head.weight"], (start + 7.0) / 2)
-    model.head = nn.Sequential(model.head)
-    with pytest.raises(ValueError, match=r"added after the teacher was built \(head\.0\.weight"):
+    torch.testing.assert_close(teacher.gather()["norm.weight"], (start + 7.0) / 2)
+    model.norm = nn.Sequential(model.norm)
+    with pytest.raises(ValueError, match=r"added after the teacher was built \(norm\.0\.weight"):
         teacher.update(2)
 
 

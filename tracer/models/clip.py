@@ -272,7 +272,7 @@ def _load_open_clip(name: str, pretrained: str | None) -> tuple[nn.Module, Token
 
 
 def _refuse_a_logit_bias(name: str, file: Path, shapes: dict[str, Size]) -> None:
-    """Raise UserError for weights of a SigLIP model where the model has no bias, which open_clip does not explain."""
+    """Raise UserError for weights of a SigLIP model where the model has no bias; open_clip's error hides it."""
     config = open_clip.get_model_config(name) or {}
     if "logit_bias" in shapes and config.get("init_logit_bias") is None:
         raise UserError(
