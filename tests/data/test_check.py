@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from tracer.data.check import check_pictures
+from tracer.data.check import AT_ONCE, check_pictures
+from tracer.data.dali import decode
 from tracer.data.index import read_index
 from tracer.errors import UserError
 
@@ -37,3 +38,25 @@ def test_a_format_that_dali_does_not_decode_is_named(write_csv, tmp_path):
         match=r"a.png' \(GIF is not supported, use BMP, JPEG, .*, WEBP\)",
     ):
         check_pictures(index, tmp_path / "cache", workers=1)
+
+
+def test_one_pipeline_decodes_many_batches_and_damage_in_a_late_one_is_found(
+    write_csv, tmp_path, monkeypatch
+):
+    """The pictures are read batch by batch, and the set has more pictures than a batch."""
+    batches: list[int] = []
+
+    def count(files, *rest):
+        return decode((batches.append(len(batch)) or batch for batch in files), *rest)
+
+    monkeypatch.setattr("tracer.data.check.decode", count)
+    names = [f"{number}.png" for number in range(2 * AT_ONCE + 3)]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    index = read_index(write_csv("a.csv", ["image", "label"], [[name, "x"] for name in names]))
+    check_pictures(index, tmp_path / "cache", workers=1)
+    assert batches == [AT_ONCE, AT_ONCE, 3]
+    last = tmp_path / names[-1]
+    last.write_bytes(last.read_bytes()[:60])
+    with pytest.raises(UserError, match=rf"1 of {len(names)} pictures .*{names[-1]}"):
+        check_pictures(read_index(tmp_path / "a.csv"), tmp_path / "cache", workers=1)
