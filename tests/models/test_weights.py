@@ -69,9 +69,7 @@ def test_an_empty_file_is_refused(tiny_config, tmp_path):
 def test_a_logit_bias_is_refused_where_the_model_has_none(tiny_config, tmp_path):
     state = load_clip(str(tiny_config), None).model.state_dict()
     torch.save(state | {"logit_bias": torch.zeros(1)}, tmp_path / "w.pt")
-    with pytest.raises(
-        UserError, match="holds 'logit_bias', as SigLIP models do, and tiny-clip has no such weight"
-    ):
+    with pytest.raises(UserError, match=r"holds 'logit_bias', .* tiny-clip has no such weight"):
         load_clip(str(tiny_config), str(tmp_path / "w.pt"))
 
 

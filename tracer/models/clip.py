@@ -272,7 +272,7 @@ def _load_open_clip(name: str, pretrained: str | None) -> tuple[nn.Module, Token
 
 
 def _refuse_a_logit_bias(name: str, file: Path, shapes: dict[str, Size]) -> None:
-    """Raise UserError for weights of a SigLIP model where the model has no bias; open_clip's error hides it."""
+    """Raise UserError for SigLIP weights where the model has no bias: open_clip does not say why it fails."""
     config = open_clip.get_model_config(name) or {}
     if "logit_bias" in shapes and config.get("init_logit_bias") is None:
         raise UserError(
@@ -333,7 +333,7 @@ def _warn_of_resizing(model: nn.Module, shapes: dict[str, Size], file: Path | No
             warnings.warn(
                 f"'{file}' was made for another picture size or text length: its '{name}' was resized from "
                 f"{list(shapes[name])} to {list(built.shape)}",
-                stacklevel=3,  # load_clip, which calls our caller
+                stacklevel=3,  # load_clip
             )
 
 
