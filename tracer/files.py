@@ -238,10 +238,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     with whole_file(path) as part:
         try:
             save_file(own, part, metadata)
+            _sort_metadata(part)
         except SafetensorError as error:  # the library words the system's error in its own way
             number = re.search(r"os error (\d+)", str(error))
             code = int(number[1]) if number else errno.EIO
             raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file, which the library writes in random order: equal runs, equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(text) <= size:  # as long as the library's own, blanks at the end apart
+                file.seek(8)
+                file.write(text.ljust(size))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

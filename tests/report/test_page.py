@@ -196,7 +196,7 @@ def test_failed_write_leaves_the_old_page(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(UserError, match=r"report.html: cannot write the report \(No space left"):
+    with pytest.raises(UserError, match=r"report.html' cannot be written \(No space left"):
         page.write_report(Results.from_json(small), path)
     assert path.read_text() == "old"
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".html"] + [".png"] * 6
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".html", *[".png"] * 6, ".tracer-part"]

@@ -132,12 +132,13 @@ def test_weight_decay_falls_on_the_matrices_that_train_alone():
 
 
 @pytest.mark.parametrize("method", ["tracer", "r-adapter"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "stage"),
+    [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("amp_bf16", 0), ("amp_bf16", 1), ("amp_bf16", 2)]
+    + [("amp_bf16", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)],  # bf16 at stage 0 is refused
+)
 def test_training_starts_at_the_float32_weights_exactly(config, precision, stage, method):
     """Regression: DeepSpeed makes the master weights of a bf16 engine from the rounded ones."""
-    if precision == "bf16" and stage == 0:
-        pytest.skip("refused")
     changes = {"precision": precision, "zero_stage": stage, "lr": 1e-100, "method": method, "eval_data": {}}
     changes |= {"steps": 2, "warmup": 0, "projection_product": 0.0, "adapter_rank": 4, "wma_beta": 1.0}
     folder = finetune(dataclasses.replace(config, **changes))
