@@ -268,7 +268,7 @@ def torch_script(path, _state):
 
 
 BROKEN = {
-    "an empty file": (lambda p, s: p.touch(), "is not a"),
+    "an empty file": (lambda p, s: p.touch(), "is empty: copy it again"),
     "text": (lambda p, s: p.write_text("<html>404</html>"), "is not a file of weights"),
     "a pointer": (lambda p, s: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
     "TorchScript": (torch_script, "is a TorchScript archive, which holds a program: write its weights alone"),

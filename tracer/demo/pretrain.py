@@ -21,7 +21,7 @@ from tracer.demo.config import PretrainConfig
 from tracer.demo.corpus import Corpus, download_corpus
 from tracer.demo.small_clip import demo_architecture, demo_model, demo_tokenizer
 from tracer.errors import Stopped, UserError
-from tracer.files import claim_folder, whole_file
+from tracer.files import check_folder, claim_folder, whole_file
 from tracer.models.weights import MAX_LOGIT_SCALE, first_not_finite, save_weights
 from tracer.ops import contrastive_loss
 from tracer.train.engine import parameter_groups
@@ -41,10 +41,11 @@ def pretrain(config: PretrainConfig) -> Path:
             downloaded, or an output that already holds a finished run.
     """
     config.validate()
+    check_folder(config.output)  # before the work, which takes long
     done = config.output / "model.safetensors"
     if done.exists():
         raise UserError(f"'{done}' exists: choose another --output or remove it")
-    claim_folder(config.output)  # before the work, which takes long
+    claim_folder(config.output)
     model = demo_model(None)
     size = model.visual.image_size
     corpus = download_corpus(config.data, size[0] if isinstance(size, tuple) else size, config.workers)
