@@ -18,6 +18,7 @@ from tracer.demo.config import PretrainConfig
 from tracer.demo.corpus import Corpus
 from tracer.demo.render import on_paper
 from tracer.errors import UserError
+from tracer.files import claim_folder
 
 
 def test_captions_are_drawn_from_the_picture_s_own():
@@ -117,6 +118,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, change, said):
 
 
 def test_finished_output_is_not_overwritten(tmp_path):
+    claim_folder(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"kept")
     with pytest.raises(UserError, match="exists: choose another --output"):
         pretrain.pretrain(PretrainConfig(output=tmp_path))
