@@ -74,7 +74,7 @@ def read_index(source: Path, name: str | None = None) -> Index:
             f"data '{source}' holds no pictures: a CSV needs at least one row below its header, "
             "a folder needs <class>/<picture>"
         )
-    index = Index(name or source.stem, *(list(column) for column in zip(*samples, strict=True)))
+    index = Index(name or source.resolve().stem, *(list(column) for column in zip(*samples, strict=True)))
     missing = [path for path in index.images if not path.is_file()]
     if missing:
         raise UserError(
