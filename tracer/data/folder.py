@@ -74,9 +74,9 @@ def _note_left_out(source: Path, files: list[Path], images: list[Path], classes:
     empty = sorted(folders - classes)
     lines = []
     if reasons:
-        lines.append(
-            f"left out {reasons.total()} files that are not pictures of a class ({counted(reasons)})"
-        )
+        count = reasons.total()
+        what = "file that is not a picture" if count == 1 else "files that are not pictures"
+        lines.append(f"left out {count} {what} of a class ({counted(reasons)})")
     if empty:
         lines.append(f"left out {len(empty)} classes without a picture that can be read ({_named(empty)})")
     if lines:
