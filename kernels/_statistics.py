@@ -65,21 +65,32 @@ def statistic_names(options: Options, has_teacher: bool) -> tuple[str, ...]:
     return tuple(name for name, wanted in needed.items() if wanted)
 
 
-def pack(side: Side, names: tuple[str, ...]) -> Tensor:
-    """Return the named statistics as a matrix [rows, len(names)]."""
-    dtype = side["positives"].dtype
-    return torch.stack([side[name].to(dtype) for name in names], 1)
+def pack(side: Side, names: tuple[str, ...], dtype: torch.dtype) -> Tensor:
+    """Return the named statistics as a matrix [rows, len(names)]; an index keeps all of its bits."""
+    return torch.stack([_as_number(side[name], name, dtype) for name in names], 1)
 
 
 def unpack(packed: Tensor, names: tuple[str, ...]) -> Side:
     """Return the statistics of a matrix [..., rows, len(names)] by name, each [..., rows]."""
-    return dict(zip(names, packed.unbind(-1), strict=True))
+    columns = zip(names, packed.unbind(-1), strict=True)
+    return {name: _as_index(x) if name.startswith("arg") else x for name, x in columns}
+
+
+def _as_number(x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    if name.startswith("arg") and dtype == torch.float32:  # which has 24 bits for an index
+        return x.to(torch.int32).view(torch.float32)
+    return x.to(dtype)
+
+
+def _as_index(x: Tensor) -> Tensor:
+    return (x.contiguous().view(torch.int32) if x.dtype == torch.float32 else x).long()
 
 
 def nothing(rows: int, names: tuple[str, ...], like: Tensor) -> Side:
     """Return the statistics of ``rows`` rows over no logits at all: merging them changes nothing."""
     lowest = ("lse", "best")
-    return {name: like.new_full((rows,), -math.inf if name.startswith(lowest) else 0.0) for name in names}
+    side = {name: like.new_full((rows,), -math.inf if name.startswith(lowest) else 0.0) for name in names}
+    return {name: x.long() if name.startswith("arg") else x for name, x in side.items()}
 
 
 def merge(parts: Side) -> Side:
@@ -88,7 +99,7 @@ def merge(parts: Side) -> Side:
     The sums are taken in float64, so that a row is no less exact for having been divided. Among equal logits the
     lowest index is the largest.
     """
-    parts = {name: part.double() for name, part in parts.items()}
+    parts = {name: part.double() if part.is_floating_point() else part for name, part in parts.items()}
     lse = {name: _log_sum_exp(part) for name, part in parts.items() if name.startswith("lse")}
     whole = dict(lse)
     for name, part in parts.items():
@@ -101,7 +112,9 @@ def merge(parts: Side) -> Side:
     for matrix in ("s", "t"):
         if f"best_{matrix}" in parts:
             best = parts[f"best_{matrix}"].amax(0)
-            at = parts[f"arg_{matrix}"].masked_fill(parts[f"best_{matrix}"] != best, math.inf)
+            at = parts[f"arg_{matrix}"].masked_fill(
+                parts[f"best_{matrix}"] != best, torch.iinfo(torch.int64).max
+            )
             arg, place = at.min(0)
             right = parts[f"right_{matrix}"].gather(0, place[None])[0]
             whole |= {f"best_{matrix}": best, f"arg_{matrix}": arg, f"right_{matrix}": right}
@@ -197,12 +210,18 @@ def _model_sums(side: Side, matrix: str) -> Tensor:
     return torch.stack([x.sum() for x in (entropy, confidence, side[f"mass_{matrix}"], right)])
 
 
-def result(rows: Side, cols: Side, shift: Tensor, options: Options) -> Forward:
-    """Return terms, final statistics and diagnostics from the statistics of all whole rows and columns."""
-    n, m = len(rows["positives"]), len(cols["positives"])
+def shares(rows: Side, cols: Side, shift: Tensor, options: Options, whole: Whole) -> tuple[Tensor, Tensor]:
+    """Return what these whole rows and columns add to the terms and to the diagnostics of a matrix."""
+    n, m = whole
     terms = term_sums(rows, m, shift, options) / (2 * n) + term_sums(cols, n, shift, options) / (2 * m)
-    diagnostics = terms.new_empty(0)
-    if options.stats:
-        both = zip(diagnostic_sums(rows), diagnostic_sums(cols), strict=True)
-        diagnostics = torch.cat([sums for row, col in both for sums in (row / n, col / m)])
+    if not options.stats:
+        return terms, terms.new_empty(0)
+    both = zip(diagnostic_sums(rows), diagnostic_sums(cols), strict=True)
+    return terms, torch.cat([sums for row, col in both for sums in (row / n, col / m)])
+
+
+def result(rows: Side, cols: Side, shift: Tensor, options: Options) -> Forward:
+    """Return terms, final statistics and diagnostics from the statistics of all rows and columns."""
+    whole = Whole(len(rows["positives"]), len(cols["positives"]))
+    terms, diagnostics = shares(rows, cols, shift, options, whole)
     return Forward(terms, final_statistics(rows), final_statistics(cols), diagnostics)

@@ -211,8 +211,10 @@ def _side(merged: Tensor, slots: tuple[int, ...]) -> Side:
     """Return the statistics that partial statistics make, which are relative to a maximum."""
     raw = {name: merged[slot] for name, slot in zip(PARTIAL_NAMES, slots, strict=True) if slot >= 0}
     side: Side = {"positives": raw.get("positives", torch.ones_like(merged[0]))}
-    side |= {name: x for name, x in raw.items() if name.startswith(("positive_", "arg_"))}
-    side |= {f"best_{matrix}": raw[f"max_{matrix}"] for matrix in ("s", "t") if f"arg_{matrix}" in raw}
+    side |= {name: x for name, x in raw.items() if name.startswith("positive_")}
+    for matrix in ("s", "t"):
+        if f"arg_{matrix}" in raw:
+            side[f"best_{matrix}"], side[f"arg_{matrix}"] = raw[f"max_{matrix}"], raw[f"arg_{matrix}"].long()
     for matrix in ("z", "s", "t", "x"):
         if f"max_{matrix}" in raw:
             side[f"lse_{matrix}"] = raw[f"max_{matrix}"] + raw[f"sum_{matrix}"].log2()
@@ -229,9 +231,8 @@ def _side(merged: Tensor, slots: tuple[int, ...]) -> Side:
 def _right(own: Tensor | None, other: Tensor | None, arg: Tensor) -> Tensor:
     """Return 1 for each row (or column) whose largest logit, at index ``arg``, is a positive, else 0."""
     if own is None or other is None:
-        return (arg == torch.arange(len(arg), device=arg.device)).to(arg.dtype)
-    place = arg.long().clamp(max=len(other) - 1)  # rows of NaN have no largest logit
-    return (other[place] == own).to(arg.dtype)
+        return arg == torch.arange(len(arg), device=arg.device)
+    return other[arg.clamp(max=len(other) - 1)] == own  # rows of NaN have no largest logit
 
 
 # --------------------------------------------------------------------------------------------------

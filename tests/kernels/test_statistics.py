@@ -48,7 +48,7 @@ def statistics(module, inputs: Inputs, chosen: Options, at: tuple[slice, slice])
         for name in ("arg_s", "arg_t"):
             if name in side:
                 side[name] = side[name] + other.start
-    return tuple(_statistics.unpack(_statistics.pack(side, names), names) for side in sides)
+    return tuple(_statistics.unpack(_statistics.pack(side, names, torch.float32), names) for side in sides)
 
 
 def merged(sides: list[Side]) -> Side:
