@@ -1,7 +1,7 @@
-"""The cases of tests/test_ranks.py: the loss over the batches of several ranks, against one process on all of them.
+"""The cases of tests/test_ranks.py: the loss over the batches of several ranks, against one process.
 
 :func:`cases` names them. All ranks know the whole batch, take their part of it, and compare what they get with the
-single process's result on the concatenation: values as they are, gradients times the number of ranks.
+single process's result on the concatenation: values as they are, features' gradients times the number of ranks.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def expected(
     output, gradients = call(kwargs, needs, **how)
     ranks = dist.get_world_size()
     sizes = {"image": rows, "text": columns}
-    mine = {name: ranks * (part(g, sizes[name]) if name in sizes else g) for name, g in gradients.items()}
+    mine = {name: ranks * part(g, sizes[name]) if name in sizes else g for name, g in gradients.items()}
     return named(output, mine)
 
 
@@ -288,7 +288,7 @@ def compiled(mesh: MeshShape) -> None:
         return contrastive_loss(image, text, logit_scale, **mine, group=dist.group.WORLD, mesh=mesh).loss
 
     (1.5 * compiled_loss(*leaves.values())).backward()
-    output, gradients = call(part_of(kwargs, evenly(24), evenly(24)), group=dist.group.WORLD, mesh=mesh)
+    _, gradients = call(part_of(kwargs, evenly(24), evenly(24)), group=dist.group.WORLD, mesh=mesh)
     for name, value in gradients.items():
         torch.testing.assert_close(leaves[name].grad, value, rtol=1e-5, atol=1e-7)
 
@@ -382,10 +382,22 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         lambda mine: mine.update(image=mine["image"][0]),
         r"image must be \[rows, D\], got shape",
     ),
-    "one rank's type": (lambda mine: mine.update(labels=[1, 2]), r"(?s).*"),
     "one rank's number": (lambda mine: mine.update(smoothing=2.0), r"smoothing must lie in \[0, 1\)"),
     "one rank's mesh": (lambda mine: mine.update(mesh=(5, 5)), r"mesh must be None, 'ring' or \(P, Q\)"),
 }
+
+
+def other_errors_reach_all() -> None:
+    """What only Python itself refuses, on one rank, is raised there, and does not leave the others waiting."""
+    mine = part_of(whole_batch(24, 24), evenly(24), evenly(24))
+    last = dist.get_world_size() - 1
+    if dist.get_rank() == last:
+        mine["image"] = "cats"
+    with pytest.raises(
+        AttributeError if dist.get_rank() == last else ValueError, match="'str' object has no"
+    ):
+        contrastive_loss(**mine, group=dist.group.WORLD)
+    plain_clip(None, "blocked")
 
 
 def nobody_has_a_batch() -> None:
@@ -413,7 +425,10 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
             named[f"{at}-bytes_received"] = partial(bytes_received, mesh)
     for case in (everything, plain_clip, uneven_pairs, no_texts_on_a_rank, in_float32, some_gradients):
         named[f"{case.__name__}-eager"] = partial(case, None, "eager")
-    named |= {case.__name__: case for case in (under_ddp, modules, wrong_rank, nobody_has_a_batch)}
+    named |= {
+        case.__name__: case
+        for case in (under_ddp, modules, wrong_rank, nobody_has_a_batch, other_errors_reach_all)
+    }
     if world_size == 2:
         named |= {f"compiled-{mesh}": partial(compiled, mesh) for mesh in ((2, 1), (1, 2), "ring")}
     if world_size in (2, 3):

@@ -68,8 +68,10 @@ def test_dictionary_of_losses():
 
 @pytest.mark.parametrize("module", [ClipLoss, MPMNCELoss])
 def test_what_is_refused(module):
-    with pytest.raises(NotImplementedError, match="world_size = 2 is not supported yet"):
-        module(world_size=2)
+    with pytest.raises(ValueError, match=r"world_size = 2, but there is no process group: call torch\.distr"):
+        module(world_size=2)(torch.eye(4), torch.eye(4), 1.0)
+    with pytest.raises(ValueError, match="use_horovod is not supported"):
+        module(world_size=2, use_horovod=True)
 
 
 @pytest.mark.parametrize("module", [ClipLoss, MPMNCELoss])

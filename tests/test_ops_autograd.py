@@ -61,6 +61,7 @@ def test_operators_pass_torchs_own_checks(impl, dtype, labelled, has_teacher):
         torch.ops.tracer.contrastive_loss, (impl, *inputs._replace(**leaves), *options._replace(stats=True))
     )
     result = Forward(*torch.ops.tracer.contrastive_loss(impl, *inputs, *options))
+    whole = (len(inputs.image), len(inputs.text))
     for needs in (Needs(), Needs(image=False, logit_scale=False)):
         torch.library.opcheck(
             torch.ops.tracer.contrastive_loss_backward,
@@ -71,8 +72,7 @@ def test_operators_pass_torchs_own_checks(impl, dtype, labelled, has_teacher):
                 *result.saved,
                 *options,
                 *needs,
-                len(inputs.image),
-                len(inputs.text),
+                *whole,
             ),
         )
     torch.library.opcheck(torch.ops.tracer.contrastive_statistics, (impl, *inputs, *options))

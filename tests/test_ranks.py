@@ -1,4 +1,4 @@
-"""The loss over the batches of 2, 3, 4 and 6 ranks (gloo), against one process: see ranks_cases.py for the cases."""
+"""The loss over the batches of 2, 3, 4 and 6 ranks (gloo), against one process: cases are in ranks_cases.py."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Worlds of ranks for tests: a world is started once and runs all of its cases that are selected, by name.
 
-Starting processes is what costs. A module of cases has ``cases(world_size) -> dict[str, Callable[[], None]]``: every
-case raises where something is wrong, and all ranks run the same cases in the same order. Its test is::
+Starting processes is what costs. A module of cases has ``cases(world_size) -> dict[str, Callable[[], None]]``:
+every case raises where something is wrong, and all ranks run the same cases in the same order. Its test is::
 
     outcomes = world.outcomes("my_cases")
 
@@ -36,7 +36,7 @@ PATIENCE = timedelta(seconds=90)
 
 
 def outcomes(module: str) -> Callable[..., Any]:
-    """Return a module-scoped fixture: from a number of ranks to the outcome of each selected case, "" if it passed."""
+    """Return a fixture that gives, for a number of ranks, the outcome of each selected case: "" if it passed."""
 
     @pytest.fixture(scope="module")
     def fixture(request, tmp_path_factory) -> Callable[[int], dict[str, str]]:

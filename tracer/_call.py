@@ -90,7 +90,9 @@ def prepare_on_ranks(
         call = make(ranks)
         sizes = Sizes((len(call.inputs.image),) * ranks, (len(call.inputs.text),) * ranks)
         return call, mesh_of(group, check_shape(shape, ranks)), sizes
-    call, refusal, mesh = None, None, None
+    call: Call | None = None
+    refusal: Exception | None = None
+    mesh = None
     try:
         mesh = check_shape(shape, ranks)
         call = make(ranks)

@@ -7,6 +7,7 @@ may still be under way: the first operation that reads them waits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as functional
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from tracer._mesh import Mesh
 
-# The older name, deprecated where the newer one is.
-_all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+# The older name, deprecated where the newer one is. Groups are named by strings, which their types leave out.
+_all_gather: Any = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+_all_to_all: Any = functional.all_to_all_single
 
 
 def gather(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
@@ -38,7 +40,7 @@ def to_owners(x: Tensor, sizes: Sequence[int], own: int, group: str) -> Tensor:
     """
     if len(sizes) == 1:
         return x[None]
-    received = functional.all_to_all_single(x.contiguous(), [sizes[own]] * len(sizes), list(sizes), group)
+    received = _all_to_all(x.contiguous(), [sizes[own]] * len(sizes), list(sizes), group)
     return received.view(len(sizes), sizes[own], *x.shape[1:])
 
 
@@ -47,7 +49,7 @@ def pass_on(x: Tensor, receive: int, mesh: Mesh) -> Tensor:
     send_sizes, receive_sizes = [0] * mesh.size, [0] * mesh.size
     send_sizes[(mesh.rank - 1) % mesh.size] = len(x)
     receive_sizes[(mesh.rank + 1) % mesh.size] = receive
-    return functional.all_to_all_single(x.contiguous(), receive_sizes, send_sizes, mesh.everyone)
+    return _all_to_all(x.contiguous(), receive_sizes, send_sizes, mesh.everyone)
 
 
 def arrived(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -90,16 +90,21 @@ def check_group(group: object) -> ProcessGroup | None:
 
 
 # Groups of a mesh are made once, by all ranks of the group, at the first call that needs them.
-_made: WeakKeyDictionary[ProcessGroup, dict[object, object]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[ProcessGroup, dict[object, Any]] = WeakKeyDictionary()
 
 
-@torch.compiler.assume_constant_result
 def mesh_of(group: ProcessGroup, shape: tuple[int, int] | Literal["ring"]) -> Mesh:
     """Return the mesh of a group's ranks. The first call for a shape makes the groups of its rows and columns."""
+    rows, cols, rank, everyone, row, col, ring = _constants(group, shape)
+    return Mesh(rows, cols, rank, everyone, row, col, ring)
+
+
+@torch.compiler.assume_constant_result  # so that the compiler does not trace how groups are made
+def _constants(group: ProcessGroup, shape: tuple[int, int] | Literal["ring"]) -> tuple[Any, ...]:
     made = _made.setdefault(group, {})
     if shape not in made:
         made[shape] = _make(group, shape)
-    return made[shape]  # type: ignore[return-value]
+    return tuple(made[shape])
 
 
 def _make(group: ProcessGroup, shape: tuple[int, int] | Literal["ring"]) -> Mesh:
@@ -120,7 +125,9 @@ def _subgroup(group: ProcessGroup, ranks: range) -> str:
 
 def _new_group(group: ProcessGroup, ranks: range, backend: str) -> ProcessGroup:
     globally = [dist.get_global_rank(group, rank) for rank in ranks]
-    return dist.new_group(globally, backend=backend, use_local_synchronization=True)
+    made = dist.new_group(globally, backend=backend, use_local_synchronization=True)
+    assert isinstance(made, ProcessGroup)  # a rank that is not in the group gets a number
+    return made
 
 
 def host_group(group: ProcessGroup) -> ProcessGroup:
@@ -131,4 +138,4 @@ def host_group(group: ProcessGroup) -> ProcessGroup:
     make = partial(_new_group, group, range(dist.get_world_size(group)), "gloo")
     if "host" not in made:
         made["host"] = make()
-    return made["host"]  # type: ignore[return-value]
+    return made["host"]

@@ -32,7 +32,8 @@ def contrastive_terms(
 ) -> tuple[Tensor, Tensor]:
     """Return the terms of the global batch, differentiable once, and the diagnostics, alike on all ranks.
 
-    ``inputs`` are this rank's. Gradients carry the factor R, the number of ranks.
+    ``inputs`` are this rank's. An engine averages gradients over the R ranks, so those of the features, which only
+    their rank has, carry the factor R; that of logit_scale, which every rank has whole, carries none.
     """
     if impl == "eager":
         return contrastive_eager.contrastive_terms(_gathered_with_gradient(inputs, mesh, sizes), options)
@@ -71,14 +72,12 @@ class _Terms(torch.autograd.Function):
         needs = Needs(*(asked[name] for name in Needs._fields))
         walk = _ring if mesh.ring else _rectangle
         own = walk.gradients(impl, grad_terms, inputs, saved, options, needs, mesh, sizes, whole)
-        scale = None
-        if own.logit_scale is not None:
-            scale = gather(own.logit_scale[None], [1] * mesh.size, mesh.everyone).sum(0)
         dtype = inputs.image.dtype
-        by_name = {
-            name: None if x is None else (mesh.size * x).to(scale.dtype if name == "logit_scale" else dtype)
-            for name, x in own._replace(logit_scale=scale)._asdict().items()
-        }
+        by_name = {"image": own.image, "text": own.text}
+        by_name = {name: None if x is None else (mesh.size * x).to(dtype) for name, x in by_name.items()}
+        if own.logit_scale is not None:  # every rank learns the whole of it
+            parts = gather(own.logit_scale[None], [1] * mesh.size, mesh.everyone)
+            by_name["logit_scale"] = parts.sum(0)
         return None, None, None, None, *(by_name.get(name) for name in Inputs._fields)
 
 
@@ -124,26 +123,14 @@ class _SumOverRanks(torch.autograd.Function):
         return ctx.ranks * grad, None
 
 
-class _TimesRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
-        ctx.ranks = ranks
-        return x.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.ranks * grad, None
-
-
 def _gathered_with_gradient(inputs: Inputs, mesh: Mesh, sizes: Sizes) -> Inputs:
-    def everyones(x: Tensor | None, of: Sequence[int]) -> Tensor | None:
+    def everyones(x: Any, of: Sequence[int]) -> Any:
         return None if x is None else _GatherWithGradient.apply(x, mesh, of)
 
     return Inputs(
         image=everyones(inputs.image, sizes.images),
         text=everyones(inputs.text, sizes.texts),
-        logit_scale=_TimesRanks.apply(inputs.logit_scale, mesh.size),
+        logit_scale=inputs.logit_scale,
         teacher_image=everyones(inputs.teacher_image, sizes.images),
         teacher_text=everyones(inputs.teacher_text, sizes.texts),
         teacher_logit_scale=inputs.teacher_logit_scale,

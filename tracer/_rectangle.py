@@ -55,7 +55,7 @@ def inputs_of(inputs: Inputs, mesh: Mesh, sizes: Sizes) -> Inputs:
     if inputs.labels is None:
         gathered["labels"] = positions(sizes.images, mesh.row_ranks, device)
         gathered["text_labels"] = positions(sizes.texts, mesh.col_ranks, device)
-    return inputs._replace(**{name: arrived(x) for name, x in gathered.items()})
+    return inputs._replace(**{name: arrived(x) for name, x in gathered.items() if x is not None})
 
 
 def statistics(impl: str, rectangle: Inputs, options: Options, mesh: Mesh, sizes: Sizes) -> tuple[Side, Side]:

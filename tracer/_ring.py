@@ -40,7 +40,9 @@ def saved_of(saved: Saved, _: Mesh, __: Sizes) -> Saved:
 def statistics(impl: str, inputs: Inputs, options: Options, mesh: Mesh, sizes: Sizes) -> tuple[Side, Side]:
     """Return the statistics of this rank's rows and columns over all logits."""
     names = _statistics.statistic_names(options, inputs.has_teacher)
-    device, rows, cols = inputs.image.device, None, None
+    device = inputs.image.device
+    rows: Tensor | None = None
+    cols: Tensor | None = None
     for owner, block in _passing(_columns(inputs), mesh, sizes):
         row_part, col_part = rectangle_statistics(impl, inputs._replace(**block), options)
         if options.stats:  # indices of the rectangle become those of the global batch
@@ -49,6 +51,8 @@ def statistics(impl: str, inputs: Inputs, options: Options, mesh: Mesh, sizes: S
         rows = _merged(rows, row_part, names)
         follows = sizes.texts[(owner + 1) % mesh.size]
         cols = pass_on(_merged(cols, col_part, names), follows, mesh)
+    assert rows is not None  # a ring has at least one block
+    assert cols is not None
     return _statistics.unpack(rows, names), _statistics.unpack(arrived(cols), names)
 
 

@@ -33,8 +33,8 @@ class ClipLoss(nn.Module):
     ``group`` of :func:`tracer.ops.contrastive_loss`, and ``mesh`` there.
 
     Raises:
-        ValueError: ``use_horovod`` with several ranks; when called, a ``rank`` or ``world_size`` that is not that of
-            the default process group.
+        ValueError: ``use_horovod`` with several ranks; when called, a ``rank`` or ``world_size`` that is not
+            that of the default process group.
     """
 
     margin = 0.0

@@ -90,12 +90,13 @@ def contrastive_loss(
             weight 0 is not computed and reads 0.
         group: the ranks whose batches make one global batch, each rank calling with its own part of it, which
             may be empty; None: this process alone. Every rank returns the loss of the global batch, and the
-            means in all terms and diagnostics are over it. **Gradients, that of logit_scale too, carry the
-            factor R, the number of ranks**, because DDP, FSDP and ZeRO divide by it when they average
-            gradients; without such an engine, sum them over the ranks and divide by R. Rows without labels
-            pair up by their place in the global batch, in rank order. All ranks must pass the same options
-            and call backward with the same upstream gradient. Under torch.compile nothing is compared, and all
-            ranks must hold batches of one size.
+            means in all terms and diagnostics are over it. **Gradients suit engines that average them over the
+            ranks**, as DDP, FSDP and ZeRO do: those of a rank's features carry the factor R, the number of
+            ranks, by which the engine then divides; that of logit_scale is whole on every rank. Without
+            such an engine, add up the parameters' gradients over the ranks and divide by R. Rows without
+            labels pair up by their place in the global batch, in rank order. All ranks must pass the same
+            options and call backward with the same upstream gradient. Under torch.compile nothing is
+            compared, and all ranks must hold batches of one size.
         mesh: how the ranks divide the logit matrix. (P, Q): rank p·Q + q computes the images of mesh row p
             against the texts of mesh column q. "ring": texts travel from rank to rank, so that no rank holds
             more features than two ranks' batches. None: on several hosts Q is the number of ranks of a host,
