@@ -87,9 +87,9 @@ def prepare_on_ranks(
     """
     ranks = dist.get_world_size(group)
     if torch.compiler.is_compiling():  # which has no room for words between the ranks
-        call = make(ranks)
-        sizes = Sizes((len(call.inputs.image),) * ranks, (len(call.inputs.text),) * ranks)
-        return call, mesh_of(group, check_shape(shape, ranks)), sizes
+        mine = make(ranks)
+        sizes = Sizes((len(mine.inputs.image),) * ranks, (len(mine.inputs.text),) * ranks)
+        return mine, mesh_of(group, check_shape(shape, ranks)), sizes
     call: Call | None = None
     refusal: Exception | None = None
     mesh = None
