@@ -10,14 +10,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
 from tracer._mesh import Mesh
 
-# The older name, deprecated where the newer one is. Groups are named by strings, which their types leave out.
-_all_gather: Any = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
-_all_to_all: Any = functional.all_to_all_single
+
+def _functional() -> Any:
+    """Import the functional collectives, with which torch loads its compiler: only ranks pay for that."""
+    import torch.distributed._functional_collectives as functional
+
+    return functional
+
+
+def _all_gather(x: Tensor, group: str) -> Tensor:
+    functional = _functional()
+    gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor  # the older name
+    return gather(x, 0, group)
 
 
 def gather(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
@@ -26,10 +34,10 @@ def gather(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
         return x
     longest = max(sizes)
     if min(sizes) == longest:
-        return _all_gather(x.contiguous(), 0, group)
+        return _all_gather(x.contiguous(), group)
     # gloo gathers equal parts alone
     padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
-    parts = _all_gather(padded, 0, group).split(longest)
+    parts = _all_gather(padded, group).split(longest)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
@@ -40,7 +48,7 @@ def to_owners(x: Tensor, sizes: Sequence[int], own: int, group: str) -> Tensor:
     """
     if len(sizes) == 1:
         return x[None]
-    received = _all_to_all(x.contiguous(), [sizes[own]] * len(sizes), list(sizes), group)
+    received = _functional().all_to_all_single(x.contiguous(), [sizes[own]] * len(sizes), list(sizes), group)
     return received.view(len(sizes), sizes[own], *x.shape[1:])
 
 
@@ -49,9 +57,9 @@ def pass_on(x: Tensor, receive: int, mesh: Mesh) -> Tensor:
     send_sizes, receive_sizes = [0] * mesh.size, [0] * mesh.size
     send_sizes[(mesh.rank - 1) % mesh.size] = len(x)
     receive_sizes[(mesh.rank + 1) % mesh.size] = receive
-    return _all_to_all(x.contiguous(), receive_sizes, send_sizes, mesh.everyone)
+    return _functional().all_to_all_single(x.contiguous(), receive_sizes, send_sizes, mesh.everyone)
 
 
 def arrived(x: Tensor) -> Tensor:
     """Wait for a result that may be under way."""
-    return x.wait() if isinstance(x, functional.AsyncCollectiveTensor) else x
+    return x.wait() if isinstance(x, _functional().AsyncCollectiveTensor) else x

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
-import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -99,12 +98,15 @@ def mesh_of(group: ProcessGroup, shape: tuple[int, int] | Literal["ring"]) -> Me
     return Mesh(rows, cols, rank, everyone, row, col, ring)
 
 
-@torch.compiler.assume_constant_result  # so that the compiler does not trace how groups are made
 def _constants(group: ProcessGroup, shape: tuple[int, int] | Literal["ring"]) -> tuple[Any, ...]:
     made = _made.setdefault(group, {})
     if shape not in made:
         made[shape] = _make(group, shape)
     return tuple(made[shape])
+
+
+# As torch.compiler.assume_constant_result does, which would load the compiler. It must not trace how groups are made.
+_constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _make(group: ProcessGroup, shape: tuple[int, int] | Literal["ring"]) -> Mesh:
