@@ -105,7 +105,7 @@ def _constants(group: ProcessGroup, shape: tuple[int, int] | Literal["ring"]) ->
     return tuple(made[shape])
 
 
-# As torch.compiler.assume_constant_result does, which would load the compiler. It must not trace how groups are made.
+# What torch.compiler.assume_constant_result does, which would load the compiler: it must not trace these groups.
 _constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
