@@ -85,9 +85,7 @@ class TrainingBatches:
         crops = (random_crops(batch_size, seed, n, crop_scale).of(self._mine) for n in self._numbers)
         # A pipeline asks for its first batch at once; with none left to read there must be no pipeline.
         self._pictures: Iterable[tuple[Tensor, Tensor]] = (
-            Pictures(
-                index, clip.picture_format, order, mine, crops=crops, workers=workers, device=device
-            )
+            Pictures(index, clip.picture_format, order, mine, crops=crops, workers=workers, device=device)
             if self._numbers
             else ()
         )

@@ -29,7 +29,8 @@ class StepLog:
 
     Attributes:
         skipped: how many of all rows tell of a skipped step (``skipped`` is 1).
-        skipped_in_a_row: how many of the last rows do so.
+        skipped_in_a_row: how many of the last rows do so; steps that were skipped for too large a loss scale in fp16
+            (``overflow`` is 1) are left out of this count.
 
     Raises:
         UserError: the earlier log has fewer rows than ``after``.
@@ -65,7 +66,8 @@ class StepLog:
     def _count(self, values: Mapping[str, Tensor | float]) -> None:
         skipped = int(values.get("skipped", 0))
         self.skipped += skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if not values.get("overflow"):
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
     def flush(self) -> None:
         """Write the gathered rows to both logs."""

@@ -35,6 +35,8 @@ from tracer.files import (
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.architecture import Architecture
 from tracer.models.clip import load_clip, source_files
+from tracer.models.freezing import freeze, lock_batchnorm, locked_buffers, trained_batchnorm
+from tracer.models.towers import checkpoint_activations
 from tracer.models.weights import first_not_finite, save_weights
 from tracer.train.checkpoint import WHOLE, Checkpoints
 from tracer.train.config import Config
@@ -88,9 +90,7 @@ def finetune(config: Config) -> Path:
     clip = load_clip(config.model, config.pretrained)
     check_distinct(evaluation.prompts, clip.tokenizer)
     start = clip.model.state_dict()  # stays float32, whatever the engine does to the model
-    if config.adapted:
-        tqdm.write(str(adapt(config, clip.model)))
-        _warn_of_a_slow_average(config)
+    prepare(config, clip.model)
     identity = fingerprint(config)
     with whole_folder(config.output, keep=WHOLE) as folder:
         checkpoints = Checkpoints(folder, decisive(config), identity, started)
@@ -102,7 +102,7 @@ def finetune(config: Config) -> Path:
         (folder / "config.yaml").write_text(config.to_yaml())
         with StepLog(folder, after=checkpoints.step) as log:
             trained = train(config, clip, index, log, checkpoints)
-        frozen = {n: start[n] for n, p in clip.model.named_parameters() if not p.requires_grad}
+        frozen = {n: start[n] for n in _frozen(clip.model)}
         name, architecture = clip.name, clip.architecture
         del clip  # frees the engine's weights, to which its model is tied
         weights = _export(config, _exact(trained, frozen), start, folder, name, architecture)
@@ -131,6 +131,35 @@ def _read_evaluation(config: Config, index: Index) -> Evaluation:
     prompts = class_prompts(config.classes, classes_of(index, sets)) if sets else {}
     check_labels(sets, prompts)
     return Evaluation(sets, prompts)
+
+
+def prepare(config: Config, model: nn.Module) -> None:
+    """Add adapters, freeze, lock BatchNorm and switch activation checkpointing on, as ``config`` says.
+
+    Raises:
+        UserError: the model does not allow what the settings ask for; names the settings.
+    """
+    if config.adapted:
+        tqdm.write(str(adapt(config, model)))
+        _warn_of_a_slow_average(config)
+    freeze(model, config.freeze, config.freeze_image_blocks, config.freeze_text_blocks)
+    if config.freezing:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        share = Share(trained, sum(p.numel() for p in model.parameters()))
+        tqdm.write(str(share))
+    lock_batchnorm(model, all_layers=config.lock_batchnorm)
+    if config.grad_checkpointing:
+        if (layer := trained_batchnorm(model)) is not None:
+            raise UserError(
+                f"--grad_checkpointing true would move the statistics of BatchNorm twice in each step ('{layer}'): "
+                "add --lock_batchnorm true"
+            )
+        checkpoint_activations(model)
+
+
+def _frozen(model: nn.Module) -> list[str]:
+    """Return the names of the parameters and statistics that training leaves as they were."""
+    return [n for n, p in model.named_parameters() if not p.requires_grad] + locked_buffers(model)
 
 
 def adapt(config: Config, model: nn.Module) -> Share:
@@ -229,7 +258,10 @@ def fingerprint(config: Config) -> str:
     """Return a digest of all that decides a run's result: settings, versions, and the files that it reads."""
     index = read_index(config.train_data)
     settings = decisive(config.resolve(len(index)))
-    files = [*source_files(config.model, config.pretrained), *([config.classes] if config.classes else [])]
+    files = [
+        *source_files(config.model, config.pretrained),
+        *filter(None, (config.classes, config.deepspeed)),
+    ]
     content = [_digest(path) for path in files if path.is_file()]
     data = [index.digest(), *(read_index(path).digest() for path in config.eval_data.values())]
     return hashlib.sha256(json.dumps([settings, content, data, versions()]).encode()).hexdigest()
