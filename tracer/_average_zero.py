@@ -166,7 +166,7 @@ class Masters:
         return [(buffers[i].detach(), starts[i]) for i in range(len(self.groups))]
 
     def part(self, name: str) -> tuple[Tensor, int]:
-        """Return this rank's part of a parameter's master, a flat view, and the parameter's element that it begins at.
+        """Return this rank's part of a parameter's master, a flat view, and at which element it begins.
 
         At stage 3 it may end in padding; it is empty where other ranks have all of the parameter.
         """

@@ -16,12 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from tracer.errors import UserError
 from tracer.machine import resolve_precision
 from tracer.models.clip import projections
 from tracer.models.weights import MAX_LOGIT_SCALE
 from tracer.train.config import Config
 from tracer.train.deepspeed_file import merged
+from tracer.train.ranks import join
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -92,9 +92,9 @@ def start_engine(config: Config, model: nn.Module) -> DeepSpeedEngine:
     Without a launcher the process becomes a group of one.
 
     Raises:
-        UserError: the process is one of several ranks.
+        UserError: the ranks cannot be joined, or ``--deepspeed`` names a file that does not fit.
     """
-    _join_process_group()
+    join(config.timeout)
     start = {  # keeps its float32 storage
         n: p.detach() for n, p in model.named_parameters() if p.requires_grad
     }
@@ -118,7 +118,7 @@ def start_engine(config: Config, model: nn.Module) -> DeepSpeedEngine:
 
 
 def _allow_fp16(accelerator: Any) -> None:
-    """Let DeepSpeed train in fp16 on a processor that has no instructions for it; torch computes it all the same."""
+    """Let DeepSpeed train in fp16 on a processor without instructions for it: torch computes it all the same."""
     if not accelerator.is_fp16_supported():
         warnings.warn("this processor has no fp16 instructions: --precision fp16 will be slow", stacklevel=3)
         accelerator.is_fp16_supported = lambda: True
@@ -180,16 +180,6 @@ def whole_projections(engine: DeepSpeedEngine) -> tuple[Tensor, Tensor] | None:
     with deepspeed.zero.GatheredParameters(own):
         pair = projections(engine.module)
         return (pair[0].clone(), pair[1].clone()) if pair else None
-
-
-def _join_process_group() -> None:
-    if dist.is_initialized():
-        return
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("several ranks are not supported yet: start one process")
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
 
 
 def _deepspeed() -> Any:

@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -37,6 +38,7 @@ from tracer.train.engine import (
     whole_projections,
 )
 from tracer.train.log import StepLog
+from tracer.train.ranks import ranks
 from tracer.train.stop import stop_requests
 
 if TYPE_CHECKING:
@@ -99,9 +101,10 @@ class Trainer:
 
         The gradient is the mean over the micro-batches, and so are the loss and its terms. ``skipped`` is 1 where
         the loss or the gradient was not finite: weights, averages and the learning rate's schedule then stay where
-        they were. In fp16 ``loss_scale`` is logged, and ``overflow`` is 1 where the gradient was skipped for too
-        large a scale. Random numbers (dropped adapters, dropout) depend on (seed, step) alone. With ``measure`` the loss's diagnostics, again means over the micro-batches, and the gap to the
-        teacher on the last micro-batch are added.
+        they were. In fp16 ``loss_scale`` is logged, and ``overflow`` is 1 where the step was skipped for too large
+        a scale. Random numbers (dropped adapters, dropout) depend on (seed, step) alone. With ``measure`` the
+        loss's diagnostics, again means over the micro-batches, and the gap to the teacher on the last micro-batch
+        are added.
         """
         config, engine, teacher = self.config, self.engine, self.averages.teacher
         started, lr = time.perf_counter(), engine.get_lr()[0]
@@ -140,7 +143,7 @@ class Trainer:
         return self.averages.teacher is not None and not self.config.adapted
 
     def skipped(self, loss: Tensor | float) -> dict[str, Tensor | float]:
-        """Return the scalars that say whether the last step was skipped, and in fp16 whether for its loss scale."""
+        """Return the scalars that say whether the last step was skipped, and in fp16 why."""
         skipped = not self.engine.was_step_applied()
         scalars: dict[str, Tensor | float] = {"skipped": float(skipped)}
         if self.precision == "fp16":
@@ -174,6 +177,7 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
     engine, averages = trainer.engine, trainer.averages
     checkpoints.resume(engine, averages.by_name())
     done, total = checkpoints.step, config.total_steps
+    here = ranks()
     batches = iter(
         TrainingBatches(
             index,
@@ -185,11 +189,13 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
             crop_scale=config.crop_scale,
             workers=config.workers,
             device=engine.device,
+            rank=here.rank,
+            world_size=here.size,
         )
     )
     steps = range(done + 1, total + 1)
-    bar = tqdm(steps, desc=config.output.name, unit="step", initial=done, total=total)
-    with stop_requests() as request:
+    bar = tqdm(steps, desc=config.output.name, unit="step", initial=done, total=total, disable=not here.first)
+    with stop_requests(quiet=not here.first) as request:
         for step in bar:
             measure = step % MEASURE_EVERY == 0 or step == total
             log.write(step, trainer.step(step, islice(batches, config.accumulation), measure))
@@ -198,13 +204,14 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
             if log.skipped_in_a_row >= config.max_skipped:
                 pictures = [index.images[n] for n in trainer.pictures]
                 raise _not_finite(config, step, log.skipped_in_a_row, pictures)
-            if step % config.save_every == 0 or step == total or request.signal:
+            stop = here.stop_step(step, request.signal)
+            if step % config.save_every == 0 or step == total or stop:
                 log.sync()  # before the checkpoint, which relies on the log's rows
                 checkpoints.save(step, engine, averages.by_name())
-            if request.signal:
+            if stop:
                 raise Stopped(
                     f"stopped after step {step} of {total}, which is saved; the same command goes on from there",
-                    request.signal,
+                    stop,
                 )
     if log.skipped == total:
         raise _not_finite(config, total, total, [index.images[n] for n in trainer.pictures])
@@ -254,6 +261,7 @@ def teacher_schedule(config: Config) -> Schedule:
 def objective(config: Config) -> TracerLoss:
     """Return the loss that ``config`` describes; called without a teacher, it is the contrastive term alone."""
     return TracerLoss(
+        **across_ranks(),
         distill_weight=config.distill_weight,
         relational=config.relational,
         feature=config.feature,
@@ -264,6 +272,11 @@ def objective(config: Config) -> TracerLoss:
         margin=config.recipe.margin,
         smoothing=config.recipe.smoothing,
     )
+
+
+def across_ranks() -> dict[str, Any]:
+    """Return the argument by which the loss compares the pairs of all ranks."""
+    return {"group": dist.group.WORLD} if ranks().size > 1 else {}
 
 
 @torch.no_grad()
@@ -284,4 +297,5 @@ def teacher_gap(
         teacher_text=teacher_text,
         teacher_logit_scale=teacher_logit_scale,
         relational=1.0,
+        **across_ranks(),
     ).terms["relational"]
