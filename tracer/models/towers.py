@@ -17,7 +17,7 @@ def checkpoint_activations(model: Any) -> None:
     model.set_grad_checkpointing(True)
     if hasattr(model.visual, "layer1"):
         warnings.warn("the image tower is a ResNet, which keeps its activations all the same", stacklevel=2)
-    text = getattr(getattr(model, "text", None), "transformer", None)
+    text: Any = getattr(getattr(model, "text", None), "transformer", None)
     if hasattr(
         text, "gradient_checkpointing_enable"
     ):  # of Hugging Face, which asks inputs for gradients by default
