@@ -18,14 +18,17 @@ def checkpoint_activations(model: Any) -> None:
     if hasattr(model.visual, "layer1"):
         warnings.warn("the image tower is a ResNet, which keeps its activations all the same", stacklevel=2)
     text: Any = getattr(getattr(model, "text", None), "transformer", None)
-    if hasattr(
-        text, "gradient_checkpointing_enable"
-    ):  # of Hugging Face, which asks inputs for gradients by default
+    if hasattr(text, "gradient_checkpointing_enable"):  # Hugging Face's, which may choose another kind
         text.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def compile_towers(model: Any) -> None:
-    """Compile both towers of an open_clip model in place with ``torch.compile``; its state dict keeps its keys."""
+def compile_towers(model: Any, **options: Any) -> None:
+    """Compile both towers of an open_clip model in place; its state dict keeps its keys.
+
+    Args:
+        model: changed in place.
+        options: of ``torch.compile``.
+    """
     text: nn.Module = model.text if hasattr(model, "text") else model.transformer
     for tower in (model.visual, text):
-        tower.compile()
+        tower.compile(**options)

@@ -100,6 +100,8 @@ class Checkpoints:
         try:
             whole = all(p.requires_grad for p in engine.module.parameters())
             engine.load_checkpoint(str(self._last), tag="engine", load_module_strict=whole)
+            if engine.zero_optimization_stage() == 3:  # whole copies of small weights are still the start's
+                engine.empty_partition_cache()
             state = torch.load(self._last / _rank_file(), map_location="cpu", weights_only=True)
             for name, average in averages.items():
                 average.load_state_dict(state["averages"][name])
