@@ -19,8 +19,8 @@ from ._blocked_tile import (
     Tile,
     add_product,
     inner_product,
-    target_weights,
 )
+from ._statistics import Whole, target_weights
 from .contrastive import Gradients, Inputs, Needs, Options, Saved, Statistics
 
 
@@ -41,9 +41,10 @@ class Slopes:
         smoothing: float,
         plan: Plan,
         references: References | None,
+        others: int,
     ) -> None:
         final = Statistics(*stats.unbind())
-        x, others = ("a", logits.m) if direction == ROW else ("b", logits.n)
+        x = "a" if direction == ROW else "b"
         lse = {"z": final.lse_z, "s": final.lse_s, "t": final.lse_t, x: final.lse_x}
         enabled = ("s" in plan.targets, "s" in plan.kl, x in plan.targets, x in plan.kl)
         contrastive, relational, interactive, cross = (
@@ -73,15 +74,16 @@ class Slopes:
 
 
 def slopes(
-    grad_terms: Tensor, saved: Saved, logits: Logits, options: Options, plan: Plan
+    grad_terms: Tensor, saved: Saved, logits: Logits, options: Options, plan: Plan, whole: Whole
 ) -> tuple[Slopes, Slopes]:
     """Return the slopes along rows and along columns, with shared references where they serve."""
     half = 0.5 * grad_terms.to(logits.dtype)
+    n, m = whole
 
     def along_both(references: References | None) -> tuple[Slopes, Slopes]:
         return (
-            Slopes(ROW, saved.row_stats, half / logits.n, logits, options.smoothing, plan, references),
-            Slopes(COL, saved.col_stats, half / logits.m, logits, options.smoothing, plan, references),
+            Slopes(ROW, saved.row_stats, half / n, logits, options.smoothing, plan, references, others=m),
+            Slopes(COL, saved.col_stats, half / m, logits, options.smoothing, plan, references, others=n),
         )
 
     rows, cols = along_both(logits.shared_references())

@@ -26,7 +26,7 @@ ROWS, COLS = 512, 1024
 # underflows (below 2**-126) is then less than 2**-40 of it, for any number of columns up to 2**26.
 HIGHEST, LOWEST, SUMMANDS = 88.0, -60.0, 26.0
 
-LOG2E, LN2 = math.log2(math.e), math.log(2.0)
+LOG2E = math.log2(math.e)
 
 # The logit matrices and the directions in which their softmax is taken: 1 over a row, 0 over a column.
 ROW, COL = 1, 0
@@ -326,11 +326,3 @@ def _operand_dtype(image: Tensor) -> torch.dtype:
 
 def _mkldnn_is_faster(a: Tensor) -> bool:
     return a.dtype == torch.float32 and a.device.type == "cpu" and not mkl_knows_this_processor()
-
-
-def target_weights(count: Tensor, others: int, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Return the target q of a positive and of a negative, for ``count`` positives among ``others``."""
-    if smoothing == 0.0:
-        return 1 / count, torch.zeros_like(count)
-    q_negative = torch.where(count < others, smoothing / (others - count), 0.0)
-    return (1 - q_negative * (others - count)) / count, q_negative

@@ -59,7 +59,8 @@ def backward_kernel(
     row_stats_ptr, col_stats_ptr,  # [len(Statistics), N], [len(Statistics), M]
     ds_ptr, da_ptr, db_ptr, stride,  # strips [last − first, M] with row stride, or None
     d_logit_scale_ptr,  # [grid 0, grid 1], or None
-    margin, smoothing, N, M, width, first, last, rows, cols,  # the strip's rows; size of a rectangle
+    margin, smoothing, N, M, width, whole_n, whole_m,  # size of the matrix that the N×M logits are a part of
+    first, last, rows, cols,  # the strip's rows; size of a rectangle
     D: tl.constexpr, LABELS: tl.constexpr, MARGIN: tl.constexpr, SMOOTHING: tl.constexpr,
     CONTRASTIVE: tl.constexpr, RELATIONAL: tl.constexpr, INTERACTIVE: tl.constexpr, CROSS: tl.constexpr,
     USE_S: tl.constexpr, USE_A: tl.constexpr, USE_B: tl.constexpr, USE_T: tl.constexpr,
@@ -85,9 +86,9 @@ def backward_kernel(
     g_cross /= largest
     g_crossed = (g_interactive if INTERACTIVE else 0.0) + (g_cross if CROSS else 0.0)
 
-    # 3. Rows are averaged over N, columns over M: both relative to the smaller of the two.
-    row_weight = tl.minimum(N, M).to(tl.float32) / N
-    col_weight = tl.minimum(N, M).to(tl.float32) / M
+    # 3. Rows are averaged over whole_n, columns over whole_m: both relative to the smaller of the two.
+    row_weight = tl.minimum(whole_n, whole_m).to(tl.float32) / whole_n
+    col_weight = tl.minimum(whole_n, whole_m).to(tl.float32) / whole_m
     scale = tl.load(logit_scale_ptr) * LOG2E
     teacher_factor = scale
     if USE_T:
@@ -132,7 +133,7 @@ def backward_kernel(
                 b_da += g_crossed * row_weight * tl.exp2(b_a * scale - lse[:, None])
                 if INTERACTIVE:
                     q_positive, q_negative = _target_weights(
-                        row_count, M, g_interactive * row_weight, 0.0, False
+                        row_count, whole_m, g_interactive * row_weight, 0.0, False
                     )
                     b_da -= tl.where(b_positive, q_positive[:, None], q_negative[:, None])
                 if D_LOGIT_SCALE:
@@ -153,7 +154,7 @@ def backward_kernel(
                 b_db += g_crossed * col_weight * tl.exp2(b_b * scale - lse[None, :])
                 if INTERACTIVE:
                     q_positive, q_negative = _target_weights(
-                        col_count, N, g_interactive * col_weight, 0.0, False
+                        col_count, whole_n, g_interactive * col_weight, 0.0, False
                     )
                     b_db -= tl.where(b_positive, q_positive[None, :], q_negative[None, :])
                 if D_LOGIT_SCALE:
@@ -175,11 +176,11 @@ def backward_kernel(
                 lse = tl.load(col_stats_ptr + LSE_Z * M + offs_m, mask=col_inside, other=0.0)
                 b_dz += g_contrastive * col_weight * tl.exp2(b_z - lse[None, :])
                 q_positive, q_negative = _target_weights(
-                    row_count, M, g_contrastive * row_weight, smoothing, SMOOTHING
+                    row_count, whole_m, g_contrastive * row_weight, smoothing, SMOOTHING
                 )
                 b_dz -= tl.where(b_positive, q_positive[:, None], q_negative[:, None])
                 q_positive, q_negative = _target_weights(
-                    col_count, N, g_contrastive * col_weight, smoothing, SMOOTHING
+                    col_count, whole_n, g_contrastive * col_weight, smoothing, SMOOTHING
                 )
                 b_dz -= tl.where(b_positive, q_positive[None, :], q_negative[None, :])
                 if D_LOGIT_SCALE and MARGIN:  # ∂z/∂σ = u·v + δ on negatives: here the δ

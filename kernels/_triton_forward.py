@@ -170,6 +170,33 @@ def forward_kernel(
 
 
 @triton.jit
+def _merge_groups(
+    partial_ptr, offs, length, groups, block, K: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Return the statistics of rows or columns ``offs`` merged over all groups of programs, in order."""
+    state = empty_statistics(Z_MAX, COUNT, BLOCK)
+    places = offs // block * (K * block) + offs % block
+    for _ in range(groups):
+        new = load_statistics(partial_ptr, places, offs < length, block, SLOTS, Z_MAX, COUNT)
+        state = merge(state, new, SLOTS, Z_MAX)
+        partial_ptr += tl.cdiv(length, block).to(tl.int64) * (K * block)
+    return state
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def merge_kernel(
+    partial_ptr,  # [groups, blocks, K, PART]
+    merged_ptr,  # [K, length]
+    length, groups,
+    K: tl.constexpr, SLOTS: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Merge the partial statistics of all programs, for a rectangle whose rows and columns are not whole."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    state = _merge_groups(partial_ptr, offs, length, groups, PART, K, SLOTS, BLOCK)
+    store_statistics(merged_ptr, offs, offs < length, length, state, SLOTS, Z_MAX)
+
+
+@triton.jit
 def _total(values, weight):
     """Return the weighted sum of a vector; what lies outside has weight 0 and may hold anything."""
     return tl.sum(tl.where(weight != 0, values * weight, 0.0), 0)
@@ -214,12 +241,7 @@ def combine_kernel(
     sums_ptr += (side * tl.num_programs(0) + tl.program_id(0)) * WIDTH
 
     # 2. Merge the partial statistics of all programs, in order.
-    state = empty_statistics(Z_MAX, COUNT, BLOCK)
-    places = offs // block * (K * block) + offs % block
-    for _ in range(groups):
-        new = load_statistics(partial_ptr, places, inside, block, SLOTS, Z_MAX, COUNT)
-        state = merge(state, new, SLOTS, Z_MAX)
-        partial_ptr += tl.cdiv(length, block).to(tl.int64) * (K * block)
+    state = _merge_groups(partial_ptr, offs, length, groups, block, K, SLOTS, BLOCK)
 
     # 3. Log-sum-exps and positive counts, saved for the backward pass.
     zero = tl.zeros([BLOCK], tl.float32)

@@ -30,6 +30,15 @@ MERGE_RULES = tl.constexpr("MSPP MSSSI MSSSISS MSPP".replace(" ", ""))
     COUNT,  # |P|; without labels it is known to be 1
 ) = PARTIALS = tuple(tl.constexpr(i) for i in range(len(MERGE_RULES.value)))
 # fmt: on
+# Their names, in the same order.
+# fmt: off
+PARTIAL_NAMES = (
+    "max_z", "sum_z", "positive_s", "negative_s",
+    "max_s", "sum_s", "mean_s", "mass_s", "arg_s",
+    "max_t", "sum_t", "mean_t", "mass_t", "arg_t", "gap_s", "gap_x",
+    "max_x", "sum_x", "positive_x", "positives",
+)
+# fmt: on
 # Of the statistics that a model has of its own logits, the place of the first diagnostic after the maximum.
 OWN_DIAGNOSTICS = tl.constexpr(S_SELF.value - S_MAX.value)
 
@@ -49,7 +58,10 @@ OUTSIDE = tl.constexpr(-1.0e30)
 
 # Parameters that select no compiled variant: numbers by their value, small operands by their alignment.
 # fmt: off
-NUMBERS = ["margin", "smoothing", "N", "M", "width", "first", "last", "rows", "cols", "row_groups", "col_groups"]
+NUMBERS = [
+    "margin", "smoothing", "N", "M", "width", "whole_n", "whole_m", "first", "last", "rows", "cols",
+    "row_groups", "col_groups", "length", "groups",
+]
 SMALL_OPERANDS = [
     "grad_terms_ptr", "logit_scale_ptr", "teacher_factor_ptr", "labels_ptr", "text_labels_ptr",
     "d_logit_scale_ptr",

@@ -26,10 +26,10 @@ import math
 import torch
 from torch import Tensor
 
+from . import _statistics
 from ._blocked_gradients import GradientWalk, slopes
 from ._blocked_tile import (
     COL,
-    LN2,
     LOWEST,
     ROW,
     SOFTMAX_DIRECTIONS,
@@ -39,25 +39,39 @@ from ._blocked_tile import (
     References,
     Tile,
     TilePositives,
-    target_weights,
 )
-from .contrastive import TERMS, Forward, Gradients, Inputs, Needs, Options, Saved, Statistics
+from ._statistics import Side, Whole
+from .contrastive import Forward, Gradients, Inputs, Needs, Options, Saved
 
 
 def forward(inputs: Inputs, options: Options) -> Forward:
     """Return terms, statistics and diagnostics, in float64 for float64 features and else in float32."""
     logits = Logits(inputs, options)
-    positives = Positives(inputs, logits)
-    rows, cols = partial_statistics(logits, positives, Plan.of(options, inputs.has_teacher, options.stats))
-    terms = _terms(rows, cols, logits, options)
-    diagnostics = _diagnostics(rows, cols, positives, logits) if options.stats else logits.scale.new_empty(0)
-    return Forward(terms, final_statistics(rows, "a"), final_statistics(cols, "b"), diagnostics)
+    rows, cols = _walk(logits, inputs, options)
+    return _statistics.result(rows, cols, logits.shift, options)
 
 
-def backward(grad_terms: Tensor, inputs: Inputs, saved: Saved, options: Options, needs: Needs) -> Gradients:
-    """Return the gradients of ``grad_terms · terms``; ``saved`` are final statistics of whole rows and columns."""
+def statistics(inputs: Inputs, options: Options) -> tuple[Side, Side]:
+    """Return the statistics of the rows and of the columns of a rectangle; see ``_statistics``."""
+    return _walk(Logits(inputs, options), inputs, options)
+
+
+def backward(
+    grad_terms: Tensor,
+    inputs: Inputs,
+    saved: Saved,
+    options: Options,
+    needs: Needs,
+    whole: Whole | None = None,
+) -> Gradients:
+    """Return the gradients of ``grad_terms · terms``.
+
+    ``saved`` are the final statistics of whole rows and columns of a matrix of size ``whole``, of which the inputs
+    may be a rectangle.
+    """
     logits, plan = Logits(inputs, options), Plan.of(options, inputs.has_teacher, stats=False)
-    rows, cols = slopes(grad_terms, saved, logits, options, plan)
+    whole = Whole(logits.n, logits.m) if whole is None else whole
+    rows, cols = slopes(grad_terms, saved, logits, options, plan, whole)
     walk = GradientWalk(inputs, logits, rows, cols, options, plan, needs)
     for at_rows in logits.row_blocks():
         walk.visit(at_rows)
@@ -68,17 +82,16 @@ def backward(grad_terms: Tensor, inputs: Inputs, saved: Saved, options: Options,
 # Forward: sums of rows and columns.
 
 
-class PartialStatistics:
+class Sums:
     """Sums over every row (direction 1) or every column (direction 0) of a rectangle, filled tile by tile."""
 
-    def __init__(self, direction: int, positives: Positives, others: int, references: References) -> None:
+    def __init__(self, direction: int, positives: Positives, references: References) -> None:
         self._direction = direction
-        self.others = others  # summands
         self.positives = positives.counts[direction]
         self._references = references
         self._sums: dict[str, Tensor] = {}
         self._best: dict[str, tuple[Tensor, Tensor]] = {}
-        self.lse: dict[str, Tensor] = {}
+        self._lse: dict[str, Tensor] = {}
         self.exact = False
 
     def __getitem__(self, name: str) -> Tensor:
@@ -146,48 +159,53 @@ class PartialStatistics:
         finite = not weighted or bool(torch.cat(weighted).isfinite().all())
         self.exact = finite and bool(low >= LOWEST) and bool(high < math.inf)
         for name, log in logs.items():
-            self.lse[name] = log + self._references[name]
-        if "s" in self.lse:
-            self.lse.setdefault("z", self.lse["s"])
+            self._lse[name] = log + self._references[name]
 
-    def kl(self, name: str) -> Tensor:
-        """Return KL(softmax t ‖ softmax of ``name``) in bits."""
-        return self[f"kl/{name}"] / self["t"] - self.lse["t"] + self.lse[name]
+    def statistics(self, positives: Positives, plan: Plan, totals: Tensor | None) -> Side:
+        """Return the statistics that the sums make; ``totals`` are the sums of s over all pairs, where needed."""
+        side: Side = {"positives": self.positives}
+        if totals is not None:
+            side["total_s"] = totals
+        for matrix, log in self._lse.items():
+            x = "x" if matrix in ("a", "b") else matrix
+            side[f"lse_{x}"] = log
+            if matrix in plan.targets:
+                side[f"positive_{x}"] = self[f"positive/{matrix}"]
+            if matrix in plan.kl:
+                side[f"gap_{x}"] = self[f"kl/{matrix}"] / self["t"]
+            if matrix in self._best:
+                best, arg = self._best[matrix]
+                side[f"mean_{matrix}"] = self[f"first/{matrix}"] / self[matrix]
+                side[f"mass_{matrix}"] = self[f"mass/{matrix}"] / self[matrix]
+                side[f"best_{matrix}"], side[f"arg_{matrix}"] = best, arg
+                side[f"right_{matrix}"] = self._are_positive(positives, arg)
+        return side
 
-    def predictions(self, name: str) -> Tensor:
-        """Return the index of the largest logit."""
-        return self._best[name][1]
-
-    def diagnostics(self, name: str, positives: Positives) -> list[Tensor]:
-        """Return the means of the diagnostics of one model, in the order of ``contrastive.MODEL_DIAGNOSTICS``."""
-        best, place = self._best[name]
-        entropy = LN2 * (self.lse[name] - self[f"first/{name}"] / self[name])
-        confidence = (best - self.lse[name]).exp2()
-        probability = self[f"mass/{name}"] / self[name]
-        at = torch.arange(len(place), device=place.device)
-        right = (
-            positives.are_positive(at, place) if self._direction == ROW else positives.are_positive(place, at)
-        )
-        return [x.mean() for x in (entropy, confidence, probability, right.to(probability.dtype))]
+    def _are_positive(self, positives: Positives, arg: Tensor) -> Tensor:
+        at = torch.arange(len(arg), device=arg.device)
+        return positives.are_positive(at, arg) if self._direction == ROW else positives.are_positive(arg, at)
 
 
-def partial_statistics(
-    logits: Logits, positives: Positives, plan: Plan
-) -> tuple[PartialStatistics, PartialStatistics]:
+def _walk(logits: Logits, inputs: Inputs, options: Options) -> tuple[Side, Side]:
     """Walk over the rectangle and return the statistics of its rows and of its columns."""
+    positives, plan = Positives(inputs, logits), Plan.of(options, inputs.has_teacher, options.stats)
     shared = logits.shared_references()
     rows, cols = _sums(logits, positives, plan, shared, shared)
     if not (rows.exact and cols.exact):
         rows, cols = _sums(logits, positives, plan, *_maxima(logits, positives, plan))
-    return rows, cols
+    smoothed = options.contrastive and options.smoothing > 0
+    return (
+        rows.statistics(positives, plan, logits.row_totals() if smoothed else None),
+        cols.statistics(positives, plan, logits.col_totals() if smoothed else None),
+    )
 
 
 def _sums(
     logits: Logits, positives: Positives, plan: Plan, row_references: References, col_references: References
-) -> tuple[PartialStatistics, PartialStatistics]:
+) -> tuple[Sums, Sums]:
     """Return the sums of one visit to every tile."""
-    rows = PartialStatistics(ROW, positives, logits.m, row_references)
-    cols = PartialStatistics(COL, positives, logits.n, col_references)
+    rows = Sums(ROW, positives, row_references)
+    cols = Sums(COL, positives, col_references)
     keep = ("t", "s") if plan.stats else ("t",)
     for at_rows, at_cols in logits.tiles():
         tile = Tile(logits, positives, at_rows, at_cols, row_references, col_references, keep)
@@ -215,55 +233,3 @@ def _maxima(logits: Logits, positives: Positives, plan: Plan) -> tuple[Reference
                 mine = values[tile.at(direction)]
                 torch.maximum(mine, tile.x(name).amax(direction), out=mine)
     return best[ROW], best[COL]
-
-
-# ---------------------------------------------------------------------------------------------------
-# Forward: from the statistics of whole rows and columns to the result.
-
-
-def _terms(rows: PartialStatistics, cols: PartialStatistics, logits: Logits, options: Options) -> Tensor:
-    """Return the vector of terms from the statistics of whole rows and whole columns."""
-    terms = dict.fromkeys(TERMS, logits.scale.new_zeros(()))
-    for side, x, totals in ((rows, "a", logits.row_totals), (cols, "b", logits.col_totals)):
-        count, others = side.positives, side.others
-        if options.contrastive:
-            q_positive, q_negative = target_weights(count, others, options.smoothing)
-            expected = (q_positive - q_negative) * side["positive/s"]
-            if options.smoothing:
-                expected += q_negative * (totals() + (others - count) * logits.shift)
-            terms["contrastive"] = terms["contrastive"] + (side.lse["z"] - expected).mean()
-        if options.relational:
-            terms["relational"] = terms["relational"] + side.kl("s").mean()
-        if options.interactive:
-            terms["interactive"] = terms["interactive"] + (side.lse[x] - side[f"positive/{x}"] / count).mean()
-        if options.cross:
-            terms["cross"] = terms["cross"] + side.kl(x).mean()
-    return 0.5 * LN2 * torch.stack(list(terms.values()))
-
-
-def final_statistics(side: PartialStatistics, x: str) -> Tensor:
-    """Return what the backward pass takes of whole rows (``x`` "a") or columns ("b").
-
-    A row without a positive has no target: NaN takes the place of the log-sum-exps that a target belongs to, and
-    with them of the row's gradient. This is the only place that writes it.
-    """
-    missing = torch.zeros_like(side.positives)
-    z, s, t, cross = (side.lse.get(name, missing) for name in ("z", "s", "t", x))
-    stats = torch.stack(Statistics(z, s, t, cross, side.positives))
-    for name in ("lse_z", "lse_x"):
-        stats[Statistics._fields.index(name)].masked_fill_(side.positives == 0, math.nan)
-    return stats
-
-
-def _diagnostics(
-    rows: PartialStatistics, cols: PartialStatistics, positives: Positives, logits: Logits
-) -> Tensor:
-    """Return the diagnostics in the order of ``contrastive.diagnostic_names``."""
-    values = []
-    for name in ("s", "t") if logits.has_teacher else ("s",):
-        values += rows.diagnostics(name, positives) + cols.diagnostics(name, positives)
-    if logits.has_teacher:
-        for side in (rows, cols):
-            agree = side.predictions("s") == side.predictions("t")
-            values += [agree.to(logits.dtype).mean(), LN2 * side.kl("s").mean()]
-    return torch.stack(values)

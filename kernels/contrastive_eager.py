@@ -122,10 +122,13 @@ def contrastive_terms(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]
     return torch.stack(list(terms.values())), diagnostics
 
 
-def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean over all entries of (student − teacher)², one tower's part of the feature term."""
+def feature_distance(student: Tensor, teacher: Tensor, rows: int) -> Tensor:
+    """Return the sum of (student − teacher)² over all entries, divided by the entries of ``rows`` rows.
+
+    This is one tower's part of the feature term of a batch of so many rows, of which these may be a part.
+    """
     dtype = accumulation_dtype(student)
-    return (student.to(dtype) - teacher.to(dtype)).square().mean()
+    return (student.to(dtype) - teacher.to(dtype)).square().sum() / (rows * student.shape[1])
 
 
 def statistics(inputs: Inputs, options: Options) -> Saved:

@@ -34,11 +34,12 @@ from torch import Tensor
 
 from . import _tiles
 from ._grid import Grid, plan, strips
+from ._statistics import SOFTMAX, Side, Whole
 from ._tiles import Tile
 from ._triton import gpu, launch, require_gpu, triton
 from ._triton_backward import backward_kernel
-from ._triton_forward import combine_kernel, forward_kernel
-from ._triton_tile import S_MAX, T_MAX, Z_MAX, slots_of
+from ._triton_forward import combine_kernel, forward_kernel, merge_kernel
+from ._triton_tile import PARTIAL_NAMES, S_MAX, T_MAX, Z_MAX, slots_of
 from .contrastive import (
     TERMS,
     Forward,
@@ -162,16 +163,76 @@ def forward(inputs: Inputs, options: Options, *, tile: Tile | None = None) -> Fo
         ValueError: the tensors are not on a GPU.
     """
     operands = _operands(inputs, options)
-    if tile is None:
-        slots = slots_of(inputs, options)
-        products = (slots[Z_MAX] >= 0 or slots[S_MAX] >= 0) + (slots[T_MAX] >= 0) + 2 * options.crossed
-        kernel = "forward with stats" if options.stats else "forward"
-        tile = _tiles.choose(
-            kernel, products, inputs.image, len(inputs.text), lambda tile: forward(inputs, options, tile=tile)
-        )
+    tile = _forward_tile(inputs, options) if tile is None else tile
     partials = _scratch(inputs, options, tile)
     walk(operands, options, partials)
     return combine(operands, options, partials)
+
+
+def _forward_tile(inputs: Inputs, options: Options) -> Tile:
+    slots = slots_of(inputs, options)
+    products = (slots[Z_MAX] >= 0 or slots[S_MAX] >= 0) + (slots[T_MAX] >= 0) + 2 * options.crossed
+    kernel = "forward with stats" if options.stats else "forward"
+    return _tiles.choose(
+        kernel, products, inputs.image, len(inputs.text), lambda tile: forward(inputs, options, tile=tile)
+    )
+
+
+@torch.no_grad()
+def statistics(inputs: Inputs, options: Options, *, tile: Tile | None = None) -> tuple[Side, Side]:
+    """Return the statistics of the rows and of the columns of a rectangle; see ``_statistics``.
+
+    Arguments and errors are those of :func:`forward`.
+    """
+    operands = _operands(inputs, options)
+    partials = _scratch(inputs, options, _forward_tile(inputs, options) if tile is None else tile)
+    walk(operands, options, partials)
+    rows = _side(_merged(partials.rows, partials, len(operands.image)), partials.slots)
+    cols = _side(_merged(partials.cols, partials, len(operands.text)), partials.slots)
+    for matrix in ("s", "t"):
+        if f"arg_{matrix}" in rows:
+            rows[f"right_{matrix}"] = _right(operands.labels, operands.text_labels, rows[f"arg_{matrix}"])
+            cols[f"right_{matrix}"] = _right(operands.text_labels, operands.labels, cols[f"arg_{matrix}"])
+    return rows, cols
+
+
+def _merged(scratch: Tensor, partials: Partials, length: int) -> Tensor:
+    """Return the partial statistics [K, length] of rows (or columns) merged over all programs."""
+    merged = scratch.new_empty((scratch.shape[2], length))
+    tile = _tiles.COMBINE
+    _launch(
+        merge_kernel, (triton.cdiv(length, tile.block_n), 1), (scratch, merged, length, len(scratch)), tile,
+        K=scratch.shape[2], SLOTS=partials.slots, PART=scratch.shape[3], BLOCK=tile.block_n,
+    )  # fmt: skip
+    return merged
+
+
+def _side(merged: Tensor, slots: tuple[int, ...]) -> Side:
+    """Return the statistics that partial statistics make, which are relative to a maximum."""
+    raw = {name: merged[slot] for name, slot in zip(PARTIAL_NAMES, slots, strict=True) if slot >= 0}
+    side: Side = {"positives": raw.get("positives", torch.ones_like(merged[0]))}
+    side |= {name: x for name, x in raw.items() if name.startswith("positive_")}
+    for matrix in ("s", "t"):
+        if f"arg_{matrix}" in raw:
+            side[f"best_{matrix}"], side[f"arg_{matrix}"] = raw[f"max_{matrix}"], raw[f"arg_{matrix}"].long()
+    for matrix in ("z", "s", "t", "x"):
+        if f"max_{matrix}" in raw:
+            side[f"lse_{matrix}"] = raw[f"max_{matrix}"] + raw[f"sum_{matrix}"].log2()
+    if "lse_z" in side:  # without a margin s is z, and with one nothing else needs the sums of s
+        side.setdefault("lse_s", side["lse_z"])
+    if "negative_s" in raw:
+        side["total_s"] = raw["negative_s"] + raw["positive_s"]
+    for name, matrix in SOFTMAX.items():
+        if name in raw:
+            side[name] = raw[name] / raw[f"sum_{matrix}" if f"sum_{matrix}" in raw else "sum_z"]
+    return side
+
+
+def _right(own: Tensor | None, other: Tensor | None, arg: Tensor) -> Tensor:
+    """Return 1 for each row (or column) whose largest logit, at index ``arg``, is a positive, else 0."""
+    if own is None or other is None:
+        return arg == torch.arange(len(arg), device=arg.device)
+    return other[arg.clamp(max=len(other) - 1)] == own  # rows of NaN have no largest logit
 
 
 # --------------------------------------------------------------------------------------------------
@@ -229,6 +290,7 @@ def backward(
     saved: Saved,
     options: Options,
     needs: Needs,
+    whole: Whole | None = None,
     *,
     tile: Tile | None = None,
     strip_bytes: int | None = None,
@@ -240,6 +302,7 @@ def backward(
         inputs, options: as in :func:`forward`.
         saved: final statistics of the whole rows and columns.
         needs: which gradients to compute.
+        whole: size of the matrix of which the inputs are a rectangle; by default they are all of it.
         tile: overrides the table of ``_tiles``.
         strip_bytes: bound on the scratch for gradient strips; see ``_grid.strips``.
     """
@@ -249,11 +312,14 @@ def backward(
     if tile is None:
         tile = _tiles.choose(
             "backward", use.products, inputs.image, len(inputs.text),
-            lambda tile: backward(grad_terms, inputs, saved, options, needs, tile=tile, strip_bytes=strip_bytes),
+            lambda tile: backward(
+                grad_terms, inputs, saved, options, needs, whole, tile=tile, strip_bytes=strip_bytes
+            ),
         )  # fmt: skip
     operands = _operands(inputs, options)
     image, text, scale = operands.image, operands.text, operands.logit_scale
     N, M, D = len(image), len(text), image.shape[1]
+    whole = Whole(N, M) if whole is None else whole
 
     # The kernel reads rows without strides; an upstream gradient may be a broadcast number.
     grad_terms = grad_terms.to(torch.float32).contiguous()
@@ -274,7 +340,7 @@ def backward(
         )
 
     # The kernel works relative to the largest upstream gradient and to the smaller side.
-    gain = grad_terms.abs().amax() / (2 * min(N, M))
+    gain = grad_terms.abs().amax() / (2 * min(whole))
     d_image = torch.empty_like(image) if needs.image else None
     d_text: Tensor | None = None
     for i, first in enumerate(cut.starts):
@@ -282,7 +348,7 @@ def backward(
         _launch(
             backward_kernel, (triton.cdiv(last - first, grid.rows), grid.programs[1]),
             (grad_terms, *operands, *saved, ds, da, db, cut.stride, None if d_scales is None else d_scales[i],
-             float(options.margin), float(options.smoothing), N, M, D, first, last, grid.rows, grid.cols),
+             float(options.margin), float(options.smoothing), N, M, D, *whole, first, last, grid.rows, grid.cols),
             tile, **_terms(options), D=D, LABELS=operands.labels is not None, MARGIN=options.margin != 0,
             SMOOTHING=options.smoothing != 0, USE_S=use.s, USE_A=use.a, USE_B=use.b, USE_T=use.t,
             D_LOGIT_SCALE=needs.logit_scale, PRECISION=_tiles.precision(image),

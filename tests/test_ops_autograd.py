@@ -64,8 +64,18 @@ def test_operators_pass_torchs_own_checks(impl, dtype, labelled, has_teacher):
     for needs in (Needs(), Needs(image=False, logit_scale=False)):
         torch.library.opcheck(
             torch.ops.tracer.contrastive_loss_backward,
-            (impl, torch.ones_like(result.terms), *inputs, *result.saved, *options, *needs),
+            (
+                impl,
+                torch.ones_like(result.terms),
+                *inputs,
+                *result.saved,
+                *options,
+                *needs,
+                len(inputs.image),
+                len(inputs.text),
+            ),
         )
+    torch.library.opcheck(torch.ops.tracer.contrastive_statistics, (impl, *inputs, *options))
 
 
 @pytest.mark.parametrize("impl", ["blocked", "triton"])

@@ -76,11 +76,6 @@ def test_integers_are_refused_under_autocast_too(name):
         contrastive_loss(**kwargs)
 
 
-def test_process_group_is_refused_by_name():
-    with pytest.raises(NotImplementedError, match=r"process group is not supported yet.*group=None"):
-        contrastive_loss(**without_teacher(problem(9, 9)), group=object())
-
-
 def test_triton_on_a_cpu_is_refused_without_the_interpreter(monkeypatch):
     monkeypatch.setattr(_triton, "INTERPRETED", False)
     kwargs = {name: x.cpu().float() for name, x in without_teacher(problem(9, 9, classes=0)).items()}

@@ -16,6 +16,8 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
+from tracer.kernels import _statistics
+from tracer.kernels._statistics import Whole, pack, statistic_names
 from tracer.kernels.contrastive import (
     IMPLEMENTATIONS,
     TERMS,
@@ -30,7 +32,7 @@ from tracer.kernels.contrastive import (
     diagnostic_names,
 )
 
-_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool"}
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", int: "SymInt"}
 
 
 def _schema(*records: type) -> str:
@@ -65,6 +67,22 @@ def contrastive_terms(impl: str, inputs: Inputs, options: Options) -> tuple[Tens
     return result.terms, result.diagnostics
 
 
+def rectangle_statistics(impl: str, inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    """Return the packed statistics of the rows [N, K] and of the columns [M, K] of a rectangle.
+
+    K statistics by the names of ``_statistics.statistic_names``, in :func:`accumulation_dtype`.
+    """
+    return _rectangle_statistics(impl, *inputs, *options)
+
+
+def rectangle_gradients(
+    impl: str, grad_terms: Tensor, inputs: Inputs, saved: Saved, options: Options, needs: Needs, whole: Whole
+) -> Gradients:
+    """Return the gradients of ``grad_terms · terms`` through a rectangle of the matrix of size ``whole``."""
+    values = iter(_backward(impl, grad_terms, *inputs, *saved, *options, *needs, *whole))
+    return Gradients(*(next(values) if need else None for need in needs))
+
+
 def _run_forward(impl: str, *arguments: Any) -> tuple[Tensor, ...]:
     inputs, options = _records(arguments, Inputs, Options)
     with _without_autocast(inputs.image.device.type):
@@ -86,16 +104,43 @@ def _fake_forward(impl: str, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _run_backward(impl: str, grad_terms: Tensor, *arguments: Any) -> list[Tensor]:
-    inputs, saved, options, needs = _records(arguments, Inputs, Saved, Options, Needs)
+    inputs, saved, options, needs, whole = _records(arguments, Inputs, Saved, Options, Needs, Whole)
+    if not (len(inputs.image) and len(inputs.text)):  # a rank without a batch
+        return [torch.zeros_like(x) for x in _needed(inputs, needs)]
     with _without_autocast(inputs.image.device.type):
-        gradients = implementation(impl).backward(grad_terms, inputs, saved, options, needs)
+        gradients = implementation(impl).backward(grad_terms, inputs, saved, options, needs, whole)
     return [gradient for gradient, need in zip(gradients, needs, strict=True) if need]
 
 
 def _fake_backward(impl: str, grad_terms: Tensor, *arguments: Any) -> list[Tensor]:
-    inputs, _, _, needs = _records(arguments, Inputs, Saved, Options, Needs)
-    needed = [getattr(inputs, name) for name in Needs._fields if getattr(needs, name)]
-    return [x.new_empty(x.shape) for x in needed]
+    inputs, _, _, needs, _ = _records(arguments, Inputs, Saved, Options, Needs, Whole)
+    return [x.new_empty(x.shape) for x in _needed(inputs, needs)]
+
+
+def _needed(inputs: Inputs, needs: Needs) -> list[Tensor]:
+    return [getattr(inputs, name) for name in Needs._fields if getattr(needs, name)]
+
+
+def _run_statistics(impl: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, options = _records(arguments, Inputs, Options)
+    image, dtype = inputs.image, accumulation_dtype(inputs.image)
+    names = statistic_names(options, inputs.has_teacher)
+    if len(image) and len(inputs.text):
+        with _without_autocast(image.device.type):
+            sides = implementation(impl).statistics(inputs, options)
+    else:  # a rank without a batch
+        sides = tuple(_statistics.nothing(len(x), names, image) for x in (image, inputs.text))
+    rows, cols = (pack(side, names, dtype) for side in sides)
+    return rows, cols
+
+
+def _fake_statistics(impl: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, options = _records(arguments, Inputs, Options)
+    image, width = inputs.image, len(statistic_names(options, inputs.has_teacher))
+    rows, cols = (
+        image.new_empty(len(x), width, dtype=accumulation_dtype(image)) for x in (image, inputs.text)
+    )
+    return rows, cols
 
 
 _forward = torch.library.custom_op(
@@ -108,10 +153,17 @@ _backward = torch.library.custom_op(
     "tracer::contrastive_loss_backward",
     _run_backward,
     mutates_args=(),
-    schema=f"(str impl, Tensor grad_terms, {_schema(Inputs, Saved, Options, Needs)}) -> Tensor[]",
+    schema=f"(str impl, Tensor grad_terms, {_schema(Inputs, Saved, Options, Needs, Whole)}) -> Tensor[]",
+)
+_rectangle_statistics = torch.library.custom_op(
+    "tracer::contrastive_statistics",
+    _run_statistics,
+    mutates_args=(),
+    schema=f"(str impl, {_schema(Inputs, Options)}) -> (Tensor, Tensor)",
 )
 _forward.register_fake(_fake_forward)
 _backward.register_fake(_fake_backward)
+_rectangle_statistics.register_fake(_fake_statistics)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -127,8 +179,8 @@ def _differentiate(ctx: Any, grad_terms: Tensor, *_: Any) -> tuple[Tensor | None
     _, *needs_gradient = ctx.needs_input_grad
     asked, _ = _records(needs_gradient, Inputs, Options)
     needs = Needs(*(getattr(asked, name) for name in Needs._fields))
-    values = iter(_backward(ctx.impl, grad_terms, *inputs, *saved, *ctx.options, *needs))
-    gradients = Gradients(*(next(values) if need else None for need in needs))
+    whole = Whole(len(inputs.image), len(inputs.text))
+    gradients = rectangle_gradients(ctx.impl, grad_terms, inputs, saved, ctx.options, needs, whole)
     of_inputs = (getattr(gradients, name, None) for name in Inputs._fields)
     return None, *of_inputs, *(None for _ in Options._fields)
 

@@ -21,17 +21,11 @@ def check_numbers(
     smoothing: float,
     teacher_temperature: float,
     weights: dict[str, float],
-    group: object | None,
     impl: str,
 ) -> None:
-    """Refuse options out of their range, an unknown implementation and a process group."""
+    """Refuse options out of their range and an unknown implementation."""
     if impl not in IMPLS:
         raise ValueError(f"contrastive_loss: unknown impl {impl!r}; choose one of {', '.join(IMPLS)}")
-    if group is not None:
-        raise NotImplementedError(
-            "contrastive_loss: a process group is not supported yet; gather the features of all ranks "
-            "first and pass group=None"
-        )
     if not 0 <= margin < math.inf:
         raise ValueError(f"contrastive_loss: margin must be a finite number >= 0, got {margin}")
     if not 0 <= smoothing < 1:
@@ -45,7 +39,9 @@ def check_numbers(
             raise ValueError(f"contrastive_loss: weight {name} must be a finite number >= 0, got {weight}")
 
 
-def check_features(image: Tensor, text: Tensor, caller: str = "contrastive_loss") -> None:
+def check_features(
+    image: Tensor, text: Tensor, caller: str = "contrastive_loss", may_be_empty: bool = False
+) -> None:
     """Refuse features that are not two matrices of one width, device and, outside autocast, dtype.
 
     The message begins with the name of the public function, ``caller``.
@@ -53,7 +49,7 @@ def check_features(image: Tensor, text: Tensor, caller: str = "contrastive_loss"
     for name, x in (("image", image), ("text", text)):
         if x.ndim != 2:
             raise ValueError(f"{caller}: {name} must be [rows, D], got shape {tuple(x.shape)}")
-        if x.shape[0] == 0 or x.shape[1] == 0:
+        if x.shape[1] == 0 or (x.shape[0] == 0 and not may_be_empty):
             raise ValueError(f"{caller}: {name} is empty {tuple(x.shape)}; skip empty batches")
         if not x.dtype.is_floating_point:
             raise ValueError(
@@ -157,15 +153,19 @@ def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.
     return value.reshape(()).to(device=device, dtype=dtype)
 
 
-def resolve(impl: str, image: Tensor, text: Tensor) -> str:
-    """Return the implementation to use, once it is known that it can take these features."""
+def resolve(impl: str, image: Tensor, text: Tensor, ranks: int = 1) -> str:
+    """Return the implementation to use, once it is known that it can take these features.
+
+    ``ranks``: how many divide the logits among them; each then has a whole tile's work at any size.
+    """
     kernels = IMPLEMENTATIONS["triton"]
     if impl == "auto":
         fits = image.dtype in kernels.dtypes and image.shape[1] % kernels.width_multiple == 0
         if image.device.type == "cuda" and fits:
             impl = "triton"
         else:
-            impl = "eager" if len(image) * len(text) <= _SMALL else "blocked"
+            small = ranks == 1 and len(image) * len(text) <= _SMALL
+            impl = "eager" if small else "blocked"
     chosen = IMPLEMENTATIONS[impl]
     if image.dtype not in chosen.dtypes:
         able = ", ".join(name for name, other in IMPLEMENTATIONS.items() if image.dtype in other.dtypes)
@@ -179,11 +179,12 @@ def resolve(impl: str, image: Tensor, text: Tensor) -> str:
     return impl
 
 
-def refuse_forward_mode(impl: str, *tensors: Tensor) -> None:
+def refuse_forward_mode(impl: str, ranks: int, *tensors: Tensor) -> None:
     """Refuse forward-mode AD where the implementation has no rule for it."""
-    if impl == "eager" or torch.compiler.is_compiling():
+    if (impl == "eager" and ranks == 1) or torch.compiler.is_compiling():
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
-            f"contrastive_loss: forward-mode AD is not supported by impl {impl!r}; use impl='eager'"
+            f"contrastive_loss: forward-mode AD is not supported by impl {impl!r} on {ranks} rank(s); use "
+            "impl='eager' on one"
         )

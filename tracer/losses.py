@@ -12,8 +12,11 @@ targets of a row spread 1 − smoothing evenly over its positives and the rest o
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from tracer._mesh import MeshShape
 from tracer.ops import ContrastiveOutput, contrastive_loss
 from tracer.recipes import R_ADAPTER, TRACER
 
@@ -25,8 +28,13 @@ class ClipLoss(nn.Module):
     ``gather_with_grad`` and ``cache_labels`` choose among ways to compute the same loss there; here they
     are accepted and change nothing.
 
+    With ``world_size`` > 1 the loss is that of the batches of all ranks of the default process group, each rank
+    passing its own, and gradients suit an engine that averages them over the ranks, as DDP, FSDP and ZeRO do: see
+    ``group`` of :func:`tracer.ops.contrastive_loss`, and ``mesh`` there.
+
     Raises:
-        NotImplementedError: ``world_size`` > 1.
+        ValueError: ``use_horovod`` with several ranks; when called, a ``rank`` or ``world_size`` that is not that of
+            the default process group.
     """
 
     margin = 0.0
@@ -41,12 +49,12 @@ class ClipLoss(nn.Module):
         world_size: int = 1,
         use_horovod: bool = False,
         impl: str = "auto",
+        mesh: MeshShape = None,
     ) -> None:
         super().__init__()
-        if world_size > 1:
-            raise NotImplementedError(
-                f"{type(self).__name__}: world_size = {world_size} is not supported yet; train on one process, "
-                "or pass world_size=1 to compare only the pairs within each rank"
+        if world_size > 1 and use_horovod:
+            raise ValueError(
+                f"{type(self).__name__}: use_horovod is not supported; start the ranks with torch.distributed"
             )
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
@@ -55,6 +63,26 @@ class ClipLoss(nn.Module):
         self.world_size = world_size
         self.use_horovod = use_horovod
         self.impl = impl
+        self.mesh = mesh
+
+    @property
+    def _group(self) -> ProcessGroup | None:
+        """Return the group of all ranks, None on one."""
+        if self.world_size == 1:
+            return None
+        name = type(self).__name__
+        if not dist.is_initialized():
+            raise ValueError(
+                f"{name}: world_size = {self.world_size}, but there is no process group: call "
+                "torch.distributed.init_process_group first"
+            )
+        if self.world_size != dist.get_world_size():
+            raise ValueError(
+                f"{name}: world_size = {self.world_size}, but the process group has {dist.get_world_size()} ranks"
+            )
+        if self.rank != dist.get_rank():
+            raise ValueError(f"{name}: rank = {self.rank}, but this process is rank {dist.get_rank()}")
+        return dist.group.WORLD
 
     def forward(
         self,
@@ -77,6 +105,8 @@ class ClipLoss(nn.Module):
             labels=labels,
             margin=self.margin,
             smoothing=self.smoothing,
+            group=self._group,
+            mesh=self.mesh,
             impl=self.impl,
         ).loss
         if isinstance(logit_bias, Tensor):
@@ -112,7 +142,8 @@ class TracerLoss(nn.Module):
         projection_product, projection_orthogonal: λ_F, λ_O.
         margin, smoothing: δ, ε of the contrastive term (MPM-NCE).
         teacher_temperature: divides the teacher's logits.
-        impl: see :func:`tracer.ops.contrastive_loss`.
+        impl, group, mesh: see :func:`tracer.ops.contrastive_loss`. The penalties on the projections are the same
+            on every rank, and their gradients carry no factor.
     """
 
     def __init__(
@@ -128,6 +159,8 @@ class TracerLoss(nn.Module):
         smoothing: float = TRACER.smoothing,
         teacher_temperature: float = 1.0,
         impl: str = "auto",
+        group: ProcessGroup | None = None,
+        mesh: MeshShape = None,
     ) -> None:
         super().__init__()
         self.distill_weights = {
@@ -143,6 +176,8 @@ class TracerLoss(nn.Module):
             "smoothing": smoothing,
             "teacher_temperature": teacher_temperature,
             "impl": impl,
+            "group": group,
+            "mesh": mesh,
         }
 
     def forward(

@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from tracer import _autograd, _checks
+from tracer import _autograd, _mesh, _ranks
+from tracer._call import Call, Given, prepare, prepare_on_ranks
 from tracer.diagnostics import named_diagnostics, sampled_diagnostics
 from tracer.kernels import average_foreach, contrastive_eager
-from tracer.kernels.contrastive import TERMS, Inputs, Options, accumulation_dtype
+from tracer.kernels.contrastive import TERMS, Options
 
 __all__ = ["ContrastiveOutput", "average_", "contrastive_loss", "sampled_diagnostics"]
 
@@ -57,7 +60,8 @@ def contrastive_loss(
     interactive: float = 0.0,
     cross: float = 0.0,
     feature: float = 0.0,
-    group: object | None = None,
+    group: ProcessGroup | None = None,
+    mesh: _mesh.MeshShape = None,
     impl: str = "auto",
     stats: bool = False,
 ) -> ContrastiveOutput:
@@ -84,29 +88,36 @@ def contrastive_loss(
         teacher_temperature: T > 0, divides the teacher's logits.
         relational, interactive, cross, feature: weights ≥ 0 of the distillation terms. A term of
             weight 0 is not computed and reads 0.
-        group: must be None: the loss over several ranks is not available yet.
+        group: the ranks whose batches make one global batch, each rank calling with its own part of it, which
+            may be empty; None: this process alone. Every rank returns the loss of the global batch, and the
+            means in all terms and diagnostics are over it. **Gradients, that of logit_scale too, carry the
+            factor R, the number of ranks**, because DDP, FSDP and ZeRO divide by it when they average
+            gradients; without such an engine, sum them over the ranks and divide by R. Rows without labels
+            pair up by their place in the global batch, in rank order. All ranks must pass the same options
+            and call backward with the same upstream gradient. Under torch.compile nothing is compared, and all
+            ranks must hold batches of one size.
+        mesh: how the ranks divide the logit matrix. (P, Q): rank p·Q + q computes the images of mesh row p
+            against the texts of mesh column q. "ring": texts travel from rank to rank, so that no rank holds
+            more features than two ranks' batches. None: on several hosts Q is the number of ranks of a host,
+            on one the squarest mesh. ``impl="eager"`` gathers everything, whatever the mesh.
         impl: ``"auto"``, ``"triton"``, ``"blocked"`` or ``"eager"``; see the top of this file.
         stats: also measure the diagnostics.
 
     Returns:
         :class:`ContrastiveOutput`. ``loss`` and each of ``terms`` can be differentiated once, with
-        respect to ``image``, ``text`` and ``logit_scale``; ``impl="eager"`` any number of times and
-        in forward mode. ``"auto"`` allows that only where it picks ``eager``: ask for it by name.
+        respect to ``image``, ``text`` and ``logit_scale``; ``impl="eager"`` without a group any number of
+        times and in forward mode. ``"auto"`` allows that only where it picks ``eager``: ask for it by name.
         The loss is NaN where a feature is NaN or infinite or a row or column has no positive.
 
     Raises:
-        ValueError: sizes, dtypes, devices or numbers that don't fit; the message names which.
+        ValueError: sizes, dtypes, devices or numbers that don't fit, or that differ between ranks; the
+            message names which, and every rank of the group raises.
         NotImplementedError: an option that the implementation cannot honour, or forward-mode AD.
     """
     weights = {"relational": relational, "interactive": interactive, "cross": cross, "feature": feature}
-    _checks.check_numbers(margin, smoothing, teacher_temperature, weights, group, impl)
-    _checks.check_features(image, text)
-    labels, text_labels = _checks.check_labels(image, text, labels, text_labels)
-    teacher = _checks.check_teacher(image, text, teacher_image, teacher_text, weights)
-    impl = _checks.resolve(impl, image, text)
-    scale = _checks.scalar("logit_scale", logit_scale, image.device, accumulation_dtype(image))
-    _checks.refuse_forward_mode(impl, image, text, scale)
-
+    given = Given(
+        image, text, logit_scale, labels, text_labels, teacher_image, teacher_text, teacher_logit_scale
+    )
     options = Options(
         margin=float(margin),
         smoothing=float(smoothing),
@@ -116,27 +127,29 @@ def contrastive_loss(
         cross=cross > 0,
         stats=stats,
     )
-    # The kernels see one dtype: autocast's if it is on, else the student's.
-    dtype = image.dtype
-    if dtype != torch.float64 and _checks.autocast_is_on(image):
-        dtype = torch.get_autocast_dtype(image.device.type)
-    inputs = Inputs(image.to(dtype), text.to(dtype), scale, labels=labels, text_labels=text_labels)
-    distance = None
-    if teacher is not None and feature:
-        distance = contrastive_eager.feature_distance(image, teacher[0])
-        distance = distance + contrastive_eager.feature_distance(text, teacher[1])
-    if teacher is not None and (stats or options.relational or options.crossed):
-        sigma = scale if teacher_logit_scale is None else teacher_logit_scale
-        sigma = _checks.scalar("teacher_logit_scale", sigma, image.device, scale.dtype).detach()
-        inputs = inputs._replace(
-            teacher_image=teacher[0].to(dtype), teacher_text=teacher[1].to(dtype), teacher_logit_scale=sigma
-        )
-    if impl == "eager":
-        vector, measured = contrastive_eager.contrastive_terms(inputs, options)
+    make = partial(prepare, given, options, weights, impl)
+    ranks = _mesh.check_group(group)
+    if ranks is None:
+        call, N, M = make(), len(image), len(text)
+        terms, measured = _terms_of(call)
     else:
-        vector, measured = _autograd.contrastive_terms(impl, inputs, options)
-    named = named_diagnostics(measured, inputs.has_teacher, len(image), len(text)) if stats else {}
-    return _weighted(vector, distance, weights, named)
+        call, layout, sizes = prepare_on_ranks(make, given, weights, ranks, mesh)
+        N, M = sum(sizes.images), sum(sizes.texts)
+        terms, measured = _ranks.contrastive_terms(call.impl, call.inputs, options, layout, sizes)
+    distance = None
+    if call.teacher is not None and feature:
+        distance = contrastive_eager.feature_distance(image, call.teacher[0], N)
+        distance = distance + contrastive_eager.feature_distance(text, call.teacher[1], M)
+        distance = distance if ranks is None else _ranks.sum_over_ranks(distance, layout)
+    named = named_diagnostics(measured, call.inputs.has_teacher, N, M) if stats else {}
+    return _weighted(terms, distance, weights, named)
+
+
+def _terms_of(call: Call) -> tuple[Tensor, Tensor]:
+    """Return the vector of terms and the diagnostics of a call on one process."""
+    if call.impl == "eager":
+        return contrastive_eager.contrastive_terms(call.inputs, call.options)
+    return _autograd.contrastive_terms(call.impl, call.inputs, call.options)
 
 
 def _weighted(

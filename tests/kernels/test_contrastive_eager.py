@@ -207,7 +207,7 @@ def test_derived_diagnostics_by_hand():
 def test_feature_distance_by_hand():
     """The mean over all entries, in float32 for narrower features, and differentiable towards the student."""
     student = torch.zeros(2, 4, dtype=torch.bfloat16, requires_grad=True)
-    distance = contrastive_eager.feature_distance(student, torch.full((2, 4), 3.0))
+    distance = contrastive_eager.feature_distance(student, torch.full((2, 4), 3.0), 2)
     assert distance == 9.0
     assert distance.dtype == torch.float32
     (gradient,) = torch.autograd.grad(distance, student)

@@ -1,0 +1,227 @@
+"""Statistics of rows or columns over a set of logits: how two sets merge, and what follows from the whole.
+
+The statistics of a row (or of a column) are log-sum-exps, means under a softmax, and plain sums. None of them
+depends on the number that an implementation subtracts before it takes exponentials, so the statistics of disjoint
+sets of logits merge exactly, whoever computed them.
+
+====================  =====================================================================================
+lse_s, _z, _t, _x     log-sum-exps to the base 2; x stands for a along rows, for b along columns
+positive_s, _x        sums over the positives
+total_s               sum over all pairs
+positives             number of positives
+gap_s, gap_x          means of t − s and of t − x under the teacher's softmax
+mean_s, mean_t        diagnostics: mean of the logits under their own softmax
+mass_s, mass_t        its mass on the positives
+best_s, arg_s         largest logit and its index; likewise best_t, arg_t
+right_s, right_t      1 where that index is a positive, else 0
+====================  =====================================================================================
+
+All logits are in base 2 (times log₂ e). A statistic is a vector with an entry for each row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .contrastive import TERMS, Forward, Options, Statistics
+
+LN2 = math.log(2.0)
+
+Side = dict[str, Tensor]  # the statistics of all rows, or of all columns, by name
+
+_DIAGNOSTICS = ("mean", "mass", "best", "arg", "right")
+# Under which softmax a mean is taken, by the name of the statistic.
+SOFTMAX = {"gap_s": "t", "gap_x": "t", "mean_s": "s", "mean_t": "t", "mass_s": "s", "mass_t": "t"}
+
+
+class Whole(NamedTuple):
+    """The size of the logit matrix of which the features of a call make a rectangle."""
+
+    rows: int
+    cols: int
+
+
+def statistic_names(options: Options, has_teacher: bool) -> tuple[str, ...]:
+    """Return the names of the statistics that the options need, in the order in which they are packed."""
+    measured = options.stats and has_teacher
+    needed = {
+        "lse_s": options.contrastive or options.relational or options.stats,
+        "lse_z": options.contrastive and options.margin > 0,
+        "lse_t": options.relational or options.cross or measured,
+        "lse_x": options.crossed,
+        "positive_s": options.contrastive,
+        "positive_x": options.interactive,
+        "total_s": options.contrastive and options.smoothing > 0,
+        "positives": True,
+        "gap_s": options.relational or measured,
+        "gap_x": options.cross,
+    }
+    needed |= {f"{name}_s": options.stats for name in _DIAGNOSTICS}
+    needed |= {f"{name}_t": measured for name in _DIAGNOSTICS}
+    return tuple(name for name, wanted in needed.items() if wanted)
+
+
+def pack(side: Side, names: tuple[str, ...], dtype: torch.dtype) -> Tensor:
+    """Return the named statistics as a matrix [rows, len(names)]; an index keeps all of its bits."""
+    return torch.stack([_as_number(side[name], name, dtype) for name in names], 1)
+
+
+def unpack(packed: Tensor, names: tuple[str, ...]) -> Side:
+    """Return the statistics of a matrix [..., rows, len(names)] by name, each [..., rows]."""
+    columns = zip(names, packed.unbind(-1), strict=True)
+    return {name: _as_index(x) if name.startswith("arg") else x for name, x in columns}
+
+
+def _as_number(x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    if name.startswith("arg") and dtype == torch.float32:  # which has 24 bits for an index
+        return x.to(torch.int32).view(torch.float32)
+    return x.to(dtype)
+
+
+def _as_index(x: Tensor) -> Tensor:
+    return (x.contiguous().view(torch.int32) if x.dtype == torch.float32 else x).long()
+
+
+def nothing(rows: int, names: tuple[str, ...], like: Tensor) -> Side:
+    """Return the statistics of ``rows`` rows over no logits at all: merging them changes nothing."""
+    lowest = ("lse", "best")
+    side = {name: like.new_full((rows,), -math.inf if name.startswith(lowest) else 0.0) for name in names}
+    return {name: x.long() if name.startswith("arg") else x for name, x in side.items()}
+
+
+def merge(parts: Side) -> Side:
+    """Merge the statistics of the same rows over disjoint sets of logits, each [sets, rows], in the order given.
+
+    The sums are taken in float64, so that a row is no less exact for having been divided. Among equal logits the
+    lowest index is the largest.
+    """
+    parts = {name: part.double() if part.is_floating_point() else part for name, part in parts.items()}
+    lse = {name: _log_sum_exp(part) for name, part in parts.items() if name.startswith("lse")}
+    whole = dict(lse)
+    for name, part in parts.items():
+        if name in SOFTMAX:
+            of = f"lse_{SOFTMAX[name]}"
+            share = (parts[of] - lse[of].clamp(min=torch.finfo(part.dtype).min)).exp2()
+            whole[name] = (share * part).sum(0)
+        elif name.startswith(("positive", "total")):
+            whole[name] = part.sum(0)
+    for matrix in ("s", "t"):
+        if f"best_{matrix}" in parts:
+            best = parts[f"best_{matrix}"].amax(0)
+            at = parts[f"arg_{matrix}"].masked_fill(
+                parts[f"best_{matrix}"] != best, torch.iinfo(torch.int64).max
+            )
+            arg, place = at.min(0)
+            right = parts[f"right_{matrix}"].gather(0, place[None])[0]
+            whole |= {f"best_{matrix}": best, f"arg_{matrix}": arg, f"right_{matrix}": right}
+    return whole
+
+
+def _log_sum_exp(parts: Tensor) -> Tensor:
+    """Return log2 Σ exp2 over the first dimension; −inf where there is nothing to add up."""
+    top = parts.amax(0)
+    reference = top.masked_fill(top == -math.inf, 0.0)
+    return reference + (parts - reference).exp2().sum(0).log2()
+
+
+# ---------------------------------------------------------------------------------------------------
+# What follows from the statistics over all logits.
+
+
+def target_weights(count: Tensor, others: int, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Return the target q of a positive and of a negative, for ``count`` positives among ``others``."""
+    if smoothing == 0.0:
+        return 1 / count, torch.zeros_like(count)
+    q_negative = torch.where(count < others, smoothing / (others - count), 0.0)
+    return (1 - q_negative * (others - count)) / count, q_negative
+
+
+def term_sums(side: Side, others: int, shift: Tensor, options: Options) -> Tensor:
+    """Return the sum over the rows of what each adds to every term, [len(TERMS)].
+
+    A term is half the mean over all rows of the matrix plus half the mean over all columns.
+
+    Args:
+        side: statistics over whole rows (or columns).
+        others: length of a row.
+        shift: σδ in base 2, what the margin adds to a negative.
+        options: which terms are on; the others are 0.
+    """
+    count = side["positives"]
+    sums = dict.fromkeys(TERMS, count.new_zeros(()))
+    if options.contrastive:
+        q_positive, q_negative = target_weights(count, others, options.smoothing)
+        expected = (q_positive - q_negative) * side["positive_s"]
+        if options.smoothing:
+            expected += q_negative * (side["total_s"] + (others - count) * shift)
+        sums["contrastive"] = (side.get("lse_z", side["lse_s"]) - expected).sum()
+    if options.relational:
+        sums["relational"] = _divergence(side, "s").sum()
+    if options.interactive:
+        sums["interactive"] = (side["lse_x"] - side["positive_x"] / count).sum()
+    if options.cross:
+        sums["cross"] = _divergence(side, "x").sum()
+    return LN2 * torch.stack(list(sums.values()))
+
+
+def _divergence(side: Side, matrix: str) -> Tensor:
+    """Return KL(softmax t ‖ softmax of ``matrix``) in bits."""
+    return side[f"gap_{matrix}"] - side["lse_t"] + side[f"lse_{matrix}"]
+
+
+def final_statistics(side: Side) -> Tensor:
+    """Return what the backward pass takes of whole rows (or columns), [len(Statistics), rows].
+
+    A row without a positive has no target: NaN takes the place of the log-sum-exps that a target belongs to, and
+    with them of the row's gradient. This is the only place that writes it.
+    """
+    count = side["positives"]
+    none = torch.zeros_like(count)
+    lse_s = side.get("lse_s", none)
+    lse_z, lse_t, lse_x = side.get("lse_z", lse_s), side.get("lse_t", none), side.get("lse_x", none)
+    stats = torch.stack(Statistics(lse_z, lse_s, lse_t, lse_x, count))
+    for name in ("lse_z", "lse_x"):
+        stats[Statistics._fields.index(name)].masked_fill_(count == 0, math.nan)
+    return stats
+
+
+def diagnostic_sums(side: Side) -> list[Tensor]:
+    """Return the sums over the rows of the diagnostics: of the student, of the teacher, of the pair.
+
+    In the order of ``contrastive.MODEL_DIAGNOSTICS`` and ``PAIR_DIAGNOSTICS``; without a teacher the first alone.
+    """
+    models = [matrix for matrix in ("s", "t") if f"mean_{matrix}" in side]
+    sums = [_model_sums(side, matrix) for matrix in models]
+    if len(models) == 2:
+        agree = (side["arg_s"] == side["arg_t"]).to(side["lse_s"].dtype)
+        sums.append(torch.stack([agree.sum(), LN2 * _divergence(side, "s").sum()]))
+    return sums
+
+
+def _model_sums(side: Side, matrix: str) -> Tensor:
+    lse = side[f"lse_{matrix}"]
+    entropy = LN2 * (lse - side[f"mean_{matrix}"])
+    confidence = (side[f"best_{matrix}"] - lse).exp2()
+    right = side[f"right_{matrix}"].to(lse.dtype)
+    return torch.stack([x.sum() for x in (entropy, confidence, side[f"mass_{matrix}"], right)])
+
+
+def shares(rows: Side, cols: Side, shift: Tensor, options: Options, whole: Whole) -> tuple[Tensor, Tensor]:
+    """Return what these whole rows and columns add to the terms and to the diagnostics of a matrix."""
+    n, m = whole
+    terms = term_sums(rows, m, shift, options) / (2 * n) + term_sums(cols, n, shift, options) / (2 * m)
+    if not options.stats:
+        return terms, terms.new_empty(0)
+    both = zip(diagnostic_sums(rows), diagnostic_sums(cols), strict=True)
+    return terms, torch.cat([sums for row, col in both for sums in (row / n, col / m)])
+
+
+def result(rows: Side, cols: Side, shift: Tensor, options: Options) -> Forward:
+    """Return terms, final statistics and diagnostics from the statistics of all rows and columns."""
+    whole = Whole(len(rows["positives"]), len(cols["positives"]))
+    terms, diagnostics = shares(rows, cols, shift, options, whole)
+    return Forward(terms, final_statistics(rows), final_statistics(cols), diagnostics)

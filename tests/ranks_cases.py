@@ -1,0 +1,421 @@
+"""The cases of tests/test_ranks.py: the loss over the batches of several ranks, against one process on all of them.
+
+:func:`cases` names them. All ranks know the whole batch, take their part of it, and compare what they get with the
+single process's result on the concatenation: values as they are, gradients times the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from loss_calls import OPTIONS, WEIGHTS, in_float64, problem, without_teacher
+from three_runs import error
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tracer._mesh import MeshShape
+from tracer.kernels.contrastive import Needs
+from tracer.losses import ClipLoss, MPMNCELoss, TracerLoss
+from tracer.ops import ContrastiveOutput, contrastive_loss
+
+ROWS = ("image", "teacher_image", "labels")
+COLUMNS = ("text", "teacher_text", "text_labels")
+# The single process's result is met to this in float64, relative to its norm.
+EXACT = 1e-12
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A batch in parts
+# ----------------------------------------------------------------------------------------------------------
+
+
+def evenly(total: int) -> list[int]:
+    """Return the sizes of equal parts, the rank's rows, of so many rows."""
+    ranks = dist.get_world_size()
+    assert total % ranks == 0
+    return [total // ranks] * ranks
+
+
+def unevenly(total: int, empty: int | None = None) -> list[int]:
+    """Return unequal sizes; rank ``empty`` gets none."""
+    ranks = dist.get_world_size()
+    sizes = [0 if rank == empty else 1 + 2 * rank for rank in range(ranks)]
+    sizes[-1 if empty != ranks - 1 else 0] += total - sum(sizes)
+    assert min(sizes) >= 0
+    return sizes
+
+
+def part(x: Tensor, sizes: list[int]) -> Tensor:
+    """Return this rank's rows."""
+    return x.split(sizes)[dist.get_rank()]
+
+
+def part_of(kwargs: dict[str, Any], rows: list[int], columns: list[int]) -> dict[str, Any]:
+    """Return this rank's part of a call."""
+    mine = dict(kwargs)
+    mine |= {name: part(kwargs[name], rows) for name in ROWS if name in kwargs}
+    return mine | {name: part(kwargs[name], columns) for name in COLUMNS if name in kwargs}
+
+
+def call(
+    kwargs: dict[str, Any], needs: tuple[str, ...] = Needs._fields, **how: Any
+) -> tuple[ContrastiveOutput, dict[str, Tensor]]:
+    """Return the output of a call and the gradients of its loss by name."""
+    kwargs = dict(kwargs)
+    leaves = {name: kwargs.pop(name).clone().requires_grad_(name in needs) for name in Needs._fields}
+    output = contrastive_loss(*leaves.values(), **kwargs, **how)
+    if needs:
+        (1.5 * output.loss).backward()
+    return output, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def named(output: ContrastiveOutput, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return everything that is compared."""
+    return {"loss": output.loss, **output.terms, **output.stats, **gradients}
+
+
+def expected(
+    kwargs: dict[str, Any], rows: list[int], columns: list[int], needs: tuple[str, ...], **how: Any
+) -> dict[str, Tensor]:
+    """Return what this rank must get, worked out in one process."""
+    output, gradients = call(kwargs, needs, **how)
+    ranks = dist.get_world_size()
+    sizes = {"image": rows, "text": columns}
+    mine = {name: ranks * (part(g, sizes[name]) if name in sizes else g) for name, g in gradients.items()}
+    return named(output, mine)
+
+
+def compare(
+    kwargs: dict[str, Any],
+    rows: list[int],
+    columns: list[int],
+    mesh: MeshShape,
+    impl: str,
+    needs: tuple[str, ...] = Needs._fields,
+) -> None:
+    """Assert that the ranks get what one process gets: in float64 to 1e-12, else with twice its error at most."""
+    truth = expected(in_float64(kwargs), rows, columns, needs, impl="eager")
+    mine = part_of(kwargs, rows, columns)
+    got = named(*call(mine, needs, impl=impl, group=dist.group.WORLD, mesh=mesh))
+    again = named(*call(mine, needs, impl=impl, group=dist.group.WORLD, mesh=mesh))
+    assert got.keys() == truth.keys()
+    one = None
+    if kwargs["image"].dtype != torch.float64:
+        one = expected(kwargs, rows, columns, needs, impl=impl)
+    for name, exact in truth.items():
+        assert torch.equal(got[name], again[name]), f"{name} differs when the call is repeated"
+        allowed = EXACT if one is None else 2 * error(one[name], exact) + 1e-6
+        assert error(got[name], exact) <= allowed, f"{name}: {error(got[name], exact):.3g} > {allowed:.3g}"
+
+
+def whole_batch(n: int, m: int, classes: int = 7, **others: Any) -> dict[str, Any]:
+    """Return a call on a global batch, in which each image has a positive text and each text an image."""
+    return problem(n, m, d=16, classes=classes, **others)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Values and gradients
+# ----------------------------------------------------------------------------------------------------------
+
+
+def meshes(ranks: int) -> Iterator[MeshShape]:
+    """Yield every shape of a mesh of so many ranks."""
+    yield from ((p, ranks // p) for p in range(1, ranks + 1) if ranks % p == 0)
+    yield "ring"
+
+
+def everything(mesh: MeshShape, impl: str) -> None:
+    """All terms, labels, margin, smoothing, diagnostics, M ≠ N, uneven batches."""
+    n, m = 48, 66
+    dtype = torch.float32 if impl == "triton" else torch.float64
+    kwargs = whole_batch(n, m, dtype=dtype) | OPTIONS["all"] | {"stats": True}
+    compare(kwargs, unevenly(n), unevenly(m)[::-1], mesh, impl)
+
+
+def plain_clip(mesh: MeshShape, impl: str) -> None:
+    """The CLIP loss without labels: pairs belong together by their place in the global batch."""
+    dtype = torch.float32 if impl == "triton" else torch.float64
+    kwargs = without_teacher(whole_batch(48, 48, classes=0, dtype=dtype))
+    compare(kwargs, evenly(48), evenly(48), mesh, impl)
+
+
+def uneven_pairs(mesh: MeshShape, impl: str) -> None:
+    """Without labels, with a rank that has no batch; distillation and diagnostics."""
+    kwargs = whole_batch(50, 50, classes=0, dtype=torch.float64) | WEIGHTS | {"stats": True}
+    sizes = unevenly(50, empty=dist.get_world_size() // 2)
+    compare(kwargs, sizes, sizes, mesh, impl)
+
+
+def no_texts_on_a_rank(mesh: MeshShape, impl: str) -> None:
+    kwargs = without_teacher(whole_batch(36, 42)) | {"margin": 0.1, "smoothing": 0.1}
+    compare(kwargs, unevenly(36), unevenly(42, empty=0), mesh, impl)
+
+
+def in_float32(mesh: MeshShape, impl: str) -> None:
+    for seed in range(3):
+        kwargs = whole_batch(60, 60, dtype=torch.float32, seed=seed) | OPTIONS["all"]
+        compare(kwargs, evenly(60), evenly(60), mesh, impl)
+
+
+def wild_logits(mesh: MeshShape, impl: str) -> None:
+    """Logits of ±1e4, where no constant can be subtracted before the exponentials."""
+    kwargs = whole_batch(48, 48, scale=1e4) | WEIGHTS
+    compare(kwargs, evenly(48), evenly(48), mesh, impl)
+
+
+def some_gradients(mesh: MeshShape, impl: str) -> None:
+    for needs in ((), ("image",), ("text",), ("logit_scale",), ("text", "logit_scale")):
+        kwargs = whole_batch(24, 24, dtype=torch.float64) | OPTIONS["all"]
+        compare(kwargs, evenly(24), evenly(24), mesh, impl, needs)
+
+
+def no_grad(mesh: MeshShape, impl: str) -> None:
+    with torch.no_grad():
+        output, _ = call(
+            part_of(whole_batch(24, 24), evenly(24), evenly(24)), (), impl=impl, group=dist.group.WORLD
+        )
+        one, _ = call(whole_batch(24, 24), (), impl="eager")
+    assert output.loss.grad_fn is None
+    assert error(output.loss, one.loss) < EXACT
+
+
+def missing_positive(mesh: MeshShape, impl: str) -> None:
+    """A row whose label occurs on no text of any rank makes the loss NaN; a label of another rank does not."""
+    kwargs = without_teacher(whole_batch(24, 24))
+    mine = part_of(kwargs, evenly(24), evenly(24))
+    how = {"impl": impl, "group": dist.group.WORLD, "mesh": mesh}
+    assert bool(contrastive_loss(**mine, **how).loss.isfinite())
+    if dist.get_rank() == 0:
+        mine["labels"] = mine["labels"].clone()
+        mine["labels"][0] = 999
+    assert bool(contrastive_loss(**mine, **how).loss.isnan())
+
+
+def autocast(mesh: MeshShape, impl: str) -> None:
+    kwargs = whole_batch(48, 48, dtype=torch.float32) | OPTIONS["all"] | {"feature": 0.0}
+    with torch.autocast("cpu", torch.bfloat16):
+        got = named(
+            *call(part_of(kwargs, evenly(48), evenly(48)), impl=impl, group=dist.group.WORLD, mesh=mesh)
+        )
+        one = expected(kwargs, evenly(48), evenly(48), Needs._fields, impl=impl)
+    for name, value in one.items():
+        assert got[name].dtype == value.dtype
+        assert error(got[name], value) < 2e-2, name
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Engines, compilers, modules
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Towers(nn.Module):
+    """Two small towers and a logit scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = nn.Linear(12, 16).double(), nn.Linear(9, 16).double()
+        self.logit_scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = (self.image(image), self.text(text))
+        u, v = (nn.functional.normalize(x, dim=-1) for x in features)
+        return u, v, self.logit_scale.exp()
+
+
+def under_ddp() -> None:
+    """An engine that averages gradients gets the gradient of one process, which is what the factor R is for."""
+    ranks = dist.get_world_size()
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(8 * ranks, 12, generator=generator, dtype=torch.float64)
+    text = torch.randn(8 * ranks, 9, generator=generator, dtype=torch.float64)
+    one, ours = Towers(), DistributedDataParallel(Towers())
+    ClipLoss()(*one(image, text)).backward()
+    loss = ClipLoss(rank=dist.get_rank(), world_size=ranks)
+    loss(*ours(part(image, evenly(len(image))), part(text, evenly(len(text))))).backward()
+    for (name, want), got in zip(one.named_parameters(), ours.parameters(), strict=True):
+        assert error(got.grad, want.grad) < EXACT, name
+
+
+def modules() -> None:
+    """The drop-in modules give the loss of the concatenated batch."""
+    ranks, kwargs = dist.get_world_size(), whole_batch(24, 24, dtype=torch.float64)
+    mine, sizes = part_of(kwargs, evenly(24), evenly(24)), evenly(24)
+    who = {"rank": dist.get_rank(), "world_size": ranks}
+    for make in (ClipLoss, MPMNCELoss):
+        arguments = [[of[name] for name in ("image", "text", "logit_scale")] for of in (kwargs, mine)]
+        labels = [kwargs["labels"], mine["labels"]]
+        want = make()(*arguments[0], labels=labels[0])
+        got = make(**who)(*arguments[1], labels=labels[1])
+        assert error(got, want) < EXACT
+    calls = [
+        (of["image"], of["text"], of["logit_scale"], (of["teacher_image"], of["teacher_text"], 22.0))
+        for of in (kwargs, mine)
+    ]
+    projections = (torch.eye(16, dtype=torch.float64), torch.eye(16, dtype=torch.float64))
+    for mesh in (None, "ring"):
+        want = TracerLoss()(*calls[0], projections=projections, stats=True)
+        got = TracerLoss(group=dist.group.WORLD, mesh=mesh)(*calls[1], projections=projections, stats=True)
+        for name, value in named(want, {}).items():
+            assert error(named(got, {})[name], value) < EXACT, name
+    assert sizes == evenly(24)
+
+
+def wrong_rank() -> None:
+    ranks = dist.get_world_size()
+    x = torch.eye(4)
+    with pytest.raises(ValueError, match=rf"ClipLoss: world_size = {ranks + 1}, but .* has {ranks}"):
+        ClipLoss(rank=0, world_size=ranks + 1)(x, x, 1.0)
+    with pytest.raises(ValueError, match="ClipLoss: rank = "):
+        ClipLoss(rank=(dist.get_rank() + 1) % ranks, world_size=ranks)(x, x, 1.0)
+
+
+def compiled(mesh: MeshShape) -> None:
+    """One graph, forward and backward, with the collectives in it."""
+    torch._dynamo.reset()
+    kwargs = whole_batch(24, 24, dtype=torch.float32) | OPTIONS["all"]
+    mine = part_of(kwargs, evenly(24), evenly(24))
+    leaves = {name: mine.pop(name).clone().requires_grad_() for name in Needs._fields}
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled_loss(image, text, logit_scale):
+        return contrastive_loss(image, text, logit_scale, **mine, group=dist.group.WORLD, mesh=mesh).loss
+
+    (1.5 * compiled_loss(*leaves.values())).backward()
+    output, gradients = call(part_of(kwargs, evenly(24), evenly(24)), group=dist.group.WORLD, mesh=mesh)
+    for name, value in gradients.items():
+        torch.testing.assert_close(leaves[name].grad, value, rtol=1e-5, atol=1e-7)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Work and bytes
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Received(TorchDispatchMode):
+    """Counts the elements' bytes that this rank receives from others, by the collectives' own arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops._c10d_functional.all_gather_into_tensor.default:
+            self.bytes += args[0].nbytes * (args[1] - 1)
+        elif func is torch.ops._c10d_functional.all_to_all_single.default:
+            row = args[0].nbytes // max(1, len(args[0]))
+            mine = dist.get_rank(dist.distributed_c10d._resolve_process_group(args[3]))
+            self.bytes += row * (sum(args[1]) - args[1][mine])
+        return func(*args, **(kwargs or {}))
+
+
+def bytes_received(mesh: tuple[int, int]) -> None:
+    """CLIP in float32: N·D·g forward and again backward, 3 + 5 statistics, g = 1/P + 1/Q − 2/R."""
+    ranks, (rows, cols) = dist.get_world_size(), mesh
+    N, D = 24 * ranks, 512
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, D, generator=generator)
+    with Received() as received:
+        call({"image": x, "text": x, "logit_scale": torch.tensor(10.0)}, group=dist.group.WORLD, mesh=mesh)
+    g = 1 / rows + 1 / cols - 2 / ranks
+    formula = 4 * N * g * (D + D + 3 + 5)
+    assert abs(received.bytes / formula - 1) < 0.01, (received.bytes, formula)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Refusals: one line, the same on every rank, and nobody waits
+# ----------------------------------------------------------------------------------------------------------
+
+
+def refused(change: Callable[[dict[str, Any]], None], message: str) -> None:
+    """The last rank makes another call than the rest; afterwards all ranks can still talk."""
+    mine = part_of(whole_batch(24, 24, dtype=torch.float32), evenly(24), evenly(24))
+    if dist.get_rank() == dist.get_world_size() - 1:
+        change(mine)
+    with pytest.raises(ValueError, match=message) as caught:
+        contrastive_loss(**mine, group=dist.group.WORLD)
+    said: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(
+        said, str(caught.value).removesuffix(f" (said by rank {dist.get_world_size() - 1})")
+    )
+    assert len(set(said)) == 1, said
+    assert "\n" not in said[0]
+    plain_clip(None, "blocked")
+
+
+def halves(names: tuple[str, ...], dtype: torch.dtype) -> Callable[[dict[str, Any]], None]:
+    return lambda mine: mine.update({name: mine[name].to(dtype) for name in names})
+
+
+def narrower(mine: dict[str, Any]) -> None:
+    mine.update({name: mine[name][:, :8] for name in ("image", "text", "teacher_image", "teacher_text")})
+
+
+FEATURES = ("image", "text", "teacher_image", "teacher_text")
+REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "margin": (lambda mine: mine.update(margin=0.1), r"margin is 0.0 on rank 0 but 0.1 on rank \d"),
+    "weight": (lambda mine: mine.update(cross=0.5), r"cross is 0.0 on rank 0 but 0.5 on rank \d"),
+    "stats": (lambda mine: mine.update(stats=True), r"stats is False on rank 0 but True"),
+    "impl": (lambda mine: mine.update(impl="eager"), r"impl is blocked on rank 0 but eager"),
+    "mesh": (lambda mine: mine.update(mesh="ring"), r"mesh is \(\d, \d\) on rank 0 but ring"),
+    "dtype": (halves(FEATURES, torch.float64), r"dtype is torch.float32 on rank 0 but torch.float64"),
+    "width": (narrower, r"D is 16 on rank 0 but 8 on rank \d"),
+    "gradient": (
+        lambda mine: mine["text"].requires_grad_(),
+        r"text.requires_grad is False on rank 0 but True",
+    ),
+    "labels": (
+        lambda mine: mine.update(labels=None, text_labels=None),
+        r"labels is a tensor on rank 0 but None on rank \d",
+    ),
+    "teacher": (
+        lambda mine: mine.update(teacher_image=None, teacher_text=None),
+        r"teacher_image is a tensor on rank 0 but None",
+    ),
+    "one rank's shape": (
+        lambda mine: mine.update(image=mine["image"][0]),
+        r"image must be \[rows, D\], got shape",
+    ),
+    "one rank's type": (lambda mine: mine.update(labels=[1, 2]), r"(?s).*"),
+    "one rank's number": (lambda mine: mine.update(smoothing=2.0), r"smoothing must lie in \[0, 1\)"),
+    "one rank's mesh": (lambda mine: mine.update(mesh=(5, 5)), r"mesh must be None, 'ring' or \(P, Q\)"),
+}
+
+
+def nobody_has_a_batch() -> None:
+    empty = torch.empty(0, 16)
+    with pytest.raises(ValueError, match="image is empty on every rank"):
+        contrastive_loss(empty, empty, 10.0, group=dist.group.WORLD)
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
+def cases(world_size: int) -> dict[str, Callable[[], None]]:
+    """Return the cases of a world of ranks by name."""
+    named: dict[str, Callable[[], None]] = {}
+    for mesh in meshes(world_size):
+        at = mesh if mesh == "ring" else f"{mesh[0]}x{mesh[1]}"
+        for case in (everything, plain_clip, uneven_pairs, no_texts_on_a_rank, in_float32, wild_logits):
+            named[f"{at}-{case.__name__}-blocked"] = partial(case, mesh, "blocked")
+        if world_size in (2, 4):
+            for case in (everything, plain_clip):
+                named[f"{at}-{case.__name__}-triton"] = partial(case, mesh, "triton")
+            for case in (some_gradients, no_grad, missing_positive, autocast):
+                named[f"{at}-{case.__name__}-blocked"] = partial(case, mesh, "blocked")
+        if mesh != "ring" and world_size in (2, 4, 6):
+            named[f"{at}-bytes_received"] = partial(bytes_received, mesh)
+    for case in (everything, plain_clip, uneven_pairs, no_texts_on_a_rank, in_float32, some_gradients):
+        named[f"{case.__name__}-eager"] = partial(case, None, "eager")
+    named |= {case.__name__: case for case in (under_ddp, modules, wrong_rank, nobody_has_a_batch)}
+    if world_size == 2:
+        named |= {f"compiled-{mesh}": partial(compiled, mesh) for mesh in ((2, 1), (1, 2), "ring")}
+    if world_size in (2, 3):
+        named |= {f"refused-{name}": partial(refused, *how) for name, how in REFUSALS.items()}
+    return named

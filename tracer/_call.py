@@ -1,0 +1,134 @@
+"""A call of the contrastive loss, checked: on one process, or on the ranks of a group that must agree about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from tracer import _checks
+from tracer._agreement import Sizes, agree
+from tracer._mesh import Mesh, MeshShape, check_shape, mesh_of
+from tracer.kernels.contrastive import Inputs, Options, accumulation_dtype
+
+
+class Given(NamedTuple):
+    """The tensors of a call as the user gave them; see :func:`tracer.ops.contrastive_loss`."""
+
+    image: Tensor
+    text: Tensor
+    logit_scale: Tensor | float
+    labels: Tensor | None
+    text_labels: Tensor | None
+    teacher_image: Tensor | None
+    teacher_text: Tensor | None
+    teacher_logit_scale: Tensor | float | None
+
+
+class Call(NamedTuple):
+    """What an implementation is called with."""
+
+    impl: str
+    inputs: Inputs
+    options: Options
+    teacher: tuple[Tensor, Tensor] | None  # its features in their own dtype
+
+
+def prepare(given: Given, options: Options, weights: dict[str, float], impl: str, ranks: int = 1) -> Call:
+    """Return the call of one of so many ranks.
+
+    Raises:
+        ValueError: sizes, dtypes, devices or numbers that don't fit; the message names which.
+        NotImplementedError: forward-mode AD where the implementation has no rule for it.
+    """
+    image, text = given.image, given.text
+    _checks.check_numbers(options.margin, options.smoothing, options.teacher_temperature, weights, impl)
+    _checks.check_features(image, text, may_be_empty=ranks > 1)
+    labels, text_labels = _checks.check_labels(image, text, given.labels, given.text_labels)
+    teacher = _checks.check_teacher(image, text, given.teacher_image, given.teacher_text, weights)
+    impl = _checks.resolve(impl, image, text, ranks)
+    scale = _checks.scalar("logit_scale", given.logit_scale, image.device, accumulation_dtype(image))
+    _checks.refuse_forward_mode(impl, ranks, image, text, scale)
+    # The kernels see one dtype: autocast's if it is on, else the student's.
+    dtype = image.dtype
+    if dtype != torch.float64 and _checks.autocast_is_on(image):
+        dtype = torch.get_autocast_dtype(image.device.type)
+    inputs = Inputs(image.to(dtype), text.to(dtype), scale, labels=labels, text_labels=text_labels)
+    if teacher is not None and (options.stats or options.relational or options.crossed):
+        sigma = scale if given.teacher_logit_scale is None else given.teacher_logit_scale
+        sigma = _checks.scalar("teacher_logit_scale", sigma, image.device, scale.dtype).detach()
+        inputs = inputs._replace(
+            teacher_image=teacher[0].to(dtype), teacher_text=teacher[1].to(dtype), teacher_logit_scale=sigma
+        )
+    return Call(impl, inputs, options, teacher)
+
+
+def prepare_on_ranks(
+    make: Callable[[int], Call],
+    given: Given,
+    weights: dict[str, float],
+    group: ProcessGroup,
+    shape: MeshShape,
+) -> tuple[Call, Mesh, Sizes]:
+    """Return this rank's call, the mesh, and the sizes of all ranks' batches.
+
+    Args:
+        make: returns the call of one of so many ranks, or raises what is wrong with it.
+        given, weights: of this rank.
+        group: of more than one rank.
+        shape: of the mesh, as the user gave it.
+
+    Raises:
+        ValueError: the ranks' calls differ, or one of them is refused; every rank raises.
+    """
+    ranks = dist.get_world_size(group)
+    if torch.compiler.is_compiling():  # which has no room for words between the ranks
+        call = make(ranks)
+        sizes = Sizes((len(call.inputs.image),) * ranks, (len(call.inputs.text),) * ranks)
+        return call, mesh_of(group, check_shape(shape, ranks)), sizes
+    call, refusal, mesh = None, None, None
+    try:
+        mesh = check_shape(shape, ranks)
+        call = make(ranks)
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        refusal = error
+    described = {} if call is None else _described(call, given, weights) | {"mesh": mesh}
+    images, texts = (0, 0) if call is None else (len(call.inputs.image), len(call.inputs.text))
+    sizes = agree(group, images, texts, described, refusal)
+    assert call is not None  # else agree has raised
+    assert mesh is not None
+    for name, of in (("image", sizes.images), ("text", sizes.texts)):
+        if not sum(of):
+            raise ValueError(f"contrastive_loss: {name} is empty on every rank; skip empty batches")
+    return call, mesh_of(group, mesh), sizes
+
+
+def _described(call: Call, given: Given, weights: dict[str, float]) -> dict[str, object]:
+    """Return what must be alike on all ranks, by the names of the arguments."""
+    inputs, differentiable = call.inputs, torch.is_grad_enabled()
+    asks = {
+        f"{name}.requires_grad": bool(differentiable and isinstance(x, Tensor) and x.requires_grad)
+        for name, x in (("image", given.image), ("text", given.text), ("logit_scale", given.logit_scale))
+    }
+    presence = {
+        name: "a tensor" if x is not None else "None"
+        for name, x in (("labels", inputs.labels), ("teacher_image", given.teacher_image))
+    }
+    return {
+        "impl": call.impl,
+        "D": inputs.image.shape[1],
+        "dtype": str(given.image.dtype),
+        "dtype of the products": str(inputs.image.dtype),
+        "device": given.image.device.type,
+        **asks,
+        **presence,
+        **{name: float(weight) for name, weight in weights.items()},
+        "margin": call.options.margin,
+        "smoothing": call.options.smoothing,
+        "teacher_temperature": call.options.teacher_temperature,
+        "stats": call.options.stats,
+    }

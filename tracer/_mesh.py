@@ -1,0 +1,134 @@
+"""The ranks of a process group as a mesh: which part of the logit matrix each computes, and with whom it talks.
+
+The ranks form P rows and Q columns, rank = p·Q + q. Rank (p, q) computes the rectangle of the images that the
+ranks of mesh row p hold and the texts that the ranks of mesh column q hold, so each pair of the global batch is
+computed once. Features are gathered within mesh rows and mesh columns alone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import partial
+from typing import Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+MeshShape = tuple[int, int] | Literal["ring"] | None
+
+
+class Mesh(NamedTuple):
+    """A mesh as one of its ranks sees it. Groups are called by name, which the compiler can read."""
+
+    rows: int  # P
+    cols: int  # Q
+    rank: int
+    everyone: str  # all ranks
+    row: str  # the ranks that compute the same images as this one
+    col: str  # those that compute the same texts
+    ring: bool = False  # P = R, Q = 1, but texts travel instead of being gathered
+
+    @property
+    def size(self) -> int:
+        """Return R, the number of ranks."""
+        return self.rows * self.cols
+
+    @property
+    def row_ranks(self) -> range:
+        """Return the ranks of this rank's mesh row, in order."""
+        first = self.rank // self.cols * self.cols
+        return range(first, first + self.cols)
+
+    @property
+    def col_ranks(self) -> range:
+        """Return the ranks of this rank's mesh column, in order."""
+        return range(self.rank % self.cols, self.size, self.cols)
+
+
+def default_shape(size: int, ranks_per_host: int) -> tuple[int, int]:
+    """Return (P, Q) for so many ranks.
+
+    On several hosts Q is the number of ranks of a host, so that of each text one copy alone reaches a host. On one
+    host, and where the ranks of a host are no divisor of all, it is the squarest mesh, which receives least.
+    """
+    if ranks_per_host < size and size % ranks_per_host == 0:
+        return size // ranks_per_host, ranks_per_host
+    cols = max(q for q in range(1, math.isqrt(size) + 1) if size % q == 0)
+    return size // cols, cols
+
+
+def check_shape(shape: MeshShape, size: int) -> tuple[int, int] | Literal["ring"]:
+    """Return the shape of the mesh of so many ranks; None stands for the default."""
+    if shape is None:
+        return default_shape(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    if shape == "ring":
+        return "ring"
+    is_pair = isinstance(shape, (tuple, list)) and len(shape) == 2 and all(isinstance(n, int) for n in shape)
+    if not is_pair or shape[0] < 1 or shape[0] * shape[1] != size:
+        raise ValueError(
+            f"contrastive_loss: mesh must be None, 'ring' or (P, Q) with P·Q = {size} ranks, got {shape!r}"
+        )
+    return shape[0], shape[1]
+
+
+def check_group(group: object) -> ProcessGroup | None:
+    """Return the group, or None for a group of one, which needs no communication."""
+    if group is None:
+        return None
+    if not isinstance(group, ProcessGroup):
+        raise ValueError(
+            f"contrastive_loss: group must be a torch.distributed.ProcessGroup or None, got {group!r}"
+        )
+    if dist.get_rank(group) < 0:
+        raise ValueError(
+            "contrastive_loss: this process is not a rank of group; call it on the group's ranks"
+        )
+    return group if dist.get_world_size(group) > 1 else None
+
+
+# Groups of a mesh are made once, by all ranks of the group, at the first call that needs them.
+_made: WeakKeyDictionary[ProcessGroup, dict[object, object]] = WeakKeyDictionary()
+
+
+@torch.compiler.assume_constant_result
+def mesh_of(group: ProcessGroup, shape: tuple[int, int] | Literal["ring"]) -> Mesh:
+    """Return the mesh of a group's ranks. The first call for a shape makes the groups of its rows and columns."""
+    made = _made.setdefault(group, {})
+    if shape not in made:
+        made[shape] = _make(group, shape)
+    return made[shape]  # type: ignore[return-value]
+
+
+def _make(group: ProcessGroup, shape: tuple[int, int] | Literal["ring"]) -> Mesh:
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    rows, cols = (size, 1) if shape == "ring" else shape
+    mesh = Mesh(rows, cols, rank, group.group_name, "", "", shape == "ring")
+    return mesh._replace(row=_subgroup(group, mesh.row_ranks), col=_subgroup(group, mesh.col_ranks))
+
+
+def _subgroup(group: ProcessGroup, ranks: range) -> str:
+    """Return the name of the group of these ranks of ``group``; nobody talks in a group of one."""
+    if len(ranks) == 1:
+        return ""
+    if len(ranks) == dist.get_world_size(group):
+        return group.group_name
+    return _new_group(group, ranks, dist.get_backend(group)).group_name
+
+
+def _new_group(group: ProcessGroup, ranks: range, backend: str) -> ProcessGroup:
+    globally = [dist.get_global_rank(group, rank) for rank in ranks]
+    return dist.new_group(globally, backend=backend, use_local_synchronization=True)
+
+
+def host_group(group: ProcessGroup) -> ProcessGroup:
+    """Return a group of the same ranks that exchanges tensors in host memory, so that no GPU has to wait."""
+    if "gloo" in str(dist.get_backend_config(group)):
+        return group
+    made = _made.setdefault(group, {})
+    make = partial(_new_group, group, range(dist.get_world_size(group)), "gloo")
+    if "host" not in made:
+        made["host"] = make()
+    return made["host"]  # type: ignore[return-value]

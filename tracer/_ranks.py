@@ -1,0 +1,152 @@
+"""The contrastive terms over the batches of all ranks of a mesh, and their gradients.
+
+1. Features are gathered in the rank's mesh row (images) and mesh column (texts), or texts travel a ring.
+2. The rank walks over its rectangle, which yields the statistics of its rows and columns over these logits alone.
+3. Each row's and column's statistics go to the rank that owns it, which merges them in rank order.
+4. The owner knows its whole rows and columns: its share of each term, and what the backward pass needs of them.
+5. The shares are added in rank order, on every rank alike; final statistics go back into mesh rows and columns.
+6. Backward, the rank walks over its rectangle once more, and gradients go to their owners, which add them up.
+
+Collectives lie between the custom operators, not in them, so that the compiler and byte counters see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tracer import _rectangle, _ring
+from tracer._agreement import Sizes
+from tracer._collectives import arrived, gather
+from tracer._mesh import Mesh
+from tracer.kernels import _statistics, contrastive_eager
+from tracer.kernels._statistics import Side, Whole
+from tracer.kernels.contrastive import Inputs, Needs, Options, Saved, accumulation_dtype
+
+
+def contrastive_terms(
+    impl: str, inputs: Inputs, options: Options, mesh: Mesh, sizes: Sizes
+) -> tuple[Tensor, Tensor]:
+    """Return the terms of the global batch, differentiable once, and the diagnostics, alike on all ranks.
+
+    ``inputs`` are this rank's. Gradients carry the factor R, the number of ranks.
+    """
+    if impl == "eager":
+        return contrastive_eager.contrastive_terms(_gathered_with_gradient(inputs, mesh, sizes), options)
+    return _Terms.apply(impl, mesh, sizes, options, *inputs)
+
+
+def sum_over_ranks(x: Tensor, mesh: Mesh) -> Tensor:
+    """Return the sum of a scalar over the ranks, in rank order; its gradient carries the factor R."""
+    return _SumOverRanks.apply(x, mesh)
+
+
+class _Terms(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, impl: str, mesh: Mesh, sizes: Sizes, options: Options, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        inputs = Inputs(*tensors)  # type: ignore[arg-type]
+        walk = _ring if mesh.ring else _rectangle
+        kept = walk.inputs_of(inputs, mesh, sizes)
+        rows, cols = walk.statistics(impl, kept, options, mesh, sizes)
+        whole = Whole(sum(sizes.images), sum(sizes.texts))
+        terms, diagnostics = _result(rows, cols, inputs, options, mesh, whole)
+        own = Saved(*(_statistics.final_statistics(side).to(terms.dtype) for side in (rows, cols)))
+        ctx.save_for_backward(*kept, *walk.saved_of(own, mesh, sizes))
+        ctx.call = impl, mesh, sizes, options, whole
+        ctx.mark_non_differentiable(diagnostics)
+        return terms, diagnostics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_terms: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        impl, mesh, sizes, options, whole = ctx.call
+        tensors, fields = ctx.saved_tensors, len(Inputs._fields)
+        inputs, saved = Inputs(*tensors[:fields]), Saved(*tensors[fields:])
+        asked = dict(zip(Inputs._fields, ctx.needs_input_grad[4:], strict=True))
+        needs = Needs(*(asked[name] for name in Needs._fields))
+        walk = _ring if mesh.ring else _rectangle
+        own = walk.gradients(impl, grad_terms, inputs, saved, options, needs, mesh, sizes, whole)
+        scale = None
+        if own.logit_scale is not None:
+            scale = gather(own.logit_scale[None], [1] * mesh.size, mesh.everyone).sum(0)
+        dtype = inputs.image.dtype
+        by_name = {
+            name: None if x is None else (mesh.size * x).to(scale.dtype if name == "logit_scale" else dtype)
+            for name, x in own._replace(logit_scale=scale)._asdict().items()
+        }
+        return None, None, None, None, *(by_name.get(name) for name in Inputs._fields)
+
+
+def _result(
+    rows: Side, cols: Side, inputs: Inputs, options: Options, mesh: Mesh, whole: Whole
+) -> tuple[Tensor, Tensor]:
+    """Return terms and diagnostics: what this rank's rows and columns add to each, summed over the ranks."""
+    shift = inputs.logit_scale.double() * (options.margin / _statistics.LN2)
+    shares = _statistics.shares(rows, cols, shift, options, whole)
+    terms, diagnostics = (
+        gather(share[None], [1] * mesh.size, mesh.everyone).sum(0) if len(share) else share
+        for share in shares
+    )
+    dtype = accumulation_dtype(inputs.image)
+    return terms.to(dtype), diagnostics.to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The definition: every rank computes the whole matrix, so every rank has the whole gradient.
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: Mesh, sizes: Sequence[int]) -> Tensor:
+        ctx.mesh, ctx.first, ctx.length = mesh, sum(sizes[: mesh.rank]), len(x)
+        return arrived(gather(x, sizes, mesh.everyone))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.mesh.size * grad[ctx.first : ctx.first + ctx.length], None, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
+        ctx.ranks = mesh.size
+        return gather(x[None], [1] * mesh.size, mesh.everyone).sum(0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.ranks * grad, None
+
+
+class _TimesRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.ranks * grad, None
+
+
+def _gathered_with_gradient(inputs: Inputs, mesh: Mesh, sizes: Sizes) -> Inputs:
+    def everyones(x: Tensor | None, of: Sequence[int]) -> Tensor | None:
+        return None if x is None else _GatherWithGradient.apply(x, mesh, of)
+
+    return Inputs(
+        image=everyones(inputs.image, sizes.images),
+        text=everyones(inputs.text, sizes.texts),
+        logit_scale=_TimesRanks.apply(inputs.logit_scale, mesh.size),
+        teacher_image=everyones(inputs.teacher_image, sizes.images),
+        teacher_text=everyones(inputs.teacher_text, sizes.texts),
+        teacher_logit_scale=inputs.teacher_logit_scale,
+        labels=everyones(inputs.labels, sizes.images),
+        text_labels=everyones(inputs.text_labels, sizes.texts),
+    )
