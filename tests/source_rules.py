@@ -119,6 +119,8 @@ def floor_of(module: str) -> str | None:
     first, second = (*module.split("."), "")[:2]
     if first != "tracer":
         return first if first in FLOORS else None
+    if second == "__main__":
+        return "cli"
     return second if second in (*ROOMS, "kernels", "cli") else "library"
 
 

@@ -102,7 +102,40 @@ R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pret
             ["finetune", "--train_data", "x.csv", "--precision", "bf16", "--zero_stage", "0"],
             "--zero_stage 1 or more",
         ),
-        (["finetune", "--train_data", "x.csv", "--zero_stage", "3"], "--projection_product 0"),
+        (
+            ["finetune", "--train_data", "x.csv", "--precision", "fp16", "--zero_stage", "0"],
+            "--precision fp16 needs --zero_stage 1 or more",
+        ),
+        (
+            ["finetune", "--train_data", "x.csv", "--compile", "true", "--zero_stage", "3"],
+            "--compile true needs --zero_stage 2 or less",
+        ),
+        (
+            ["finetune", "--train_data", "x.csv", "--freeze_text_blocks", "-1"],
+            "--freeze_text_blocks is -1: it must be at least 0",
+        ),
+        (
+            ["finetune", "--train_data", "x.csv", "--freeze", "text", "--freeze_text_blocks", "2"],
+            "--freeze text freezes these blocks already: leave --freeze_text_blocks 2 out",
+        ),
+        (
+            ["finetune", "--train_data", "x.csv", "--adapters", "true", "--freeze", "image"],
+            "--freeze image and adapters exclude each other",
+        ),
+        (["demo", "--freeze", "image"], "--freeze image: the demo trains adapters too"),
+        (["finetune", "--train_data", "x.csv", "--timeout", "0"], "--timeout is 0.0: it must be above 0"),
+        (
+            ["finetune", "--train_data", WHOLE, "--deepspeed", "nowhere.json"],
+            "'nowhere.json' does not exist: check --deepspeed",
+        ),
+        (
+            [*R_ADAPTER[:3], "--model", "RN50", "--pretrained", "null", "--freeze_image_blocks", "5"],
+            "--freeze_image_blocks is 5: the image tower has 4 blocks",
+        ),
+        (
+            [*R_ADAPTER[:3], "--model", "RN50", "--pretrained", "null", "--grad_checkpointing", "true"],
+            "would move the statistics of BatchNorm ('visual.bn1') twice in each step: add --lock_batchnorm true",
+        ),
         (
             ["finetune", "--train_data", "x.csv", "--adapter_alpha", "1.5"],
             "--adapter_alpha is 1.5: it must be",

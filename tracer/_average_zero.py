@@ -165,6 +165,33 @@ class Masters:
             starts = [_starts(group) for group in self.groups]
         return [(buffers[i].detach(), starts[i]) for i in range(len(self.groups))]
 
+    def part(self, name: str) -> tuple[Tensor, int]:
+        """Return this rank's part of a parameter's master, a flat view, and at which element it begins.
+
+        At stage 3 it may end in padding; it is empty where other ranks have all of the parameter.
+        """
+        if self.kind == "torch":
+            return self.engine.module.get_parameter(name).detach().view(-1), 0
+        if self.kind == "DeepSpeedZeroOptimizer_Stage3":
+            place = self.piece_places()[name]
+            rank = dist.get_rank(self.engine.module.get_parameter(name).ds_process_group)
+            return self.read(place), rank * place.shape.numel()
+        if self.kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+            return self._part_of_shard(name)
+        return self.read(self.whole_places()[name]).view(-1), 0
+
+    def _part_of_shard(self, name: str) -> tuple[Tensor, int]:
+        for number, (group, (_, starts)) in enumerate(zip(self.groups, self.flat_groups(), strict=True)):
+            shard = self.tensors()[number].detach()
+            first = dist.get_rank(self.process_group(number)) * shard.numel()
+            for (other, p), start in zip(group, starts, strict=True):
+                if other == name:
+                    begin, end = max(start, first), min(start + p.numel(), first + shard.numel())
+                    return shard.narrow(
+                        0, begin - first if end > begin else 0, max(0, end - begin)
+                    ), begin - start
+        raise KeyError(name)
+
     def process_group(self, index: int) -> Any:
         """Return the ranks that a parameter group is sharded over at stages 1 and 2."""
         return self.engine.optimizer.real_dp_process_group[index]

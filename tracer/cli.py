@@ -24,7 +24,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from tracer import __version__
 from tracer.demo.config import DemoConfig, PretrainConfig
-from tracer.errors import Stopped, UserError
+from tracer.errors import Refused, Stopped, UserError
 from tracer.evaluation.config import EvaluateConfig
 from tracer.settings import check_set_names
 from tracer.train.config import Config
@@ -40,9 +40,12 @@ def _demo(config: DemoConfig) -> None:
 
 def _finetune(config: Config) -> None:
     from tracer.report.terminal import print_scores
+    from tracer.train.ranks import ranks
     from tracer.train.run import finetune
 
     folder = finetune(config)
+    if not ranks().first:
+        return
     if scores := json.loads((folder / "metrics.json").read_text()):
         print_scores(scores)
     print(f"run: {folder}")
@@ -90,10 +93,11 @@ def main(argv: list[str] | None = None) -> int:
     threading.excepthook = _thread_error
     try:
         with _sigterm_raises():
-            run(*parse(argv))
+            run(*parse(_without_local_rank(sys.argv[1:] if argv is None else argv)))
     except Stopped as stopped:
-        print(f"tracer: {stopped}", file=sys.stderr)
-        return 128 + stopped.signal
+        return _end(f"tracer: {stopped}", 128 + stopped.signal)
+    except Refused:
+        return 2
     except (UserError, argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         return _refuse(str(error))
     except OSError as error:
@@ -103,12 +107,36 @@ def main(argv: list[str] | None = None) -> int:
         )
         return _refuse(f"{error.strerror or error}: '{error.filename or os.getcwd()}': {remedy}")
     except KeyboardInterrupt:
-        print(
-            "tracer: stopped; the same command goes on from the last whole checkpoint, if any",
-            file=sys.stderr,
-        )
-        return 130
+        return _end("tracer: stopped; the same command goes on from the last whole checkpoint, if any", 130)
+    except Exception:
+        if _speaks():
+            raise
+        return 1  # most likely the connection to a rank that has ended, and said why
     return 0
+
+
+def _without_local_rank(argv: list[str]) -> list[str]:
+    """Return the arguments without DeepSpeed's --local_rank=N, which goes where torchrun puts it."""
+    options = ("--local_rank=", "--local-rank=")
+    for argument in argv:
+        if argument.startswith(options):
+            os.environ.setdefault("LOCAL_RANK", argument.partition("=")[2])
+    return [argument for argument in argv if not argument.startswith(options)]
+
+
+def _several_ranks() -> bool:
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def _speaks() -> bool:
+    """Return whether this rank says why it ends: one of all does, so that a mistake is one line."""
+    if not _several_ranks():
+        return True
+    if "tracer.train.ranks" not in sys.modules:  # a mistake in the options, which all ranks have alike
+        return os.environ.get("RANK", "0") == "0"
+    from tracer.train.ranks import ranks
+
+    return ranks().speaks()
 
 
 @contextmanager
@@ -174,6 +202,8 @@ class SettingsFile(ActionConfigFile):
 
 def run(command: str, config: Any) -> None:
     """Check the settings and run the command."""
+    if command != "finetune" and _several_ranks():
+        raise UserError(f"tracer {command} runs in one process: start it without torchrun or deepspeed")
     config.validate()
     import tracer.demo.small_clip  # noqa: F401 (registers the demo's model)
 
@@ -200,8 +230,14 @@ def _thread_error(error: threading.ExceptHookArgs) -> None:
 
 
 def _refuse(message: str) -> int:
-    print(f"tracer: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return _end(f"tracer: error: {' '.join(message.split())}", 2)
+
+
+def _end(message: str, code: int) -> int:
+    """Print the last word of a run, unless another rank has said its own, and return the exit code."""
+    if _speaks():
+        print(message, file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

@@ -18,3 +18,7 @@ class Stopped(BaseException):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+class Refused(UserError):
+    """Another rank has ended the run, and says why; this rank ends with it and says nothing."""

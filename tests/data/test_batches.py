@@ -79,3 +79,24 @@ def test_a_picture_without_a_label_is_a_positive_of_itself_alone(drawings, clip,
     assert number[0] == number[1] == 0
     assert number[4] == number[5]
     assert len({number[i] for i in (0, 2, 3, 4)}) == 4
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_the_slices_of_all_ranks_are_the_batches_of_one_process(drawings, clip, world_size):
+    """Pictures, crops, captions, labels and order, across the ends of epochs."""
+    index = read_index(drawings / "train.csv")
+    options = {"batch_size": 12, "steps": 5, "first": 1, "seed": 3, "crop_scale": 0.5, "workers": 1}
+    ranks = [
+        TrainingBatches(index, clip, rank=rank, world_size=world_size, **options)
+        for rank in range(world_size)
+    ]
+    for whole, *slices in zip(TrainingBatches(index, clip, **options), *ranks, strict=True):
+        assert {len(part.index) for part in slices} == {12 // world_size}
+        joined = [torch.cat(parts) for parts in zip(*map(astuple, slices), strict=True)]
+        assert all(torch.equal(x, y) for x, y in zip(joined, astuple(whole), strict=True))
+
+
+def test_slices_of_different_sizes_are_refused(drawings, clip):
+    index = read_index(drawings / "train.csv")
+    with pytest.raises(ValueError, match="batch_size is 12: it must be divisible by world_size 5"):
+        TrainingBatches(index, clip, batch_size=12, steps=1, seed=0, crop_scale=0.9, world_size=5)

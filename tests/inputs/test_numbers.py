@@ -39,6 +39,39 @@ def poison_loss(monkeypatch, calls: set[int], value: float = float("nan")) -> No
     monkeypatch.setattr(TracerLoss, "forward", poisoned)
 
 
+def test_in_fp16_a_large_loss_scale_is_not_a_loss_that_is_not_finite(
+    tiny_config, drawings, tmp_path, monkeypatch
+):
+    """The steps that it skips do not end the run; those of a NaN do."""
+    argv = options(tiny_config, drawings, tmp_path, precision="fp16", max_skipped=2, steps=14)
+    assert main(argv) == 0
+    rows = read_log(tmp_path / "run")
+    overflow = [row["overflow"] for row in rows]
+    assert sum(overflow) >= 3
+    assert overflow == [row["skipped"] for row in rows]
+    assert sum(overflow[:4]) >= 3  # more in a row than --max_skipped
+    assert rows[-1]["loss_scale"] < rows[0]["loss_scale"]
+    poison_loss(monkeypatch, {9, 10})
+    argv[argv.index("--output") + 1] = str(tmp_path / "poisoned")
+    assert main(argv) == 2
+
+
+def test_in_fp16_a_gradient_that_is_never_finite_ends_the_run(
+    tiny_config, drawings, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "deepspeed.json").write_text('{"fp16": {"initial_scale_power": 2, "hysteresis": 1}}')
+    forward = TracerLoss.forward
+
+    def endless(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        return output._replace(loss=output.loss + (output.loss * 0 - 1).sqrt().nan_to_num())
+
+    monkeypatch.setattr(TracerLoss, "forward", endless)
+    changes = {"precision": "fp16", "max_skipped": 3, "steps": 30, "deepspeed": tmp_path / "deepspeed.json"}
+    assert main(options(tiny_config, drawings, tmp_path, **changes)) == 2
+    assert "was not finite in 3 steps in a row; the last is step 4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("changes", [{"zero_stage": s, "projection_product": 0} for s in (0, 1, 2, 3)])
 @pytest.mark.parametrize("clip_grad", [0, 1])

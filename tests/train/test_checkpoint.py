@@ -111,6 +111,32 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(config, tmp_path, mon
     assert_same(run, uninterrupted(config, tmp_path))
 
 
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_the_loss_scale_goes_on_too(config, tmp_path, monkeypatch, capsys, zero_stage):
+    """In fp16: an overflow before the checkpoint lowers the scale, and three good steps raise it."""
+    scaling = {"initial_scale_power": 13, "hysteresis": 1, "loss_scale_window": 2}
+    (tmp_path / "deepspeed.json").write_text(json.dumps({"fp16": scaling}))
+    changes = {"precision": "fp16", "zero_stage": zero_stage, "deepspeed": tmp_path / "deepspeed.json"}
+    config = dataclasses.replace(config, **changes, steps=8, save_every=4)
+    cut(config, monkeypatch, 6)
+    run = finetune(config)
+    assert "going on after step 4 of 8" in capsys.readouterr().out
+    assert_same(run, uninterrupted(config, tmp_path))
+    scales = [row["loss_scale"] for row in read_log(run)]
+    assert len(set(scales)) > 2  # it falls, and rises again
+    assert max(scales[4:]) > min(scales)
+
+
+def test_another_number_of_ranks_is_refused(config, monkeypatch):
+    part = cut(config, monkeypatch, 3)
+    about = part / "checkpoint-2/checkpoint.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"ranks": 2}))
+    with pytest.raises(
+        UserError, match=f"'{part}' holds an unfinished run of 2 ranks, and this one has 1: start"
+    ):
+        finetune(config)
+
+
 def test_a_run_that_was_cut_off_twice(config, tmp_path, monkeypatch):
     config = dataclasses.replace(config, method="r-adapter", save_every=1)
     cut(config, monkeypatch, 2)

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import math
 import weakref
+from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
+from conftest import TINY
 from safetensors.torch import load_file
 
 from tracer.adapters import add_adapters
+from tracer.files import write_tensors
 from tracer.models.clip import encode, load_clip
 from tracer.models.weights import save_weights
 from tracer.schedules import WMA
 from tracer.teacher import build_teacher
-from tracer.train.engine import lr_schedule, parameter_groups, start_engine
+from tracer.train.engine import LogitScaleBound, full_weights, lr_schedule, parameter_groups, start_engine
 from tracer.train.log import read_log
-from tracer.train.loop import objective
+from tracer.train.loop import Trainer, objective
 from tracer.train.run import finetune
 
 
 @pytest.mark.parametrize(
     "changes",
     [
+        {"grad_checkpointing": True, "zero_stage": 3},
         {"precision": "bf16"},
         {"precision": "amp_bf16"},
         {"zero_stage": 0},
@@ -135,12 +141,14 @@ def test_weight_decay_falls_on_the_matrices_that_train_alone():
 @pytest.mark.parametrize(
     ("precision", "stage"),
     [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("amp_bf16", 0), ("amp_bf16", 1), ("amp_bf16", 2)]
-    + [("amp_bf16", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)],  # bf16 at stage 0 is refused
+    + [("amp_bf16", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]  # bf16 at stage 0 is refused
+    + [("fp16", 1), ("fp16", 3)],
 )
 def test_training_starts_at_the_float32_weights_exactly(config, precision, stage, method):
     """Regression: DeepSpeed makes the master weights of a bf16 engine from the rounded ones."""
     changes = {"precision": precision, "zero_stage": stage, "lr": 1e-100, "method": method, "eval_data": {}}
-    changes |= {"steps": 2, "warmup": 0, "projection_product": 0.0, "adapter_rank": 4, "wma_beta": 1.0}
+    changes |= {"steps": 12 if precision == "fp16" else 2}  # the first ones find the loss scale
+    changes |= {"warmup": 0, "projection_product": 0.0, "adapter_rank": 4, "wma_beta": 1.0}
     folder = finetune(dataclasses.replace(config, **changes))
     start = load_file(config.pretrained)
     for file in folder.glob("*.safetensors"):
@@ -161,3 +169,114 @@ def test_a_frozen_parameter_of_a_bf16_run_is_not_rounded(config, tmp_path):
     for weights in run._exact(trained, frozen)[:3]:
         assert torch.equal(weights["positional_embedding"], state["positional_embedding"])
         assert torch.equal(weights["visual.proj"], rounded["visual.proj"])
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage"),
+    [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 1)]
+    + [("fp16", 2), ("fp16", 3)],
+)
+def test_the_logit_scale_is_bounded_at_every_stage(config, precision, stage):
+    """The optimizer's float32 weight and the one that the model computes with, and nothing else."""
+    clip = load_clip(config.model, config.pretrained)
+    clip.model.logit_scale.data.fill_(4.7)
+    engine = start_engine(dataclasses.replace(config, precision=precision, zero_stage=stage), clip.model)
+    before = full_weights(engine)
+    assert float(before["logit_scale"]) > math.log(100) + 0.09
+    LogitScaleBound(engine)()
+    after = full_weights(engine)
+    assert float(after["logit_scale"]) == pytest.approx(math.log(100), abs=1e-6)
+    with deepspeed.zero.GatheredParameters(engine.module.logit_scale, enabled=stage == 3):
+        assert float(engine.module.logit_scale) <= math.log(100) * 1.001
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if name != "logit_scale")
+
+
+def test_a_frozen_logit_scale_is_left_alone(config):
+    clip = load_clip(config.model, config.pretrained)
+    clip.model.logit_scale.requires_grad_(False).fill_(4.7)
+    engine = start_engine(config, clip.model)
+    LogitScaleBound(engine)()
+    assert float(engine.module.logit_scale) == pytest.approx(4.7)
+
+
+def test_a_run_keeps_the_logit_scale_at_its_bound(config, monkeypatch):
+    """From weights above it, against a gradient that raises it."""
+    state = load_file(config.pretrained) | {"logit_scale": torch.tensor([4.7])}
+    write_tensors(Path(config.pretrained), state)
+    seen = []
+    step = Trainer.step
+
+    def recorded(self, *args):
+        scalars = step(self, *args)
+        seen.append(float(self.engine.module.logit_scale))
+        return scalars
+
+    monkeypatch.setattr(Trainer, "step", recorded)
+    finetune(dataclasses.replace(config, lr=1e-5, steps=3, warmup=0, eval_data={}))
+    assert len(seen) == 3
+    assert all(4.59 < value <= math.log(100) + 1e-6 for value in seen)
+
+
+@pytest.mark.parametrize("changes", [{"freeze": "image"}, {"freeze": "all_but_projections", "zero_stage": 3}])
+def test_a_frozen_part_stays_as_it_was_bit_for_bit(config, capsys, changes):
+    """In bf16, in which the engine rounds it; the teacher has it too."""
+    changes = {"precision": "bf16", "steps": 3, "warmup": 0, "eval_data": {}} | changes
+    folder = finetune(dataclasses.replace(config, **changes))
+    start = load_file(config.pretrained)
+    for name in ("student", "teacher"):
+        state = load_file(folder / f"{name}.safetensors")
+        moved = {key for key, value in state.items() if not torch.equal(value, start[key])}
+        if changes["freeze"] == "image":
+            assert "transformer.resblocks.0.mlp.c_fc.weight" in moved
+            assert not any(key.startswith("visual.") for key in moved)
+        else:
+            assert moved == {"text_projection", "visual.proj", "logit_scale"}
+    assert "parameters train (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16"])
+@pytest.mark.parametrize("lock", [False, True])
+def test_batchnorm_is_locked_where_asked(config, tmp_path, precision, lock):
+    path = tmp_path / "tiny-resnet.json"
+    resnet = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+    path.write_text(json.dumps(TINY | {"vision_cfg": resnet}))
+    torch.manual_seed(0)
+    start = {n: v.clone() for n, v in load_clip(str(path), None).model.state_dict().items()}
+    save_weights(start, tmp_path / "resnet.safetensors")
+    changes = {
+        "model": str(path),
+        "pretrained": str(tmp_path / "resnet.safetensors"),
+        "steps": 2,
+        "warmup": 0,
+    }
+    config = dataclasses.replace(config, lock_batchnorm=lock, precision=precision, eval_data={}, **changes)
+    folder = finetune(config)
+    for name in ("student", "teacher"):
+        state = load_file(folder / f"{name}.safetensors")
+        assert torch.equal(state["visual.bn1.running_mean"], start["visual.bn1.running_mean"]) == lock
+        assert not torch.equal(state["visual.bn1.weight"], start["visual.bn1.weight"])
+
+
+def test_the_random_numbers_of_a_step_depend_on_the_seed_and_the_step_alone(config, monkeypatch):
+    """So that every rank drops the same adapters, also where the ranks have drawn other numbers before."""
+    draws: list[float] = []
+
+    def recorded(one, _drop):
+        draws.append(float(torch.rand(())))
+        return one
+
+    monkeypatch.setattr("tracer.adapters.F.dropout", recorded)
+    changes = {"method": "r-adapter", "adapter_momentum": 0.0, "eval_data": {}, "steps": 3, "warmup": 0}
+    config = dataclasses.replace(config, **changes)
+    finetune(config)
+    first = list(draws)
+    assert len(set(first)) == len(first) == 3 * 4
+    draws.clear()
+
+    def drawn_before(*args):
+        torch.rand(5)
+        return start_engine(*args)
+
+    monkeypatch.setattr("tracer.train.loop.start_engine", drawn_before)
+    finetune(dataclasses.replace(config, output=config.output.with_name("again")))
+    assert draws == first

@@ -47,9 +47,14 @@ def test_the_loop_equals_a_plain_torch_loop(config):
         torch.testing.assert_close(student[name], value, rtol=1e-3, atol=1e-3)
 
 
-def test_the_whole_objective_equals_a_plain_torch_loop(config):
-    """Labels, every distillation term, a WMA teacher, penalties and clipping against the eager loss and torch."""
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_the_whole_objective_equals_a_plain_torch_loop(config, zero_stage):
+    """Labels, every distillation term, a WMA teacher, penalties and clipping against the eager loss and torch.
+
+    At stage 3 too, where the projections that the penalties see are in pieces.
+    """
     changes = {"wma_beta": 0.8, "clip_grad": 0.1, "projection_product": 0.05, "feature": 200.0}
+    changes |= {"zero_stage": zero_stage, "projection_orthogonal": 0.2}
     config = dataclasses.replace(config, **changes)
     folder = finetune(config)
     clip = load_clip(config.model, config.pretrained)
@@ -82,6 +87,7 @@ def test_the_whole_objective_equals_a_plain_torch_loop(config):
         feature = (u - tu).square().mean() + (v - tv).square().mean()
         loss = eager.loss + 0.9 * 200 * feature
         loss = loss + 0.05 * (model.visual.proj @ model.text_projection.T).norm()
+        loss = loss + 0.2 * (model.visual.proj.T @ model.visual.proj - torch.eye(32)).norm()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)))
         adam.step()

@@ -41,15 +41,18 @@ class TrainingBatches:
             the next free number, shared only by other rows of the same file, so that in the loss its captions
             are its only positives.
         clip: the model that gives the tokenizer and the picture format.
-        batch_size: pictures of a batch.
+        batch_size: pictures of a batch, on all ranks together. Their order, crops and captions do not depend on
+            the number of ranks; each rank reads and yields an equal slice of every batch.
         steps: number of batches of the whole run.
         seed: of the order, the crops and the choice of captions.
         crop_scale: smallest share of a picture's area that a random crop keeps.
         first: number of the first batch.
         workers: threads that decode pictures.
         device: where the batches are put.
+        rank, world_size: the slice that is yielded: the ``rank``-th of ``world_size`` equal ones.
 
     Raises:
+        ValueError: the slices would not be equal.
         UserError: the data set has fewer pictures than one batch.
     """
 
@@ -65,20 +68,24 @@ class TrainingBatches:
         first: int = 0,
         workers: int = 2,
         device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
     ):
+        if batch_size % world_size:
+            raise ValueError(f"batch_size is {batch_size}: it must be divisible by world_size {world_size}")
         if len(index) < batch_size:
             raise UserError(
                 f"'{index.name}' holds {len(index)} pictures, fewer than one batch of {batch_size}: "
                 "lower --batch_size or add pictures"
             )
         self._numbers, self._seed, self._device = range(first, steps), seed, torch.device(device)
-        order = shuffled(len(index), batch_size, steps, seed, first)
-        crops = (random_crops(batch_size, seed, batch, crop_scale) for batch in self._numbers)
+        mine = batch_size // world_size
+        self._batch_size, self._mine = batch_size, slice(rank * mine, (rank + 1) * mine)
+        order = (rows[self._mine] for rows in shuffled(len(index), batch_size, steps, seed, first))
+        crops = (random_crops(batch_size, seed, n, crop_scale).of(self._mine) for n in self._numbers)
         # A pipeline asks for its first batch at once; with none left to read there must be no pipeline.
         self._pictures: Iterable[tuple[Tensor, Tensor]] = (
-            Pictures(
-                index, clip.picture_format, order, batch_size, crops=crops, workers=workers, device=device
-            )
+            Pictures(index, clip.picture_format, order, mine, crops=crops, workers=workers, device=device)
             if self._numbers
             else ()
         )
@@ -93,7 +100,7 @@ class TrainingBatches:
     def __iter__(self) -> Iterator[Batch]:
         for number, (image, index) in zip(self._numbers, self._pictures, strict=True):
             start, count = self._offsets[index], self._offsets[index + 1] - self._offsets[index]
-            choice = torch.from_numpy(caption_choice(len(index), self._seed, number))
+            choice = torch.from_numpy(caption_choice(self._batch_size, self._seed, number)[self._mine])
             text, label = self._tokens[start + (choice * count).long()], self._labels[index]
             yield Batch(image, text.to(self._device), label.to(self._device), index)
 

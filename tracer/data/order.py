@@ -54,6 +54,10 @@ class Crops(NamedTuple):
     sides: np.ndarray
     place: np.ndarray
 
+    def of(self, part: slice) -> Crops:
+        """Return the crops of a part of the batch."""
+        return Crops(self.sides[part], self.place[part])
+
 
 def random_crops(batch_size: int, seed: int, batch: int, smallest: float) -> Crops:
     """Return the crops of a batch, distributed as in torchvision's ``RandomResizedCrop``.

@@ -55,6 +55,10 @@ class DemoConfig(Config):
         check_ranges(
             self, {"at least 1": "seeds", "from 0 to 1": "alphas wise_alpha", "above 0": "adapter_lr"}
         )
+        if self.freezing:
+            raise UserError(
+                f"{' '.join(self.freezing)}: the demo trains adapters too, use finetune to freeze parts"
+            )
         check_set_names("kinds", self.kinds)
         for name, role in self.kinds.items():
             if role not in ROLES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -13,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from tracer.errors import UserError
-from tracer.files import is_marked, remove_tree, sync, whole_folder, write_json
+from tracer.files import aside, is_marked, remove_tree, sync, whole_folder, write_json
 from tracer.teacher import MovingAverageTeacher
+from tracer.train.ranks import ranks
 
 WHOLE = "checkpoint-*[0-9]"  # matches no checkpoint that is still being written
 
@@ -34,8 +36,8 @@ class Checkpoints:
     """The checkpoints in the folder of an unfinished run. Only the newest one is kept.
 
     A checkpoint is a folder: DeepSpeed's files under ``engine``, the moving averages and random generators of
-    each rank in ``rank-R.pt``, and ``checkpoint.json`` with the step, the seconds so far, the settings and the
-    fingerprint.
+    each rank in ``rank-R.pt``, and ``checkpoint.json`` with the step, the seconds so far, the settings, the
+    fingerprint and the number of ranks. All ranks write into the same folder, and read from it.
 
     Args:
         folder: of the run, with or without a checkpoint of an earlier attempt.
@@ -47,12 +49,13 @@ class Checkpoints:
         step: optimizer steps done in the newest checkpoint; 0 where there is none.
 
     Raises:
-        UserError: the folder holds an unfinished run with another fingerprint, or a damaged checkpoint.
+        UserError: the folder holds an unfinished run with another fingerprint or number of ranks, or a damaged
+            checkpoint.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], fingerprint: str, started: float) -> None:
         self._folder = folder
-        self._identity = {"fingerprint": fingerprint, "settings": dict(settings)}
+        self._identity = {"fingerprint": fingerprint, "settings": dict(settings), "ranks": ranks().size}
         self._last = newest(folder)
         self.step, self._started = 0, started
         if self._last is None:
@@ -64,6 +67,11 @@ class Checkpoints:
             raise UserError(
                 f"'{folder}' holds an unfinished run with other {', '.join(differ) or 'data or versions'}: "
                 "give the same to go on with it, choose another --output, or remove that folder"
+            )
+        if (before := record.get("ranks", 1)) != ranks().size:
+            raise UserError(
+                f"'{folder}' holds an unfinished run of {before} rank{'s' * (before > 1)}, and this one has "
+                f"{ranks().size}: start as many again, choose another --output, or remove that folder"
             )
         self.step = record["step"]
         self._started -= record["seconds"]
@@ -79,15 +87,21 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint is damaged.
         """
-        for other in self._folder.glob("checkpoint-*"):  # older ones, and any that is half written
-            if other != self._last and is_marked(other):
+        here = ranks()
+        for other in self._folder.glob("checkpoint-*") if here.first else ():
+            if other != self._last and is_marked(other):  # older ones, and any that is half written
                 remove_tree(other)
-        if self._last is None:
-            return
+        if self._last is not None:
+            here.agree(self._compare_checksums)
+            here.agree(lambda: self._load(engine, averages))
+
+    def _load(self, engine: Any, averages: Mapping[str, MovingAverageTeacher]) -> None:
+        assert self._last is not None  # resume asked
         try:
-            _compare_checksums(self._last)
             whole = all(p.requires_grad for p in engine.module.parameters())
             engine.load_checkpoint(str(self._last), tag="engine", load_module_strict=whole)
+            if engine.zero_optimization_stage() == 3:  # whole copies of small weights are still the start's
+                engine.empty_partition_cache()
             state = torch.load(self._last / _rank_file(), map_location="cpu", weights_only=True)
             for name, average in averages.items():
                 average.load_state_dict(state["averages"][name])
@@ -95,6 +109,21 @@ class Checkpoints:
             if engine.device.type == "cuda":
                 torch.cuda.set_rng_state(state["random"]["cuda"], engine.device)
         except Exception as error:  # zip, pickle, torch and DeepSpeed each raise their own for damaged files
+            raise _damaged(self._last, error) from error
+
+    def _compare_checksums(self) -> None:
+        """Raise UserError for the first file of torch's whose content has changed; torch does not look.
+
+        The ranks divide the files among them.
+        """
+        assert self._last is not None  # resume asked
+        here = ranks()
+        try:
+            for file in sorted(self._last.rglob("*.pt"))[here.rank :: here.size]:
+                with ZipFile(file) as archive:
+                    if (name := archive.testzip()) is not None:
+                        raise BadZipFile(f"checksum of {name} in {file.name}")
+        except Exception as error:  # zipfile raises several kinds too
             raise _damaged(self._last, error) from error
 
     def save(self, step: int, engine: Any, averages: Mapping[str, MovingAverageTeacher]) -> None:
@@ -108,27 +137,33 @@ class Checkpoints:
         if engine.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(engine.device)
         states = {name: _to_cpu(average.state_dict()) for name, average in averages.items()}
+        here = ranks()
+
+        def claim() -> Path:
+            return stack.enter_context(whole_folder(folder)) if here.first else aside(folder)
+
         try:
-            with whole_folder(folder) as part:
+            with ExitStack() as stack:
+                part = here.agree(claim)
                 engine.save_checkpoint(
                     str(part), tag="engine", save_latest=False, exclude_frozen_parameters=True
                 )
-                for script in part.glob(
-                    "zero_to_*.py"
-                ):  # DeepSpeed's own tools, which this package does not use
-                    script.unlink()
-                torch.save({"averages": states, "random": random}, part / _rank_file())
-                record = self._identity | {"step": step, "seconds": self.seconds}
-                write_json(part / "checkpoint.json", record)
-                sync(part)
-            sync(self._folder)
+                here.agree(lambda: torch.save({"averages": states, "random": random}, part / _rank_file()))
+                if here.first:
+                    for script in part.glob("zero_to_*.py"):  # DeepSpeed's own tools, not used here
+                        script.unlink()
+                    record = self._identity | {"step": step, "seconds": self.seconds}
+                    write_json(part / "checkpoint.json", record)
+                    sync(part)
+            if here.first:
+                sync(self._folder)
         except RuntimeError as error:
             if "inline_container" not in str(error):  # torch's writer, which hides the system's error
                 raise
             raise UserError(
                 f"'{folder}' could not be written: free some space there and start again"
             ) from error
-        if self._last is not None:
+        if self._last is not None and here.first:
             remove_tree(self._last)
         self._last, self.step = folder, step
 
@@ -142,14 +177,6 @@ def _read_record(checkpoint: Path) -> dict[str, Any]:
         return json.loads((checkpoint / "checkpoint.json").read_text())
     except (OSError, ValueError) as error:
         raise _damaged(checkpoint, error) from error
-
-
-def _compare_checksums(checkpoint: Path) -> None:
-    """Raise BadZipFile for the first file of torch's whose content has changed; torch does not look."""
-    for file in checkpoint.rglob("*.pt"):
-        with ZipFile(file) as archive:
-            if (name := archive.testzip()) is not None:
-                raise BadZipFile(f"checksum of {name} in {file.name}")
 
 
 def _damaged(checkpoint: Path, error: Exception) -> UserError:

@@ -142,7 +142,7 @@ class OptimisationSettings:
     Args:
         steps: optimizer steps; default: 2000, in the demo 100.
         epochs: passes over the training pictures, in place of steps; rounded down to whole optimizer steps.
-        batch_size: pairs per optimizer step that the loss sees together on one rank.
+        batch_size: pairs that the loss sees together, on all ranks; each rank encodes an equal part of them.
         accumulation: micro-batches of batch_size accumulated into one optimizer step.
         lr: peak learning rate of AdamW; default: 5e-4 where adapters train, else 1e-5.
         weight_decay: weight decay of AdamW, not applied to gains, biases and the logit scale; default: 0 where
@@ -152,9 +152,6 @@ class OptimisationSettings:
         max_skipped: a step whose loss or gradient is not finite changes nothing and is counted; the run stops
             after this many of them in a row.
         crop_scale: smallest share of the picture's area that the random crop keeps.
-        precision: fp32; amp_bf16 (fp32 weights, products in bf16); bf16 (weights and activations bf16, master
-            weights and teacher fp32); auto: amp_bf16 where the hardware multiplies bf16, else fp32.
-        zero_stage: DeepSpeed ZeRO stage; bf16 needs at least 1.
     """
 
     steps: int | None = None
@@ -167,8 +164,6 @@ class OptimisationSettings:
     clip_grad: float = 1.0
     max_skipped: int = 10
     crop_scale: float = 0.9
-    precision: Literal["auto", "fp32", "amp_bf16", "bf16"] = "auto"
-    zero_stage: Literal[0, 1, 2, 3] = 1
 
     default_steps: ClassVar[int] = 2000
 
@@ -206,8 +201,79 @@ class OptimisationSettings:
             )
         if self.steps is not None and self.warmup >= self.steps:
             raise UserError(f"--warmup is {self.warmup}: it must be below --steps {self.steps}")
-        if self.precision == "bf16" and self.zero_stage == 0:
-            raise UserError("--precision bf16 needs --zero_stage 1 or more: stage 0 keeps no fp32 weights")
+
+
+@dataclass
+class FreezingSettings:
+    """Say which parts of the model stay as they are.
+
+    Args:
+        freeze: image or text, a whole tower with its projection (LiT freezes image); all_but_projections, which
+            trains the last linear map of each tower alone; none. The logit scale trains in any case.
+        freeze_image_blocks: lowest blocks of the image tower that stay, with the embedding before them; for timm's
+            towers, blocks as timm counts them, for a ResNet its four stages.
+        freeze_text_blocks: lowest blocks of the text tower that stay, with the embedding before them.
+        lock_batchnorm: keep every BatchNorm layer in evaluation mode. Layers in a frozen part are always kept so.
+    """
+
+    freeze: Literal["none", "image", "text", "all_but_projections"] = "none"
+    freeze_image_blocks: int = 0
+    freeze_text_blocks: int = 0
+    lock_batchnorm: bool = False
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting of this section that is out of range, or repeats another."""
+        check_ranges(self, {"at least 0": "freeze_image_blocks freeze_text_blocks"})
+        for tower in ("image", "text"):
+            blocks = getattr(self, f"freeze_{tower}_blocks")
+            if blocks and self.freeze in (tower, "all_but_projections"):
+                raise UserError(
+                    f"--freeze {self.freeze} freezes these blocks already: leave --freeze_{tower}_blocks "
+                    f"{blocks} out"
+                )
+
+    @property
+    def freezing(self) -> list[str]:
+        """Return the options that freeze something."""
+        names = ("freeze_image_blocks", "freeze_text_blocks")
+        chosen = [f"--freeze {self.freeze}"] if self.freeze != "none" else []
+        return chosen + [f"--{name} {getattr(self, name)}" for name in names if getattr(self, name)]
+
+
+@dataclass
+class EngineSettings:
+    """Say how the model is computed: arithmetic, memory, and how ranks share the work.
+
+    Args:
+        precision: fp32; amp_bf16 (fp32 weights, products in bf16); bf16 (weights and activations bf16, master
+            weights and teacher fp32); fp16 (the same in fp16, with a dynamic loss scale); auto: amp_bf16 where
+            the hardware multiplies bf16, else fp32.
+        zero_stage: DeepSpeed ZeRO stage; bf16 and fp16 need at least 1.
+        grad_checkpointing: compute the activations of both towers again in the backward pass, to save memory.
+        compile: compile both towers with torch.compile; not at ZeRO stage 3.
+        deepspeed: JSON file with further settings of DeepSpeed. What an option here decides is refused there.
+        timeout: seconds that a rank waits for the others within a step.
+    """
+
+    precision: Literal["auto", "fp32", "amp_bf16", "bf16", "fp16"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    grad_checkpointing: bool = False
+    compile: bool = False
+    deepspeed: Path | None = None
+    timeout: float = 1800.0
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting of this section that makes no sense, naming the remedy."""
+        check_ranges(self, {"above 0": "timeout"})
+        if self.precision in ("bf16", "fp16") and self.zero_stage == 0:
+            raise UserError(
+                f"--precision {self.precision} needs --zero_stage 1 or more: stage 0 keeps no fp32 weights"
+            )
+        if self.compile and self.zero_stage == 3:
+            raise UserError(
+                "--compile true needs --zero_stage 2 or less: stage 3 gathers the weights of each layer within "
+                "the towers, where a compiled tower does not stop"
+            )
 
 
 @dataclass
@@ -241,7 +307,15 @@ class Recipe(NamedTuple):
 
 # A dataclass takes the fields of its last base first.
 @dataclass
-class Config(RunSettings, OptimisationSettings, MethodSettings, ModelSettings, DataSettings):
+class Config(
+    RunSettings,
+    EngineSettings,
+    OptimisationSettings,
+    FreezingSettings,
+    MethodSettings,
+    ModelSettings,
+    DataSettings,
+):
     """Fine-tune an open_clip model; defaults are the published settings for ViT-B/16.
 
     Three settings are exceptions: steps, since the papers train 10 epochs (--epochs 10 does so too), and clip_grad
@@ -275,13 +349,20 @@ class Config(RunSettings, OptimisationSettings, MethodSettings, ModelSettings, D
 
     def validate(self) -> None:
         """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
-        for section in (DataSettings, MethodSettings, OptimisationSettings, RunSettings):
+        sections = (
+            DataSettings,
+            MethodSettings,
+            FreezingSettings,
+            OptimisationSettings,
+            EngineSettings,
+            RunSettings,
+        )
+        for section in sections:
             section.validate(self)
-        penalised = self.method == "tracer" and (self.projection_product or self.projection_orthogonal)
-        if self.zero_stage == 3 and penalised and not self.adapted:  # adapted: the projections are frozen
+        if self.adapted and self.freezing:
             raise UserError(
-                "--zero_stage 3 keeps the projections in shards, where their penalties cannot be taken: "
-                "use --zero_stage 2, or --projection_product 0 --projection_orthogonal 0"
+                f"{' '.join(self.freezing)} and adapters exclude each other: adapters freeze all the rest, and "
+                "--adapter_towers chooses the tower"
             )
 
     def to_yaml(self) -> str:

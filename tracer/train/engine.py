@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from tracer.errors import UserError
 from tracer.machine import resolve_precision
+from tracer.models.clip import projections
+from tracer.models.weights import MAX_LOGIT_SCALE
 from tracer.train.config import Config
+from tracer.train.deepspeed_file import merged
+from tracer.train.ranks import join
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -88,41 +92,94 @@ def start_engine(config: Config, model: nn.Module) -> DeepSpeedEngine:
     Without a launcher the process becomes a group of one.
 
     Raises:
-        UserError: the process is one of several ranks.
+        UserError: the ranks cannot be joined, or ``--deepspeed`` names a file that does not fit.
     """
-    _join_process_group()
-    start = {
+    join(config.timeout)
+    start = {  # keeps its float32 storage
         n: p.detach() for n, p in model.named_parameters() if p.requires_grad
-    }  # keeps its float32 storage
+    }
+    precision = resolve_precision(config.precision)
     adam = CheckedAdamW if config.zero_stage == 0 else AdamW
-    engine, *_ = _deepspeed().initialize(
+    deepspeed = _deepspeed()
+    if precision == "fp16" and not torch.cuda.is_available():
+        _allow_fp16(deepspeed.accelerator.get_accelerator())
+    engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=adamw(model, config.recipe.lr, config.recipe.weight_decay, adam),
         lr_scheduler=lambda optimizer: lr_schedule(config, optimizer),
-        config=_deepspeed_settings(config),
+        config=deepspeed_settings(config),
+        dist_init_required=False,
     )
-    if resolve_precision(config.precision) == "bf16":
+    if precision in ("bf16", "fp16"):
         _set_master_weights(engine, start)
+    if precision == "fp16":  # the loop counts the steps without a gradient, and names them
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
 
 
+def _allow_fp16(accelerator: Any) -> None:
+    """Let DeepSpeed train in fp16 on a processor without instructions for it: torch computes it all the same."""
+    if not accelerator.is_fp16_supported():
+        warnings.warn("this processor has no fp16 instructions: --precision fp16 will be slow", stacklevel=3)
+        accelerator.is_fp16_supported = lambda: True
+
+
+def _masters(engine: DeepSpeedEngine) -> Any:
+    from tracer._average_zero import Masters  # imports DeepSpeed
+
+    return Masters(engine)
+
+
 def _set_master_weights(engine: DeepSpeedEngine, weights: dict[str, Tensor]) -> None:
-    """Set the optimizer's float32 weights to these: DeepSpeed makes them from the model's, rounded to bf16."""
-    from deepspeed.utils import safe_set_full_fp32_param
+    """Set the optimizer's float32 weights to these: DeepSpeed makes them from the model's, rounded to 16 bits."""
+    masters = _masters(engine)
+    for name, value in weights.items():
+        part, begin = masters.part(name)
+        mine = value.flatten()[begin : begin + part.numel()]
+        part[: mine.numel()].copy_(mine)
 
-    for name, parameter in engine.module.named_parameters():
-        if name in weights:
-            safe_set_full_fp32_param(parameter, weights[name].to(engine.device))
+
+class LogitScaleBound:
+    """Keeps the trained logit scale at or below log ``MAX_LOGIT_SCALE``, as CLIP's own training does.
+
+    The float32 weight of the optimizer and the copy that the model computes with are both bounded, at every ZeRO
+    stage, and nothing is communicated. Call the object after each optimizer step.
+
+    Args:
+        engine: DeepSpeed engine of an open_clip model.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self._parameter: Any = getattr(engine.module, "logit_scale", None)
+        trained = self._parameter is not None and self._parameter.requires_grad
+        self._masters = _masters(engine) if trained else None
+
+    def __call__(self) -> None:
+        """Bound the logit scale."""
+        if self._masters is None:
+            return
+        bound = math.log(MAX_LOGIT_SCALE)
+        piece = getattr(self._parameter, "ds_tensor", None)  # of stage 3
+        for tensor in (self._masters.part("logit_scale")[0], self._parameter.data, piece):
+            if tensor is not None:
+                tensor.clamp_(max=bound)
 
 
-def _join_process_group() -> None:
-    if dist.is_initialized():
-        return
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("several ranks are not supported yet: start one process")
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+def whole_projections(engine: DeepSpeedEngine) -> tuple[Tensor, Tensor] | None:
+    """Return copies of the model's projections (see :func:`~tracer.models.clip.projections`) at any ZeRO stage.
+
+    Gradients flow through them to the parameters. It is collective at stage 3, where each rank has a piece of a
+    parameter: the copies outlive the moment in which it is whole.
+    """
+    if engine.zero_optimization_stage() < 3:
+        return projections(engine.module)
+    import deepspeed
+
+    names = ("visual.proj", "text_projection")  # gather only those that the penalties read
+    own = [p for n, p in engine.module.named_parameters() if any(name in n for name in names)]
+    with deepspeed.zero.GatheredParameters(own):
+        pair = projections(engine.module)
+        return (pair[0].clone(), pair[1].clone()) if pair else None
 
 
 def _deepspeed() -> Any:
@@ -136,14 +193,22 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def _deepspeed_settings(config: Config) -> dict[str, Any]:
+def deepspeed_settings(config: Config) -> dict[str, Any]:
+    """Return the settings of DeepSpeed: this program's, merged with those of the file ``--deepspeed``.
+
+    Raises:
+        UserError: the file contradicts an option, or cannot be read.
+    """
     precision = resolve_precision(config.precision)
-    return {
-        "train_micro_batch_size_per_gpu": config.batch_size,
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    ours = {
+        "train_batch_size": config.batch_size * config.accumulation,
+        "train_micro_batch_size_per_gpu": config.batch_size // world_size,
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.clip_grad,
         "zero_optimization": {"stage": config.zero_stage},
         "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
         "torch_autocast": {
             "enabled": precision == "amp_bf16",
             "dtype": "bfloat16",
@@ -151,8 +216,8 @@ def _deepspeed_settings(config: Config) -> dict[str, Any]:
         },
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed would compile its own first
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
     }
+    return {"steps_per_print": 10**9} | (merged(config.deepspeed, ours) if config.deepspeed else ours)
 
 
 def full_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import TextIO
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -23,21 +24,28 @@ class StepLog:
     host wait for the GPU at each step.
 
     Args:
-        folder: the run's; the log of an earlier attempt in it is continued.
+        folder: the run's; the log of an earlier attempt in it is continued. None writes nothing, and only counts.
         after: steps of that log that still hold; the rows of later ones are dropped, in TensorBoard too.
         every: steps between two writes.
 
     Attributes:
         skipped: how many of all rows tell of a skipped step (``skipped`` is 1).
-        skipped_in_a_row: how many of the last rows do so.
+        skipped_in_a_row: how many of the last rows do so; steps that fp16 skipped for too large a loss scale
+            (``overflow`` is 1) are left out of this count.
 
     Raises:
         UserError: the earlier log has fewer rows than ``after``.
     """
 
-    def __init__(self, folder: Path, after: int = 0, every: int = 25):
+    def __init__(self, folder: Path | None, after: int = 0, every: int = 25):
         self.every = every
         self._rows: list[tuple[int, dict[str, Tensor | float]]] = []
+        self.skipped = self.skipped_in_a_row = 0
+        self._file: TextIO | None = None
+        if folder is not None:
+            self._open(folder, after)
+
+    def _open(self, folder: Path, after: int) -> None:
         path = folder / "log.jsonl"
         rows = trim_log(path, after)
         if rows < after:
@@ -45,7 +53,6 @@ class StepLog:
                 f"'{path}' has lost rows: {rows} of the {after} until the last checkpoint are there; "
                 f"remove '{folder}' to start anew, or choose another --output"
             )
-        self.skipped = self.skipped_in_a_row = 0
         for row in read_log(folder):
             self._count(row)
         self._file = path.open("a")
@@ -58,6 +65,8 @@ class StepLog:
         A value that is not finite is left out of the logs: JSON has no number for it.
         """
         self._count(values)
+        if self._file is None:
+            return
         self._rows.append((step, {k: v.detach() if isinstance(v, Tensor) else v for k, v in values.items()}))
         if len(self._rows) >= self.every:
             self.flush()
@@ -65,10 +74,13 @@ class StepLog:
     def _count(self, values: Mapping[str, Tensor | float]) -> None:
         skipped = int(values.get("skipped", 0))
         self.skipped += skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if not values.get("overflow"):
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
     def flush(self) -> None:
         """Write the gathered rows to both logs."""
+        if self._file is None:
+            return
         for step, values in self._rows:
             scalars = {name: float(value) for name, value in values.items()}
             scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
@@ -81,8 +93,9 @@ class StepLog:
     def sync(self) -> None:
         """Wait until all rows so far are on the disk, and in TensorBoard's file."""
         self.flush()
-        self._board.flush()
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            self._board.flush()
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> StepLog:
         return self
@@ -91,8 +104,9 @@ class StepLog:
         # Where another error ends the block, that is the one to report.
         with suppress(OSError) if kind else nullcontext():
             self.flush()
-            self._file.close()
-            self._board.close()
+            if self._file is not None:
+                self._file.close()
+                self._board.close()
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

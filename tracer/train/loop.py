@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,14 +22,23 @@ from tracer.data.index import Index
 from tracer.errors import Stopped, UserError
 from tracer.losses import TracerLoss
 from tracer.machine import resolve_precision
-from tracer.models.clip import Clip, encode, projections
+from tracer.models.clip import Clip, encode
+from tracer.models.towers import compile_towers
 from tracer.ops import contrastive_loss
 from tracer.schedules import EMA, WMA, Frozen, Schedule, Uniform
 from tracer.teacher import MovingAverageTeacher, build_teacher
 from tracer.train.checkpoint import Checkpoints
 from tracer.train.config import Config
-from tracer.train.engine import full_weights, mixed_precision, optimizer_sizes, start_engine
+from tracer.train.engine import (
+    LogitScaleBound,
+    full_weights,
+    mixed_precision,
+    optimizer_sizes,
+    start_engine,
+    whole_projections,
+)
 from tracer.train.log import StepLog
+from tracer.train.ranks import ranks
 from tracer.train.stop import stop_requests
 
 if TYPE_CHECKING:
@@ -75,8 +86,13 @@ class Trainer:
         self.engine = start_engine(config, model)
         self.averages = moving_averages(config, self.engine)
         self.loss = objective(config)
+        self.bound_logit_scale = LogitScaleBound(self.engine)
         self.precision = resolve_precision(config.precision)
-        self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
+        if config.compile:  # after the averages have copied the module
+            compile_towers(self.engine.module)
+            if self.averages.teacher:
+                compile_towers(self.averages.teacher.module)
         self.pictures: list[int] = []  # of the last step, by their numbers in the data set
         self.engine.train()
 
@@ -85,11 +101,14 @@ class Trainer:
 
         The gradient is the mean over the micro-batches, and so are the loss and its terms. ``skipped`` is 1 where
         the loss or the gradient was not finite: weights, averages and the learning rate's schedule then stay where
-        they were. With ``measure`` the loss's diagnostics, again means over the micro-batches, and the gap to the
-        teacher on the last micro-batch are added.
+        they were. In fp16 ``loss_scale`` is logged, and ``overflow`` is 1 where the step was skipped for too large
+        a scale. Random numbers (dropped adapters, dropout) depend on (seed, step) alone. With ``measure`` the
+        loss's diagnostics, again means over the micro-batches, and the gap to the teacher on the last micro-batch
+        are added.
         """
         config, engine, teacher = self.config, self.engine, self.averages.teacher
         started, lr = time.perf_counter(), engine.get_lr()[0]
+        torch.manual_seed(step_seed(config.seed, step))  # on every rank the same adapters are dropped
         measured: list[dict[str, Tensor]] = []  # of each micro-batch
         self.pictures = []
         for batch in micro_batches:
@@ -102,24 +121,43 @@ class Trainer:
                     *student_output,
                     labels=batch.label if config.positives else None,
                     teacher=teacher_output,
-                    projections=projections(engine.module) if teacher and not config.adapted else None,
+                    projections=whole_projections(engine) if self.penalised else None,
                     stats=measure,
                 )
             # A NaN in all gradients: the optimizer's own check then sees a loss that is not finite too.
             engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
             measured.append({"loss": loss.detach(), **terms} | diagnostics)
             engine.step()  # moves the weights after the last micro-batch; until then it adds up gradients
+        self.bound_logit_scale()
         for average in self.averages.by_name().values():
             average.update(step)
         scalars = means(measured)
-        if measure and teacher and config.zero_stage < 3:
+        if measure and teacher:
             scalars["kl"] = teacher_gap(engine, teacher, image, batch.text)
-        scalars |= {
-            "logit_scale": student_output[2],
-            "lr": lr,
-            "skipped": float(not engine.was_step_applied()),
-        }
+        scalars |= {"logit_scale": student_output[2], "lr": lr} | self.skipped(scalars["loss"])
         return scalars | {"step_seconds": time.perf_counter() - started}
+
+    @property
+    def penalised(self) -> bool:
+        """Return whether the penalties on the projections are taken: adapters leave these as they were."""
+        return self.averages.teacher is not None and not self.config.adapted
+
+    def skipped(self, loss: Tensor | float) -> dict[str, Tensor | float]:
+        """Return the scalars that say whether the last step was skipped, and in fp16 why."""
+        skipped = not self.engine.was_step_applied()
+        scalars: dict[str, Tensor | float] = {"skipped": float(skipped)}
+        if self.precision == "fp16":
+            scaler = self.engine.optimizer.loss_scaler
+            scale = float(scaler.loss_scale)  # of the next step
+            # At the least scale it was not the scale: the gradient itself is not finite.
+            large = skipped and math.isfinite(loss) and scale > getattr(scaler, "min_scale", math.inf)
+            scalars |= {"loss_scale": scale, "overflow": float(large)}
+        return scalars
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Return the seed of the random numbers that a training step draws, on every rank."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
 
 
 def means(measured: list[dict[str, Tensor]]) -> dict[str, Tensor | float]:
@@ -139,6 +177,7 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
     engine, averages = trainer.engine, trainer.averages
     checkpoints.resume(engine, averages.by_name())
     done, total = checkpoints.step, config.total_steps
+    here = ranks()
     batches = iter(
         TrainingBatches(
             index,
@@ -150,11 +189,13 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
             crop_scale=config.crop_scale,
             workers=config.workers,
             device=engine.device,
+            rank=here.rank,
+            world_size=here.size,
         )
     )
     steps = range(done + 1, total + 1)
-    bar = tqdm(steps, desc=config.output.name, unit="step", initial=done, total=total)
-    with stop_requests() as request:
+    bar = tqdm(steps, desc=config.output.name, unit="step", initial=done, total=total, disable=not here.first)
+    with stop_requests(quiet=not here.first) as request:
         for step in bar:
             measure = step % MEASURE_EVERY == 0 or step == total
             log.write(step, trainer.step(step, islice(batches, config.accumulation), measure))
@@ -163,13 +204,14 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
             if log.skipped_in_a_row >= config.max_skipped:
                 pictures = [index.images[n] for n in trainer.pictures]
                 raise _not_finite(config, step, log.skipped_in_a_row, pictures)
-            if step % config.save_every == 0 or step == total or request.signal:
+            stop = here.stop_step(step, request.signal)
+            if step % config.save_every == 0 or step == total or stop:
                 log.sync()  # before the checkpoint, which relies on the log's rows
                 checkpoints.save(step, engine, averages.by_name())
-            if request.signal:
+            if stop:
                 raise Stopped(
                     f"stopped after step {step} of {total}, which is saved; the same command goes on from there",
-                    request.signal,
+                    stop,
                 )
     if log.skipped == total:
         raise _not_finite(config, total, total, [index.images[n] for n in trainer.pictures])
@@ -219,6 +261,7 @@ def teacher_schedule(config: Config) -> Schedule:
 def objective(config: Config) -> TracerLoss:
     """Return the loss that ``config`` describes; called without a teacher, it is the contrastive term alone."""
     return TracerLoss(
+        **across_ranks(),
         distill_weight=config.distill_weight,
         relational=config.relational,
         feature=config.feature,
@@ -229,6 +272,11 @@ def objective(config: Config) -> TracerLoss:
         margin=config.recipe.margin,
         smoothing=config.recipe.smoothing,
     )
+
+
+def across_ranks() -> dict[str, Any]:
+    """Return the argument by which the loss compares the pairs of all ranks."""
+    return {"group": dist.group.WORLD} if ranks().size > 1 else {}
 
 
 @torch.no_grad()
@@ -249,4 +297,5 @@ def teacher_gap(
         teacher_text=teacher_text,
         teacher_logit_scale=teacher_logit_scale,
         relational=1.0,
+        **across_ranks(),
     ).terms["relational"]

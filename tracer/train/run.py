@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,15 @@ from tracer.files import (
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.architecture import Architecture
 from tracer.models.clip import load_clip, source_files
+from tracer.models.freezing import freeze, lock_batchnorm, locked_buffers, trained_batchnorm
+from tracer.models.towers import checkpoint_activations
 from tracer.models.weights import first_not_finite, save_weights
 from tracer.train.checkpoint import WHOLE, Checkpoints
 from tracer.train.config import Config
+from tracer.train.engine import deepspeed_settings
 from tracer.train.log import StepLog
 from tracer.train.loop import Trained, Weights, train
+from tracer.train.ranks import Ranks, check_batch_size, join, ranks
 
 # Settings that say where and how fast a run works, and change nothing in its result.
 WITHOUT_EFFECT = ("output", "save_every", "max_skipped", "cache", "workers", "check_images")
@@ -77,37 +82,43 @@ def finetune(config: Config) -> Path:
         UserError: anything in the settings or the data that the user can mend.
     """
     config.validate()
-    check_output(config.output)  # and what is beside it, before the work
-    if os.path.lexists(aside(config.output)):
-        check_ours(aside(config.output))
+    with join(config.timeout).quiet():
+        return _finetune(config, ranks())
+
+
+def _finetune(config: Config, here: Ranks) -> Path:
     started = time.perf_counter()
-    index = read_index(config.train_data)  # first: most mistakes are made in the data
-    evaluation = _read_evaluation(config, index)
+    check_batch_size(config.batch_size, here.size)
+    here.once(lambda: _check_folders(config.output))
+    index = here.agree(lambda: read_index(config.train_data))  # first: most mistakes are made in the data
+    evaluation = here.agree(lambda: _read_evaluation(config, index) if here.first else None)
+    here.agree(lambda: deepspeed_settings(config))
     config = config.resolve(len(index))
     torch.manual_seed(config.seed)  # for random initial weights, and for adapters of a given rank
-    clip = load_clip(config.model, config.pretrained)
-    check_distinct(evaluation.prompts, clip.tokenizer)
+    clip = here.leaders_first(lambda: load_clip(config.model, config.pretrained))
+    if evaluation:
+        check_distinct(evaluation.prompts, clip.tokenizer)
     start = clip.model.state_dict()  # stays float32, whatever the engine does to the model
-    if config.adapted:
-        tqdm.write(str(adapt(config, clip.model)))
-        _warn_of_a_slow_average(config)
-    identity = fingerprint(config)
-    with whole_folder(config.output, keep=WHOLE) as folder:
-        checkpoints = Checkpoints(folder, decisive(config), identity, started)
+    prepare(config, clip.model)
+    identity = here.once(lambda: fingerprint(config))
+    with ExitStack() as stack:
+        folder = here.agree(lambda: _claim(config.output, stack, here))
+        checkpoints = here.agree(lambda: Checkpoints(folder, decisive(config), identity, started))
         if checkpoints.step:
             tqdm.write(f"'{folder}': going on after step {checkpoints.step} of {config.steps}")
-        if config.check_images:
-            for data in (index, *evaluation.sets):
-                check_pictures(data, config.cache, config.workers)
-        (folder / "config.yaml").write_text(config.to_yaml())
-        with StepLog(folder, after=checkpoints.step) as log:
+        here.once(lambda: _check_pictures(config, index, evaluation))
+        with here.agree(lambda: StepLog(folder if here.first else None, after=checkpoints.step)) as log:
+            log.skipped, log.skipped_in_a_row = here.once(lambda: [log.skipped, log.skipped_in_a_row])
+            if here.first:
+                (folder / "config.yaml").write_text(config.to_yaml())
             trained = train(config, clip, index, log, checkpoints)
-        frozen = {n: start[n] for n, p in clip.model.named_parameters() if not p.requires_grad}
+        if not here.first:
+            return config.output
+        frozen = {n: start[n] for n in _frozen(clip.model)}
         name, architecture = clip.name, clip.architecture
         del clip  # frees the engine's weights, to which its model is tied
         weights = _export(config, _exact(trained, frozen), start, folder, name, architecture)
-        scores = _evaluate(config, weights, evaluation)
-        write_json(folder / "metrics.json", scores)
+        write_json(folder / "metrics.json", _evaluate(config, weights, evaluation))
         record = RunRecord(
             seconds=checkpoints.seconds,
             precision=resolve_precision(config.precision),
@@ -125,12 +136,64 @@ def finetune(config: Config) -> Path:
     return config.output
 
 
+def _check_folders(output: Path) -> None:
+    """Refuse a run that could not be written, before the work."""
+    check_output(output)  # and what is beside it
+    if os.path.lexists(aside(output)):
+        check_ours(aside(output))
+
+
+def _claim(output: Path, stack: ExitStack, here: Ranks) -> Path:
+    """Return the folder in which the run is written until it is whole; the first rank makes and locks it."""
+    return stack.enter_context(whole_folder(output, keep=WHOLE)) if here.first else aside(output)
+
+
+def _check_pictures(config: Config, index: Index, evaluation: Evaluation | None) -> None:
+    if config.check_images:
+        for data in (index, *(evaluation.sets if evaluation else ())):
+            check_pictures(data, config.cache, config.workers)
+
+
 def _read_evaluation(config: Config, index: Index) -> Evaluation:
     """Return the evaluation sets with the prompts of the classes, which --classes or else the data names."""
     sets = [read_index(path, name) for name, path in config.eval_data.items()]
     prompts = class_prompts(config.classes, classes_of(index, sets)) if sets else {}
     check_labels(sets, prompts)
     return Evaluation(sets, prompts)
+
+
+def prepare(config: Config, model: nn.Module) -> None:
+    """Add adapters, freeze, lock BatchNorm and switch activation checkpointing on, as ``config`` says.
+
+    Raises:
+        UserError: the model does not allow what the settings ask for; names the settings.
+    """
+    if config.adapted:
+        tqdm.write(str(adapt(config, model)))
+        _warn_of_a_slow_average(config)
+    freeze(model, config.freeze, config.freeze_image_blocks, config.freeze_text_blocks)
+    if config.freezing:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        share = Share(trained, sum(p.numel() for p in model.parameters()))
+        tqdm.write(str(share))
+    lock_batchnorm(model, all_layers=config.lock_batchnorm)
+    layer = trained_batchnorm(model)
+    if layer is not None and ranks().size > 1:
+        raise UserError(
+            f"BatchNorm ('{layer}') would see the pictures of one rank alone: add --lock_batchnorm true"
+        )
+    if config.grad_checkpointing:
+        if layer is not None:
+            raise UserError(
+                f"--grad_checkpointing true would move the statistics of BatchNorm ('{layer}') twice in each "
+                "step: add --lock_batchnorm true"
+            )
+        checkpoint_activations(model)
+
+
+def _frozen(model: nn.Module) -> list[str]:
+    """Return the names of the parameters and statistics that training leaves as they were."""
+    return [n for n, p in model.named_parameters() if not p.requires_grad] + locked_buffers(model)
 
 
 def adapt(config: Config, model: nn.Module) -> Share:
@@ -196,9 +259,11 @@ def _export(
     return weights
 
 
-def _evaluate(config: Config, weights: dict[str, Weights], evaluation: Evaluation) -> dict[str, Scores]:
+def _evaluate(
+    config: Config, weights: dict[str, Weights], evaluation: Evaluation | None
+) -> dict[str, Scores]:
     """Return the scores of each model on every set, in a fresh copy of the architecture."""
-    if not evaluation.sets:
+    if not evaluation or not evaluation.sets:
         return {}
     clip = load_clip(config.model, config.pretrained)
     clip.model.to(compute_device())
@@ -229,7 +294,10 @@ def fingerprint(config: Config) -> str:
     """Return a digest of all that decides a run's result: settings, versions, and the files that it reads."""
     index = read_index(config.train_data)
     settings = decisive(config.resolve(len(index)))
-    files = [*source_files(config.model, config.pretrained), *([config.classes] if config.classes else [])]
+    files = [
+        *source_files(config.model, config.pretrained),
+        *filter(None, (config.classes, config.deepspeed)),
+    ]
     content = [_digest(path) for path in files if path.is_file()]
     data = [index.digest(), *(read_index(path).digest() for path in config.eval_data.values())]
     return hashlib.sha256(json.dumps([settings, content, data, versions()]).encode()).hexdigest()

@@ -15,26 +15,32 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)  # of Slurm and Kubernetes; of Ctrl-C
 class StopRequest:
     """Says whether a signal has asked the process to stop.
 
+    Args:
+        quiet: say nothing when one comes, since another rank does.
+
     Attributes:
         signal: number of the signal, None until one has come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         self.signal: int | None = None
+        self._quiet = quiet
 
     def note(self, number: int, _: FrameType | None) -> None:
         """Handle a signal: the first is noted, a second ends the process at once, as Ctrl-C does by default."""
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
+        if self._quiet:
+            return
         # Not print: the handler may run in the midst of one.
         os.write(2, b"\ntracer: saving after this step, then stopping; a second signal stops at once\n")
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(quiet: bool = False) -> Iterator[StopRequest]:
     """Yield a request that notes SIGTERM and Ctrl-C as long as the block runs; only in the main thread."""
-    request = StopRequest()
+    request = StopRequest(quiet)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -1,0 +1,206 @@
+"""The cases of tests/train/test_runs_on_ranks.py: whole runs on several ranks, against the same run in one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors.torch import load_file
+
+from tracer.data.batches import TrainingBatches
+from tracer.errors import UserError
+from tracer.files import aside
+from tracer.models.clip import load_clip
+from tracer.models.weights import save_weights
+from tracer.train.config import Config
+from tracer.train.engine import LogitScaleBound, full_weights, start_engine
+from tracer.train.log import read_log
+from tracer.train.run import finetune
+
+TINY = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 30, "heads": 2, "layers": 1},
+}  # 30: shards are padded
+RESNET = TINY | {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}}
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def folder() -> Path:
+    """Return a folder of all ranks."""
+    return Path(tempfile.gettempdir())
+
+
+@lru_cache(maxsize=1)
+def settings() -> Config:
+    """Return a run of 20 steps on coloured noise in four classes; the first rank makes data and start."""
+    root = folder()
+    if dist.get_rank() == 0:
+        draw, rows = np.random.default_rng(0), ["image,label,captions"]
+        for n in range(40):
+            Image.fromarray(draw.integers(0, 255, (36, 40, 3), np.uint8)).save(root / f"{n}.png")
+            rows.append(f"{n}.png,{'abcd'[n % 4]},picture {n}|a {'abcd'[n % 4]}")
+        (root / "train.csv").write_text("\n".join(rows))
+        for name, config in (("tiny", TINY), ("resnet", RESNET)):
+            (root / f"{name}.json").write_text(json.dumps(config))
+        torch.manual_seed(0)
+        save_weights(load_clip(str(root / "tiny.json"), None).model.state_dict(), root / "start.safetensors")
+    dist.barrier()
+    return Config(
+        train_data=root / "train.csv",
+        model=str(root / "tiny.json"),
+        pretrained=str(root / "start.safetensors"),
+        cache=root / "cache",
+        steps=20,
+        batch_size=12,
+        warmup=2,
+        lr=1e-4,
+        precision="fp32",
+        projection_orthogonal=0.01,
+        adapter_momentum=0.5,
+    )
+
+
+def in_one_process(config: Config) -> Path:
+    """Return the folder of the same run in a process without ranks, which the first rank starts once."""
+    config = dataclasses.replace(config, output=config.output.with_name(config.output.name + "-alone"))
+    if dist.get_rank() == 0:
+        path = folder() / "alone.yaml"
+        path.write_text(config.to_yaml())
+        alone = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+        command = [sys.executable, "-m", "tracer", "finetune", "--config", str(path)]
+        done = subprocess.run(command, env=alone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    dist.barrier()
+    return config.output
+
+
+@lru_cache
+def baseline(changes: tuple[tuple[str, object], ...]) -> Path:
+    name = "-".join(str(value) for _, value in changes)
+    return in_one_process(dataclasses.replace(settings(), output=folder() / f"base-{name}", **dict(changes)))
+
+
+def equals_one_process(name: str, changes: dict[str, object], stage: int, other: dict[str, object]) -> None:
+    """Losses, every other scalar and the weights; ``other`` changes how it is computed, and not what."""
+    alone = baseline(tuple(changes.items()))
+    config = dataclasses.replace(settings(), zero_stage=stage, output=folder() / name, **{**changes, **other})
+    run = finetune(config)
+    dist.barrier()
+    rows, expected = read_log(run), read_log(alone)
+    assert len(rows) == len(expected) == config.steps
+    for row, want in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(want["loss"], rel=1e-5)
+        assert row.keys() == want.keys()
+        for key in row.keys() - {"step_seconds", "pair/image_to_text/rank_correlation"}:
+            gap = abs(row[key] - want[key])
+            assert gap <= 1e-5 + 1e-3 * abs(want[key]), f"step {row['step']}, {key}: {row[key]}, {want[key]}"
+    for file in sorted(alone.glob("*.safetensors")):
+        got = load_file(run / file.name)
+        for key, value in load_file(file).items():
+            torch.testing.assert_close(got[key], value, rtol=1e-3, atol=1e-4, msg=f"{file.name}, {key}")
+
+
+def cut_and_resumed(name: str, changes: dict[str, object]) -> None:
+    """A run that is cut off on all ranks ends bit for bit as one that is not."""
+    changes = {"steps": 5, "save_every": 2, "output": folder() / name} | changes
+    if changes.get("precision") == "fp16":
+        changes["deepspeed"] = folder() / "scale.json"
+        changes["deepspeed"].write_text('{"fp16": {"initial_scale_power": 8}}')
+    config = dataclasses.replace(settings(), **changes)
+    whole = TrainingBatches.__iter__
+
+    def some(self):
+        for n, batch in enumerate(whole(self)):
+            if n == 3:
+                raise KeyboardInterrupt
+            yield batch
+
+    with mock.patch.object(TrainingBatches, "__iter__", some), pytest.raises(KeyboardInterrupt):
+        finetune(config)
+    dist.barrier()
+    checkpoint = aside(config.output) / "checkpoint-2"
+    assert {p.name for p in checkpoint.glob("rank-*.pt")} == {
+        f"rank-{rank}.pt" for rank in range(dist.get_world_size())
+    }
+    run = finetune(config)
+    other = finetune(dataclasses.replace(config, output=folder() / f"{name}-whole", save_every=500))
+    dist.barrier()
+    for file in run.glob("*.safetensors"):
+        assert file.read_bytes() == (other / file.name).read_bytes(), file.name
+    assert [row["loss"] for row in read_log(run)] == [row["loss"] for row in read_log(other)]
+    assert not list(run.glob("checkpoint*"))
+
+
+def masters(precision: str, stage: int) -> None:
+    """The float32 weights start unrounded, and the logit scale is bounded, in shards with padding too."""
+    clip = load_clip(settings().model, settings().pretrained)
+    clip.model.logit_scale.data.fill_(4.7)
+    start = {n: v.clone() for n, v in clip.model.state_dict().items()}
+    engine = start_engine(dataclasses.replace(settings(), precision=precision, zero_stage=stage), clip.model)
+    assert all(torch.equal(value, start[name]) for name, value in full_weights(engine).items())
+    LogitScaleBound(engine)()
+    after = full_weights(engine)
+    assert float(after.pop("logit_scale")) == pytest.approx(math.log(100), abs=1e-6)
+    assert all(torch.equal(value, start[name]) for name, value in after.items())
+    engine.destroy()
+
+
+def refused() -> None:
+    """What all ranks refuse together, and leave nothing behind."""
+    size = dist.get_world_size()
+    config = dataclasses.replace(settings(), output=folder() / "refused")
+    with pytest.raises(UserError, match="equally: give"):
+        finetune(dataclasses.replace(config, batch_size=12 * size + 1))
+    resnet = {"model": str(folder() / "resnet.json"), "pretrained": None, "projection_orthogonal": 0.0}
+    with pytest.raises(
+        UserError, match=r"BatchNorm \('visual.bn1'\) would see the pictures of one rank alone"
+    ):
+        finetune(dataclasses.replace(config, **resnet))
+    assert finetune(dataclasses.replace(config, **resnet, lock_batchnorm=True, steps=2, warmup=0))
+
+
+TRACER: dict[str, object] = {}
+ADAPTERS: dict[str, object] = {"method": "r-adapter", "adapter_drop": 0.5, "lr": 1e-3}
+FROZEN: dict[str, object] = {"freeze": "image", "accumulation": 2, "steps": 6}
+
+
+def cases(world_size: int) -> dict[str, Callable[[], None]]:
+    """Return the cases of a world: name → function that raises where something is wrong."""
+    table: dict[str, Callable[[], None]] = {}
+    for stage in range(4) if world_size == 2 else (2,):
+        table[f"tracer-stage{stage}"] = partial(equals_one_process, f"tracer{stage}", TRACER, stage, {})
+    if world_size > 2:
+        return table | {
+            "masters-stage3-bf16": partial(masters, "bf16", 3),
+            "masters-stage1": partial(masters, "bf16", 1),
+        }
+    for stage in (0, 2, 3):
+        table[f"adapters-stage{stage}"] = partial(equals_one_process, f"adapters{stage}", ADAPTERS, stage, {})
+    again = {"grad_checkpointing": True}
+    table["adapters-again"] = partial(equals_one_process, "adapters-again", ADAPTERS, 1, again)
+    table["frozen-accumulated"] = partial(equals_one_process, "frozen", FROZEN, 2, {})
+    for name, changes in {
+        "stage1": {"zero_stage": 1},
+        "stage3": {"zero_stage": 3},
+        "stage2-fp16": {"zero_stage": 2, "precision": "fp16"},
+        "stage0-adapters": {"zero_stage": 0, **ADAPTERS},
+    }.items():
+        table[f"resumed-{name}"] = partial(cut_and_resumed, f"resumed-{name}", changes)
+    for precision, stage in (("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2), ("fp16", 2), ("bf16", 3)):
+        table[f"masters-{precision}-stage{stage}"] = partial(masters, precision, stage)
+    return table | {"refused": refused}

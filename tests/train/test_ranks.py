@@ -1,0 +1,163 @@
+"""Ranks that agree: in threads for the agreement itself, under torchrun for the one line that a mistake prints."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tracer.cli import main
+from tracer.errors import Refused, UserError
+from tracer.train.ranks import Ranks, check_batch_size
+
+
+def together(size: int, work: Callable[[Ranks], Any], per_host: int = 8) -> list[Any]:
+    """Return what ``work`` returns on each of ``size`` ranks, or the error that it raises there."""
+    store, results = dist.HashStore(), [None] * size
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(Ranks(rank, size, rank % per_host, store))
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive(), "a rank waits for ever"
+    return results
+
+
+def fails_on(ranks: set[int], here: Ranks) -> int:
+    if here.rank in ranks:
+        raise UserError(f"rank {here.rank} cannot")
+    return here.rank
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_work_that_is_done_once_reaches_all(size):
+    calls: list[int] = []
+    results = together(
+        size, lambda here: [here.once(lambda: [here.rank, 7]), here.once(lambda: calls.append(0))]
+    )
+    assert results == [[[0, 7], None]] * size
+    assert calls == [0]
+
+
+@pytest.mark.parametrize("failing", [{0}, {1}, {1, 2}, {0, 1, 2}])
+def test_what_fails_on_a_rank_fails_on_all_and_once_is_said(failing):
+    """With its own error there; the others end without a word."""
+
+    def work(here: Ranks) -> int:
+        try:
+            return here.agree(lambda: fails_on(failing, here))
+        except Exception as error:
+            if not isinstance(error, Refused) and here.speaks():
+                said.append(str(error))
+            raise
+
+    said: list[str] = []
+    results = together(3, work)
+    assert len(said) == 1
+    for rank, result in enumerate(results):
+        assert isinstance(result, UserError)
+        assert isinstance(result, Refused) == (rank not in failing)
+
+
+def test_a_failure_of_the_first_rank_ends_those_that_wait_for_its_work():
+    results = together(3, lambda here: here.once(lambda: fails_on({0}, here)))
+    assert [type(result) for result in results] == [UserError, Refused, Refused]
+
+
+def test_the_first_rank_of_each_host_goes_before_the_others():
+    order: list[int] = []
+
+    def work(here: Ranks) -> int:
+        def load() -> int:
+            time.sleep(0.1 if here.local_rank == 0 else 0)
+            order.append(here.rank)
+            return here.rank
+
+        return here.leaders_first(load)
+
+    assert together(6, work, per_host=3) == list(range(6))
+    for leader in (0, 3):
+        assert all(order.index(leader) < order.index(rank) for rank in (leader + 1, leader + 2))
+    results = together(4, lambda here: here.leaders_first(lambda: fails_on({2}, here)), per_host=2)
+    assert [type(result) for result in results] == [Refused, Refused, UserError, Refused]
+
+
+@pytest.mark.parametrize("sent", [{0: 3}, {1: 3}, {0: 3, 1: 4}, {0: 4, 1: 3}, {0: 3, 1: 3}])
+def test_all_ranks_stop_after_the_same_step(sent):
+    """Wherever the signal comes; no rank ends a step that another has not begun, as with collectives."""
+    barrier = threading.Barrier(2)
+
+    def work(here: Ranks) -> tuple[int, int]:
+        for step in range(1, 10):
+            barrier.wait(10)  # the collectives of the step
+            time.sleep(0.02 * here.rank)
+            signal = 15 if step >= sent.get(here.rank, 99) else None
+            if (number := here.stop_step(step, signal)) is not None:
+                return step, number
+        return 99, 0
+
+    assert together(2, work) == [(4, 15), (4, 15)]
+    assert Ranks().stop_step(3, 15) == 15
+    assert Ranks().stop_step(3, None) is None
+
+
+def test_a_batch_is_shared_equally():
+    check_batch_size(12, 4)
+    with pytest.raises(UserError, match=r"--batch_size 14 is .* by 4 ranks equally: give 12 or 16, or start"):
+        check_batch_size(14, 4)
+    with pytest.raises(UserError, match=r"equally: give 4, or start"):
+        check_batch_size(3, 4)
+
+
+def test_other_commands_run_in_one_process(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["pretrain", "--output", str(tmp_path)]) == 2
+    assert "tracer pretrain runs in one process: start it without torchrun" in capsys.readouterr().err
+
+
+def torchrun(*options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    argv = [*command, "-m", "tracer", "--local_rank=0", "finetune", *map(str, options)]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"lr": "fast"}, "Given value: fast"),
+        ({"batch_size": 15}, "cannot be shared by 2 ranks equally: give 14 or 16"),
+        ({"output": "."}, "exists: choose another --output"),
+        ({"deepspeed": "nowhere.json"}, "'nowhere.json' does not exist"),
+    ],
+    ids=["option", "batch size", "output", "file"],
+)
+def test_a_mistake_is_one_line_on_several_ranks(config, drawings, changes, says):
+    """Whether all ranks see it or the first alone."""
+    settings = {
+        "train_data": drawings / "train.csv", "model": config.model, "pretrained": config.pretrained, "steps": 2,
+        "warmup": 0, "batch_size": 32, "output": config.output, "check_images": "false", "precision": "fp32",
+    } | changes  # fmt: skip
+    result = torchrun(*(f"--{name}={value}" for name, value in settings.items()))
+    assert result.returncode != 0
+    ours = [line for line in result.stderr.splitlines() if line.startswith("tracer: ")]
+    errors = [line for line in ours if "error" in line]
+    assert len(errors) == 1, result.stderr
+    assert says in errors[0]
+    assert "rank0]: Traceback" not in result.stderr
+    assert "rank1]: Traceback" not in result.stderr
+    assert not Path(f"{config.output}.part").exists()
