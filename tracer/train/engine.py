@@ -139,8 +139,8 @@ def _deepspeed() -> Any:
 def _deepspeed_settings(config: Config) -> dict[str, Any]:
     precision = resolve_precision(config.precision)
     return {
-        "train_micro_batch_size_per_gpu": config.batch_size,
-        "gradient_accumulation_steps": config.accumulation,
+        "train_micro_batch_size_per_gpu": math.ceil(config.batch_size / config.micro_batches()),
+        "gradient_accumulation_steps": config.accumulation * config.micro_batches(),
         "gradient_clipping": config.clip_grad,
         "zero_optimization": {"stage": config.zero_stage},
         "bf16": {"enabled": precision == "bf16"},
