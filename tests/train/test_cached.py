@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import math
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tracer.data.batches import Batch, TrainingBatches
 from tracer.data.index import read_index
 from tracer.errors import UserError
 from tracer.models.clip import encode, load_clip, texts_stand_alone
+from tracer.ops import ContrastiveOutput
 from tracer.train.config import Config
 from tracer.train.engine import full_weights
 from tracer.train.log import read_log
@@ -114,7 +116,6 @@ def test_any_micro_batch_will_do(config, micro_batch):
 
 @pytest.mark.parametrize(("precision", "stage"), [("amp_bf16", 1), ("amp_bf16", 3), ("bf16", 1), ("bf16", 2)])
 def test_in_low_precision_the_gradient_is_that_of_one_shot_but_for_rounding(config, precision, stage):
-    """Regression: autocast keeps the weights that a pass without a graph has cast; they have no gradient."""
     changes = {"precision": precision, "zero_stage": stage, "projection_product": 0.0, "lr": 1e-5}
     config = dataclasses.replace(config, **changes)
     got, want = gradients(dataclasses.replace(config, micro_batch=6)), gradients(config)
@@ -183,6 +184,16 @@ def test_adapters_are_dropped_by_one_pattern_in_all_passes_of_a_batch(config, mo
     assert [f for _, f in factors] == [f for n in range(STEPS * 2) for f in seen[24 * n : 24 * n + 4]]
 
 
+def infinite(loss: nn.Module) -> Callable[..., ContrastiveOutput]:
+    """Return the loss plus infinity: its gradient is finite."""
+
+    def call(*args, **kwargs) -> ContrastiveOutput:
+        output = loss(*args, **kwargs)
+        return output._replace(loss=output.loss + math.inf)
+
+    return call
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_loss_that_is_not_finite_skips_the_step(config, stage):
     changes = {"zero_stage": stage, "micro_batch": 6, "projection_product": 0.0, "warmup": 0}
@@ -194,9 +205,12 @@ def test_a_loss_that_is_not_finite_skips_the_step(config, stage):
     rate, weights = trainer.engine.get_lr(), full_weights(trainer.engine)
     assert trainer.step(2, [bad], False)["skipped"] == 1
     assert trainer.engine.get_lr() == rate
+    loss, trainer.loss = trainer.loss, infinite(trainer.loss)
+    assert trainer.step(3, [good], False)["skipped"] == 1
+    trainer.loss = loss
     after = full_weights(trainer.engine)
     assert all(torch.equal(value, after[name]) for name, value in weights.items())
-    assert trainer.step(3, [good], False)["skipped"] == 0
+    assert trainer.step(4, [good], False)["skipped"] == 0
     assert not torch.equal(weights["visual.proj"], full_weights(trainer.engine)["visual.proj"])
     trainer.engine.destroy()
 

@@ -2,8 +2,8 @@
 
 The batch is encoded twice, a micro-batch at a time. The first pass keeps the features alone. One loss sees all of
 them, and its gradient on each feature is kept, which takes as much memory as the features. The second pass encodes
-each micro-batch again, with its graph, and walks back from the inner product of features and kept gradients. By the
-chain rule, the gradients of the micro-batches add up to that of the whole batch. Random numbers are drawn twice
+each micro-batch again, with its graph, and walks back from the inner product of features and kept gradients. By
+the chain rule, the gradients of the micro-batches add up to that of the whole batch. Random numbers are drawn twice
 alike: the second pass starts each micro-batch from the random state that the first pass had there.
 
 Every micro-batch is followed by ``engine.step()``, which moves the weights after the last one. Several backward
@@ -141,10 +141,9 @@ class Cached:
     ) -> None:
         self._engine, self._parts, self._precision = engine, parts, precision
         self._random, features = [], []
-        for part in parts:
-            self._random.append(RandomState(part.image))
-            # A context for each micro-batch: autocast would keep the weights that it casts here without a graph.
-            with torch.no_grad(), mixed_precision(engine.device, precision):
+        with torch.no_grad(), mixed_precision(engine.device, precision):
+            for part in parts:
+                self._random.append(RandomState(part.image))
                 features.append(part.encode(engine))
         self.features = Features(*(x.requires_grad_() for x in joined(features)))
         self.matrices: Matrices = None
