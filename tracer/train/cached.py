@@ -3,8 +3,8 @@
 The batch is encoded twice, a micro-batch at a time. The first pass keeps the features alone. One loss sees all of
 them, and its gradient on each feature is kept, which takes as much memory as the features. The second pass encodes
 each micro-batch again, with its graph, and walks back from the inner product of features and kept gradients. By
-the chain rule, the gradients of the micro-batches add up to that of the whole batch. Random numbers are drawn twice
-alike: the second pass starts each micro-batch from the random state that the first pass had there.
+the chain rule, the gradients of the micro-batches add up to that of the whole batch. Both passes draw the same
+random numbers: the second starts each micro-batch from the random state that the first had there.
 
 Every micro-batch is followed by ``engine.step()``, which moves the weights after the last one. Several backward
 passes before one ``engine.step()`` train other weights at ZeRO stages 1 and 2, without an error.
