@@ -1,4 +1,4 @@
-"""The cases of tests/train/test_runs_on_ranks.py: whole runs on several ranks, against the same run in one process."""
+"""The cases of tests/train/test_runs_on_ranks.py: whole runs on several ranks, against one process."""
 
 from __future__ import annotations
 

@@ -51,8 +51,9 @@ class Adapter(nn.Module):
 
     In training the term X W is dropped with probability ``drop`` at each forward pass, for the whole
     batch at once, and otherwise divided by 1 − drop. The draw comes from torch's default generator of the
-    input's device: a seed repeats it, and activation checkpointing recomputes the same one. A dropped
-    adapter's gradient is zero, not absent, so all ranks reduce the same tensors.
+    input's device: a seed repeats it, and activation checkpointing recomputes the same one. After
+    :func:`set_drops` it holds for all forward passes until the next call. A dropped adapter's gradient is zero,
+    not absent, so all ranks reduce the same tensors.
 
     Args:
         width: size of the last dimension.
@@ -64,6 +65,7 @@ class Adapter(nn.Module):
     def __init__(self, width: int, rank: int | None, drop: float, like: Tensor) -> None:
         super().__init__()
         self.drop = drop
+        self.factor: Tensor | None = None  # of X W in training: 0 or 1 / (1 − drop); None: drawn by each pass
         if rank is None:
             self.weight = nn.Parameter(like.new_zeros(width, width))
         else:  # only one factor is zero: with both, neither would ever get a gradient
@@ -75,7 +77,7 @@ class Adapter(nn.Module):
         delta = x @ self.weight if hasattr(self, "weight") else x @ self.down @ self.up
         if self.training:
             one = torch.ones((), device=x.device)  # float32, so that 1/(1−p) isn't rounded; no new dtype
-            delta = delta * F.dropout(one, self.drop)
+            delta = delta * (F.dropout(one, self.drop) if self.factor is None else self.factor)
         return x + delta
 
     def extra_repr(self) -> str:
@@ -135,6 +137,29 @@ def add_adapters(
         else:
             linear.register_forward_hook(_after_linear)
     return Share(sum(p.numel() for p in model.parameters()) - pretrained, pretrained)
+
+
+def set_drops(model: nn.Module, draws: Iterable[float]) -> None:
+    """Decide which adapters of ``model`` are dropped in training, from now on until the next call.
+
+    For a batch that takes several forward passes: in micro-batches, or on several ranks, each of which gives the
+    same ``draws``.
+
+    Args:
+        model: with adapters, or without any.
+        draws: a uniform number in [0, 1) for each adapter, in the order of ``model.modules()``; it is dropped
+            where the number is below its ``drop``.
+
+    Raises:
+        ValueError: there are more or fewer numbers than adapters; some adapters may have been set.
+    """
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    for adapter, draw in zip(adapters, draws, strict=True):
+        if adapter.factor is None:
+            adapter.factor = torch.ones((), device=next(adapter.parameters()).device)
+        adapter.factor.fill_(
+            0.0 if draw < adapter.drop else 1 / (1 - adapter.drop)
+        )  # in place, for torch.compile
 
 
 # Hooks find the adapter by way of the module that they are called with: a copy of the model uses its own.

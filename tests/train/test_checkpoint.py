@@ -93,6 +93,8 @@ def assert_same(run: Path, whole: Path) -> None:
         {"precision": "amp_bf16", "zero_stage": 2, "accumulation": 3},
         {"method": "flyp", "zero_stage": 0, "accumulation": 2},
         {"method": "r-adapter"},
+        {"method": "r-adapter", "micro_batch": 5, "accumulation": 2, "adapter_drop": 0.5},
+        {"micro_batch": 5, "zero_stage": 2},
         {"method": "r-adapter", "adapter_rank": 4, "zero_stage": 0, "precision": "amp_bf16"},
         {"method": "r-adapter", "adapter_momentum": 0.0, "precision": "bf16", "accumulation": 2},
         {"method": "tracer", "adapters": True, "zero_stage": 2},

@@ -1,4 +1,4 @@
-"""Order of the pictures, crops and choice of captions: pure functions of the seed, the epoch and the batch.
+"""Order of the pictures, crops, captions and dropped adapters: pure functions of seed, epoch and batch.
 
 No state is hidden in a loader, so that a run can begin at any batch without reading those before it.
 """
@@ -14,7 +14,7 @@ import numpy as np
 ATTEMPTS, RATIO = 10, 4 / 3  # of a random crop: draws until one fits, and the largest ratio of its sides
 
 # Streams of random numbers of a batch: apart from each other, and from an epoch's, which has no third number.
-CROPS, CAPTIONS = 1, 2
+CROPS, CAPTIONS, DROPS = 1, 2, 3
 
 
 def shuffled(size: int, batch_size: int, steps: int, seed: int, first: int = 0) -> Iterator[np.ndarray]:
@@ -75,3 +75,8 @@ def random_crops(batch_size: int, seed: int, batch: int, smallest: float) -> Cro
 def caption_choice(batch_size: int, seed: int, batch: int) -> np.ndarray:
     """Return a number in [0, 1) for each picture of a batch, [batch_size] float64, that chooses its caption."""
     return np.random.default_rng((seed, batch, CAPTIONS)).random(batch_size)
+
+
+def adapter_draws(count: int, seed: int, batch: int) -> np.ndarray:
+    """Return a number in [0, 1) for each adapter, [count] float64, that decides whether a batch drops it."""
+    return np.random.default_rng((seed, batch, DROPS)).random(count)

@@ -17,6 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from open_clip.factory import _find_checkpoint_in_dir
 from torch import Size, Tensor, nn
 
+from tracer.adapters import Adapter
 from tracer.errors import UserError
 from tracer.models.architecture import Architecture, refuse_another, saved_architecture
 from tracer.models.picture_format import PictureFormat
@@ -386,6 +387,25 @@ def encode(forward: Callable[..., Any], image: Tensor, text: Tensor) -> Features
     scale = scale.float().squeeze()
     bounded = scale + (scale.clamp(max=MAX_LOGIT_SCALE) - scale).detach()
     return Features(F.normalize(u.float(), dim=-1), F.normalize(v.float(), dim=-1), bounded)
+
+
+def texts_stand_alone(model: nn.Module) -> bool:
+    """Return whether the features of a text depend on that text alone, so that equal texts have equal features.
+
+    In training a text tower that drops at random breaks this. CoCa decodes each caption together with its picture,
+    and so needs as many texts as pictures.
+    """
+    if not isinstance(model, (open_clip.CLIP, open_clip.CustomTextCLIP)):
+        return False
+    texts = [module for name, module in model.named_modules() if not name.startswith("visual")]
+    return not any(_drops(module) for module in texts if not isinstance(module, Adapter))
+
+
+def _drops(module: nn.Module) -> bool:
+    """Return whether a module has a probability of dropping: torch's own ``p``, elsewhere a number named drop…."""
+    settings = {name: value for name, value in vars(module).items() if isinstance(value, (int, float))}
+    dropout = "Dropout" in type(module).__name__ and settings.get("p", 0) > 0
+    return dropout or any(value > 0 for name, value in settings.items() if "drop" in name)
 
 
 def projections(model: nn.Module) -> tuple[Tensor, Tensor] | None:

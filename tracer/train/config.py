@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, TypeVar
@@ -120,6 +121,12 @@ class MethodSettings:
         """Return whether adapters train instead of the model."""
         return self.adapters or self.method == "r-adapter"
 
+    @property
+    def penalised(self) -> bool:
+        """Return whether the loss penalises the projections, which adapters leave frozen."""
+        penalties = self.projection_product or self.projection_orthogonal
+        return self.method == "tracer" and not self.adapted and bool(penalties)
+
     def validate(self) -> None:
         """Raise UserError for the first setting of this section that is out of range."""
         check_ranges(
@@ -143,7 +150,10 @@ class OptimisationSettings:
         steps: optimizer steps; default: 2000, in the demo 100.
         epochs: passes over the training pictures, in place of steps; rounded down to whole optimizer steps.
         batch_size: pairs that the loss sees together, on all ranks; each rank encodes an equal part of them.
-        accumulation: micro-batches of batch_size accumulated into one optimizer step.
+        accumulation: batches of batch_size, each with its own loss, accumulated into one optimizer step.
+        micro_batch: the most pairs that a rank encodes at a time; the loss still sees the whole batch, and its
+            gradient is the same. A step takes up to 1.4 times as long; its activations are those of a micro-batch.
+            Default: the whole batch at once.
         lr: peak learning rate of AdamW; default: 5e-4 where adapters train, else 1e-5.
         weight_decay: weight decay of AdamW, not applied to gains, biases and the logit scale; default: 0 where
             adapters train, else 0.1.
@@ -158,6 +168,7 @@ class OptimisationSettings:
     epochs: int | None = None
     batch_size: int = TRACER.batch_size
     accumulation: int = 1
+    micro_batch: int | None = None
     lr: float | None = None
     weight_decay: float | None = None
     warmup: int = TRACER.warmup
@@ -182,12 +193,17 @@ class OptimisationSettings:
             raise ValueError("the settings give epochs: resolve() them first")
         return self.steps
 
+    def micro_batches(self, ranks: int = 1) -> int:
+        """Return the number of micro-batches into which each of so many ranks divides its pairs of a batch."""
+        pairs = math.ceil(self.batch_size / ranks)
+        return math.ceil(pairs / (self.micro_batch or pairs))
+
     def validate(self) -> None:
         """Raise UserError for the first setting of this section that makes no sense, naming the remedy."""
         check_ranges(
             self,
             {
-                "at least 1": "steps epochs batch_size accumulation max_skipped",
+                "at least 1": "steps epochs batch_size accumulation micro_batch max_skipped",
                 "above 0": "lr",
                 "at least 0": "weight_decay warmup clip_grad",
                 "above 0 and at most 1": "crop_scale",

@@ -201,10 +201,12 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     """
     precision = resolve_precision(config.precision)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
+    micro_batches = config.micro_batches(world_size)
+    largest = math.ceil(config.batch_size / world_size / micro_batches)  # they may differ by one pair
     ours = {
-        "train_batch_size": config.batch_size * config.accumulation,
-        "train_micro_batch_size_per_gpu": config.batch_size // world_size,
-        "gradient_accumulation_steps": config.accumulation,
+        "train_batch_size": largest * micro_batches * config.accumulation * world_size,
+        "train_micro_batch_size_per_gpu": largest,
+        "gradient_accumulation_steps": config.accumulation * micro_batches,
         "gradient_clipping": config.clip_grad,
         "zero_optimization": {"stage": config.zero_stage},
         "bf16": {"enabled": precision == "bf16"},

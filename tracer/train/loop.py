@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,17 +16,26 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tracer import recipes
-from tracer.adapters import adapter_schedule
+from tracer.adapters import Adapter, adapter_schedule, set_drops
 from tracer.data.batches import Batch, TrainingBatches
 from tracer.data.index import Index
+from tracer.data.order import adapter_draws
 from tracer.errors import Stopped, UserError
 from tracer.losses import TracerLoss
 from tracer.machine import resolve_precision
-from tracer.models.clip import Clip, encode
+from tracer.models.clip import Clip, texts_stand_alone
 from tracer.models.towers import compile_towers
 from tracer.ops import contrastive_loss
 from tracer.schedules import EMA, WMA, Frozen, Schedule, Uniform
 from tracer.teacher import MovingAverageTeacher, build_teacher
+from tracer.train.cached import (
+    Cached,
+    MicroBatch,
+    OneShot,
+    encode_all,
+    micro_batches,
+    refuse_batch_statistics,
+)
 from tracer.train.checkpoint import Checkpoints
 from tracer.train.config import Config
 from tracer.train.engine import (
@@ -35,7 +44,6 @@ from tracer.train.engine import (
     mixed_precision,
     optimizer_sizes,
     start_engine,
-    whole_projections,
 )
 from tracer.train.log import StepLog
 from tracer.train.ranks import ranks
@@ -95,52 +103,40 @@ class Trainer:
                 compile_towers(self.averages.teacher.module)
         self.pictures: list[int] = []  # of the last step, by their numbers in the data set
         self.engine.train()
+        model = self.engine.module
+        self.adapters = sum(isinstance(module, Adapter) for module in model.modules())
+        self.distinct = config.micro_batch is not None and texts_stand_alone(model)
+        self.micro_batches = config.micro_batches(ranks().size)
+        if self.micro_batches > 1:
+            refuse_batch_statistics(model)
 
-    def step(self, step: int, micro_batches: Iterable[Batch], measure: bool) -> dict[str, Tensor | float]:
+    def step(self, step: int, batches: Iterable[Batch], measure: bool) -> dict[str, Tensor | float]:
         """Take optimizer step ``step`` (1, 2, …) and return the scalars to log.
 
-        The gradient is the mean over the micro-batches, and so are the loss and its terms. ``skipped`` is 1 where
-        the loss or the gradient was not finite: weights, averages and the learning rate's schedule then stay where
+        The gradient is the mean over the batches, and so are the loss and its terms. ``skipped`` is 1 where the
+        loss or the gradient was not finite: weights, averages and the learning rate's schedule then stay where
         they were. In fp16 ``loss_scale`` is logged, and ``overflow`` is 1 where the step was skipped for too large
-        a scale. Random numbers (dropped adapters, dropout) depend on (seed, step) alone. With ``measure`` the
-        loss's diagnostics, again means over the micro-batches, and the gap to the teacher on the last micro-batch
-        are added.
+        a scale. Random numbers depend on (seed, step) alone. With ``measure`` the loss's diagnostics, again means
+        over the batches, and the gap to the teacher on the last batch are added.
         """
         config, engine, teacher = self.config, self.engine, self.averages.teacher
         started, lr = time.perf_counter(), engine.get_lr()[0]
-        torch.manual_seed(step_seed(config.seed, step))  # on every rank the same adapters are dropped
-        measured: list[dict[str, Tensor]] = []  # of each micro-batch
+        torch.manual_seed(step_seed(config.seed, step))  # dropout: the same on every rank
+        measured: list[dict[str, Tensor | float]] = []  # of each batch
         self.pictures = []
-        for batch in micro_batches:
+        for number, batch in enumerate(batches, (step - 1) * config.accumulation):
             self.pictures += batch.index.tolist()
-            image = batch.image.to(self.dtype)
-            with mixed_precision(engine.device, self.precision):
-                student_output = encode(engine, image, batch.text)
-                teacher_output = encode(teacher.encode, image, batch.text) if teacher else None
-                loss, terms, diagnostics = self.loss(
-                    *student_output,
-                    labels=batch.label if config.positives else None,
-                    teacher=teacher_output,
-                    projections=whole_projections(engine) if self.penalised else None,
-                    stats=measure,
-                )
-            # A NaN in all gradients: the optimizer's own check then sees a loss that is not finite too.
-            engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
-            measured.append({"loss": loss.detach(), **terms} | diagnostics)
-            engine.step()  # moves the weights after the last micro-batch; until then it adds up gradients
+            set_drops(engine.module, adapter_draws(self.adapters, config.seed, number))
+            parts = micro_batches(batch, self.micro_batches, self.dtype, self.distinct)
+            measured.append(self._add_gradient(parts, batch.label, measure))
         self.bound_logit_scale()
         for average in self.averages.by_name().values():
             average.update(step)
         scalars = means(measured)
         if measure and teacher:
-            scalars["kl"] = teacher_gap(engine, teacher, image, batch.text)
-        scalars |= {"logit_scale": student_output[2], "lr": lr} | self.skipped(scalars["loss"])
+            scalars["kl"] = teacher_gap(engine, teacher, parts)
+        scalars |= {"lr": lr} | self.skipped(scalars["loss"])
         return scalars | {"step_seconds": time.perf_counter() - started}
-
-    @property
-    def penalised(self) -> bool:
-        """Return whether the penalties on the projections are taken: adapters leave these as they were."""
-        return self.averages.teacher is not None and not self.config.adapted
 
     def skipped(self, loss: Tensor | float) -> dict[str, Tensor | float]:
         """Return the scalars that say whether the last step was skipped, and in fp16 why."""
@@ -154,14 +150,42 @@ class Trainer:
             scalars |= {"loss_scale": scale, "overflow": float(large)}
         return scalars
 
+    def _add_gradient(
+        self, parts: Sequence[MicroBatch], label: Tensor, measure: bool
+    ) -> dict[str, Tensor | float]:
+        """Add a batch to the step's gradient, and return its loss, terms, diagnostics and logit scale.
+
+        The last batch of the step ends it: the weights move.
+        """
+        config, teacher = self.config, self.averages.teacher
+        penalised = config.penalised
+        if len(parts) == 1:
+            student: OneShot | Cached = OneShot(self.engine, parts[0], self.precision, penalised)
+        else:
+            student = Cached(self.engine, parts, self.precision, penalised)
+        with mixed_precision(self.engine.device, self.precision):
+            teacher_output = encode_all(teacher.encode, parts) if teacher else None
+            loss, terms, diagnostics = self.loss(
+                *student.features,
+                labels=label if config.positives else None,
+                teacher=teacher_output,
+                projections=student.matrices,
+                stats=measure,
+            )
+        # A NaN in all gradients: the optimizer's own check then sees a loss that is not finite too.
+        finite = torch.where(loss.detach().isfinite(), 1.0, math.nan)
+        student.backward(loss * finite / config.accumulation)
+        scale = student.features.logit_scale.detach()
+        return {"loss": loss.detach(), **terms} | diagnostics | {"logit_scale": scale}
+
 
 def step_seed(seed: int, step: int) -> int:
     """Return the seed of the random numbers that a training step draws, on every rank."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
 
 
-def means(measured: list[dict[str, Tensor]]) -> dict[str, Tensor | float]:
-    """Return the mean of each scalar over the micro-batches of a step."""
+def means(measured: Sequence[Mapping[str, Tensor | float]]) -> dict[str, Tensor | float]:
+    """Return the mean of each scalar over the batches of a step."""
     if len(measured) == 1:
         return dict(measured[0])
     return {
@@ -228,7 +252,7 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
 
 def _not_finite(config: Config, step: int, skipped: int, pictures: list[Path]) -> UserError:
     """Return the error for ``skipped`` steps in a row, the last of them on ``pictures``."""
-    batches = f"batch {step}" if config.accumulation == 1 else f"micro-batches of batch {step}"
+    batches = f"batch {step}" if config.accumulation == 1 else f"the {config.accumulation} batches"
     named = ", ".join(f"'{picture}'" for picture in pictures[:3]) or "no pictures"
     return UserError(
         f"the loss or its gradient was not finite in {skipped} steps in a row; the last is step {step}, {batches} "
@@ -281,15 +305,15 @@ def across_ranks() -> dict[str, Any]:
 
 @torch.no_grad()
 def teacher_gap(
-    engine: DeepSpeedEngine, teacher: MovingAverageTeacher, image: Tensor, text: Tensor
+    engine: DeepSpeedEngine, teacher: MovingAverageTeacher, parts: Sequence[MicroBatch]
 ) -> Tensor:
     """Return KL(teacher ‖ student) on a batch in nats, mean of both directions, without mixed precision.
 
     The relational term of a mixed-precision step cannot show a gap below the rounding of its logits.
     """
     engine.eval()
-    student_output = encode(engine.module, image, text)
-    teacher_image, teacher_text, teacher_logit_scale = encode(teacher.encode, image, text)
+    student_output = encode_all(engine.module, parts)
+    teacher_image, teacher_text, teacher_logit_scale = encode_all(teacher.encode, parts)
     engine.train()
     return contrastive_loss(
         *student_output,
