@@ -86,10 +86,7 @@ TABLES: dict[str, Table] = {
             "backward, one product": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
         },
         _FLOAT32
-        | {
-            "forward with stats": (Tile(32, 16, 32, 8, 2),),
-            "backward, one product": (Tile(64, 64, 16, 8, 2), Tile(32, 32, 32, 4, 2)),
-        },
+        | {"forward with stats": (Tile(32, 16, 32, 8, 2),)},
         _FLOAT32
         | dict.fromkeys(
             ("forward", "forward with stats", "backward", "forward with stats, one product"),
@@ -105,19 +102,24 @@ TABLES: dict[str, Table] = {
             "forward with stats, one product": (Tile(64, 64, 64, 8, 3), _TINY),
             "backward, one product": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
         },
-        _FLOAT32 | {"forward with stats": (Tile(32, 16, 32, 8, 2),), "backward": (Tile(32, 32, 32, 8, 2),)},
+        _FLOAT32
+        | {
+            "forward with stats": (Tile(32, 16, 32, 8, 2),),
+            "backward": (Tile(32, 32, 32, 8, 2),),
+            "backward, one product": (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2)),
+        },
         _FLOAT32
         | {
             "forward with stats": (Tile(32, 32, 16, 8, 2),),
             "forward with stats, one product": (Tile(32, 32, 32, 8, 2),),
-            "backward, one product": (Tile(64, 64, 16, 8, 2),),
+            "backward, one product": (Tile(64, 32, 16, 8, 2), Tile(32, 32, 32, 4, 2)),
         },
     ),
     "sm_100": _table(
         {
             "forward": (Tile(64, 32, 64, 8, 3), Tile(32, 16, 64, 4, 3)),
             "forward with stats": (Tile(64, 32, 32, 8, 2),),
-            "backward": (Tile(64, 32, 64, 8, 3), _TINY),
+            "backward": (Tile(64, 32, 32, 8, 3), _TINY),
             "forward, one product": (Tile(64, 64, 64, 8, 3), _TINY),
             "forward with stats, one product": (Tile(64, 32, 64, 8, 3), _TINY),
             "backward, one product": (
@@ -130,7 +132,8 @@ TABLES: dict[str, Table] = {
         _FLOAT32
         | {
             "forward with stats": (Tile(32, 32, 32, 8, 2),),
-            "backward, one product": (Tile(64, 32, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
+            "backward": (Tile(32, 32, 32, 8, 2),),
+            "backward, one product": (Tile(64, 32, 16, 8, 2), Tile(32, 32, 32, 4, 2)),
         },
     ),
     "gfx942": _table(

@@ -6,8 +6,13 @@ import re
 
 import pytest
 from compiled_kernels import ARCHITECTURES, Code, compiled, lines_of
-from planted import BARRIERS, BUGS
+from planted import BARRIERS, BUGS, Bug
 
+from tracer.kernels._tiles import TABLES
+
+NARROW = Bug(
+    "_triton_backward", "(cols // BLOCK_M) * BLOCK_M", "cols"
+)  # where a tile starts is not known then
 FORWARD = "_triton_forward.py", "forward_kernel"
 
 
@@ -45,7 +50,7 @@ def _places(code: Code, statements: list[range], pattern: str) -> list[int]:
     return [i for i, x in enumerate(code.instructions) if x.line in lines and re.search(pattern, x.opcode)]
 
 
-KERNELS = (("forward with stats", True), ("forward", False))
+KERNELS = (("forward with stats", True), ("forward", False), ("backward", True), ("backward", False))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,7 @@ def codes() -> dict[tuple[str, str, bool], Code]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", KERNELS[:2], ids=str)
 def test_the_merge_reads_what_was_parked(arch, kernel, codes):
-    assert_ordered(codes[arch, *kernel])
+    assert_ordered(codes[(arch, *kernel)])
 
 
 @pytest.mark.parametrize("name", BARRIERS)
@@ -78,3 +83,31 @@ def test_another_instruction_in_the_merge_shows(codes):
     for instructions in (constant, late):
         with pytest.raises(AssertionError):
             assert_ordered(code._replace(instructions=instructions))
+
+
+def _strip_words(code: Code) -> set[int]:
+    """Return the widths in bytes of the stores that write gradient tiles to strips."""
+    opcodes = {
+        code.instructions[i].opcode
+        for i in _places(
+            code, lines_of("_triton_backward.py", "backward_kernel", "_store_strip("), r"ST|store"
+        )
+    }
+    bits = {re.sub(r".*?(\d+)?$", r"\1", opcode) or "32" for opcode in opcodes if opcode.startswith("ST")}
+    names = {"short": 2, "dword": 4, "dwordx2": 8, "dwordx4": 16}
+    words = {names[opcode.rpartition("_")[2]] for opcode in opcodes if not opcode.startswith("ST")}
+    return words | {int(number) // 8 for number in bits}
+
+
+@pytest.mark.parametrize("kernel", KERNELS[2:], ids=str)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_strips_are_stored_in_wide_words(arch, kernel, codes):
+    """16 bytes, or all that a thread has of a tile; on gfx942 the four numbers that a product leaves to a lane."""
+    tile = TABLES[arch]["backward", kernel[1], 16][0]
+    share = 2 * tile.block_n * tile.block_m // (32 * tile.num_warps)
+    assert _strip_words(codes[(arch, *kernel)]) == {8 if arch == "gfx942" else min(16, share)}
+
+
+def test_a_mask_along_rows_makes_the_stores_narrow():
+    (code,) = compiled(("sm_80", "backward", False), bug=NARROW)
+    assert _strip_words(code) == {2}
