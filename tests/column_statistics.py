@@ -108,7 +108,8 @@ def _merged(scratch: Tensor, slots: tuple[int, ...], size: int) -> Side:
     side |= {name: parts(x).sum(0) for name, x in _PLAIN.items()}
     for name, (top, index) in _ARGMAX.items():
         first = parts(top).argmax(0, keepdim=True)
-        side[f"argmax {name}"] = parts(index).gather(0, first)[0]
+        bits = parts(index).float().view(torch.int32)  # the scratch holds an index as the bits of a float
+        side[f"argmax {name}"] = bits.gather(0, first)[0].double()
     return side
 
 
