@@ -208,13 +208,13 @@ class _Matrices(NamedTuple):
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """Return ``total + left @ right`` in float32, ``left`` and ``right`` in any one dtype."""
+    """Return ``left @ right`` in float32, added to ``total`` in place; ``left`` and ``right`` in any one dtype."""
     if left.dtype == torch.float32:
         return left @ right if total is None else total.addmm_(left, right)
     if left.is_cuda and torch.version.hip is None:
         if total is None:
             return torch.mm(left, right, out_dtype=torch.float32)
-        return torch.addmm(total, left, right, out_dtype=torch.float32)
+        return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     if left.is_cuda:  # no float32 output there: one rounding per strip, the sum over strips in float32
         product = (left @ right).float()
     else:  # the interpreter's CPU tensors
