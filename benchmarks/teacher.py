@@ -173,7 +173,11 @@ def competitors(model: nn.Module, low: bool) -> dict[str, tuple[Callable[[], obj
         )
     updates[LOOP] = lambda: lerp_loop(averages, params, copies), averages
     updates["torch foreach"] = lambda: foreach(averages, params, copies), averages
-    updates["tracer average_"] = partial(average_, averages, params, WEIGHT, copies=copies or None, table=AverageTable()), averages
+    table = AverageTable()
+    updates["tracer average_"] = (
+        lambda: average_(averages, params, WEIGHT, copies=copies or None, table=table),
+        averages,
+    )
     updates[OURS] = lambda: teacher.update(next(steps)), averages
     size = sum(p.numel() for p in params)
     flat = torch.zeros(size, device=params[0].device), torch.zeros(size, device=params[0].device)

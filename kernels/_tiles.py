@@ -85,8 +85,7 @@ TABLES: dict[str, Table] = {
             "forward with stats, one product": (Tile(64, 32, 32, 8, 3), _TINY),
             "backward, one product": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
         },
-        _FLOAT32
-        | {"forward with stats": (Tile(32, 16, 32, 8, 2),)},
+        _FLOAT32 | {"forward with stats": (Tile(32, 16, 32, 8, 2),)},
         _FLOAT32
         | dict.fromkeys(
             ("forward", "forward with stats", "backward", "forward with stats, one product"),
@@ -210,7 +209,9 @@ def _search(
     sizes = triton.next_power_of_2(N), triton.next_power_of_2(M), D
     key = kernel, products, image.dtype, precision(image), image.device, sizes
     if key not in _fastest:
-        with current_device(image):  # the clock's events and the caches that it empties are those of one device
+        with current_device(
+            image
+        ):  # the clock's events and the caches that it empties are those of one device
             times = {tile: _milliseconds(run, tile) for tile in tiles}
         _fastest[key] = min(times, key=lambda tile: times[tile])
         shown = ", ".join(f"{tuple(tile)} {ms:.3f} ms" for tile, ms in times.items())

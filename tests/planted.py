@@ -52,6 +52,36 @@ BUGS = {
     "no barrier after the merge": Bug(
         "_triton_forward", "        tl.debug_barrier()\n\n\n", "        # no barrier\n\n\n"
     ),
+    "later rows of tiles merge before earlier ones": Bug(
+        "_triton_forward", "merge(seen, new, SLOTS, Z_MAX)", "merge(new, seen, SLOTS, Z_MAX)"
+    ),
+    "the first row of tiles is parked where the last walk left stale numbers": Bug(
+        "_triton_forward", "if row == first_row:", "if row < first_row:"
+    ),
+    "one row too many counts as inside": Bug(
+        "_triton_forward",
+        "row_inside, col_inside = offs_n < N, offs_m < M",
+        "row_inside, col_inside = offs_n <= N, offs_m < M",
+    ),
+    "the last text is not loaded": Bug("_triton_tile", "col + offs_m < M", "col + offs_m < M - 1"),
+    "the partials of the first program are merged again for each": Bug(
+        "_triton_forward",
+        "partial_ptr += tl.cdiv(length, block).to(tl.int64) * (K * block)",
+        "partial_ptr += 0",
+    ),
+    "the last row of a strip stays stale": Bug(
+        "_triton_backward",
+        "row_inside, col_inside = offs_n < last, offs_m < M",
+        "row_inside, col_inside = offs_n < last - 1, offs_m < M",
+    ),
+    "the margin's share of the scale's gradient sums pairs outside the matrix": Bug(
+        "_triton_backward", "tl.where(col_inside[None, :], b_at_negatives, 0.0)", "b_at_negatives"
+    ),
+    "programs overwrite each other's part of the scale's gradient": Bug(
+        "_triton_backward",
+        "program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)",
+        "program = tl.program_id(0) + tl.program_id(1)",
+    ),
 }
 BARRIERS = tuple(BUGS)[:2]
 

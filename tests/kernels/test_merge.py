@@ -7,13 +7,25 @@ so barriers stand on both sides of the merge. The plain interpreter ignores them
 from __future__ import annotations
 
 import pytest
+import torch
 from column_statistics import assert_right
 from kernel_calls import SMALL, options, problem
 from planted import BARRIERS, BUGS, planted
-from triton_interpreter import HAS_GPU
+from triton_interpreter import DEVICE, HAS_GPU
 
 from tracer.kernels._grid import plan
 from tracer.kernels._tiles import MERGE, Tile
+from tracer.kernels._triton import tl, triton
+from tracer.kernels._triton_tile import (
+    PARTIALS,
+    S_ARG,
+    S_MAX,
+    empty_statistics,
+    load_statistics,
+    merge,
+    own_part,
+    store_statistics,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -36,6 +48,27 @@ def test_few_multiprocessors_make_programs_of_many_tiles():
         for multiprocessors in (1, 3):
             grid = plan(61, MERGE + 9, tile, multiprocessors)
             assert grid.rectangle[0] * grid.rectangle[1] >= 4
+
+
+@triton.jit
+def _argmax_kernel(x_ptr, scratch_ptr, out_ptr, first, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Take a tile's row statistics at columns from ``first`` on through the scratch, as the walk does."""
+    at, zero = tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32)
+    b_x = tl.load(x_ptr + at[:, None] * BLOCK + at[None, :])
+    part, _ = own_part(b_x, b_x > 0, first + at, zero[None, :], SLOTS, S_MAX, 1)
+    state = merge(empty_statistics(S_MAX, S_ARG, BLOCK), part, SLOTS, S_MAX)
+    store_statistics(scratch_ptr, at, at < BLOCK, BLOCK, state, SLOTS, S_MAX)
+    state = load_statistics(scratch_ptr, at, at < BLOCK, BLOCK, SLOTS, S_MAX, S_ARG)
+    tl.store(out_ptr + at, state[S_ARG - S_MAX])
+
+
+def test_indices_above_2_to_the_24():
+    """float32 would round each odd index there."""
+    x, first = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE), 2**24 + 1
+    scratch, out = torch.empty(5, 16, device=DEVICE), torch.empty(16, device=DEVICE, dtype=torch.int32)
+    slots = tuple(i - S_MAX.value if S_MAX.value <= i <= S_ARG.value else -1 for i in range(len(PARTIALS)))
+    _argmax_kernel[(1,)](x, scratch, out, first, SLOTS=slots, BLOCK=16)
+    assert torch.equal(out, (first + x.argmax(1)).int())
 
 
 if not HAS_GPU:  # a GPU orders its warps itself
