@@ -12,7 +12,7 @@ ROOMS = ["models", "data", "evaluation", "train", "report", "demo"]  # folders o
 DATA = ["Pillow>=10", "tqdm>=4.66"]
 TRAIN = [
     "open_clip_torch>=3.3,<3.4",
-    "torchvision>=0.24",
+    "torchvision>=0.25",
     "deepspeed==0.19.8",  # exact: a sharded teacher needs private attributes of its optimizers
     "jsonargparse[signatures]>=4.40",
     "jinja2>=3.1",
@@ -35,7 +35,8 @@ setup(
     packages=["tracer", "tracer.kernels", *(f"tracer.{room}" for room in ROOMS)],
     package_dir={"tracer.kernels": "kernels"},
     package_data={"tracer": ["py.typed"], "tracer.demo": ["assets/*"], "tracer.report": ["page.html.j2"]},
-    install_requires=["torch>=2.9", "numpy>=1.26", "safetensors>=0.4.3"],
+    # 2.10 is the first torch whose addmm adds a product of 16-bit matrices to a float32 sum (pytorch#167931).
+    install_requires=["torch>=2.10", "numpy>=1.26", "safetensors>=0.4.3"],
     extras_require={
         "train": TRAIN,
         "dali": ["nvidia-dali-cuda130>=2.4,<3"],

@@ -40,7 +40,6 @@ from benchmarks.work import ARCHITECTURES, OBJECTIVES, Architecture
 from tracer.kernels import average_triton, contrastive_triton
 from tracer.kernels._tiles import TABLES, Tile
 from tracer.kernels._triton import planning_for, recording
-from tracer.kernels._triton_forward import combine_kernel
 from tracer.kernels.contrastive import Inputs, Needs, Options, Saved, Statistics
 
 TARGETS = {
@@ -142,6 +141,11 @@ def _call(case: Case, N: int = 1024) -> tuple[Inputs, Options]:
 
 def compile_case(case: Case, combine: bool = True) -> list[Report]:
     """Compile one case, of the forward kinds with the combine kernel or without, and read the machine code."""
+    return [_loss_report(case, name, code) for name, code in binaries(case, combine).items()]
+
+
+def binaries(case: Case, combine: bool = True) -> dict[str, Any]:
+    """Compile one case, of the forward kinds with the combine kernel or without; return the kernels by name."""
     inputs, options = _call(case)
     with target(case.arch, "tf32" if case.bits == 19 else "ieee"):
         with recording(execute=False, keep_arguments=True) as launches:
@@ -151,8 +155,8 @@ def compile_case(case: Case, combine: bool = True) -> list[Report]:
                 contrastive_triton.backward(_empty(4), inputs, saved, options, Needs(), tile=case.tile)
             else:
                 contrastive_triton.forward(inputs, options, tile=case.tile)
-        chosen = [x for x in launches[:2] if combine or x.kernel is not combine_kernel]
-        return [_loss_report(case, launch.kernel, launch.compile()) for launch in chosen]
+        names = (case.kernel, f"combine of {case.kernel}")[: 1 + combine]
+        return {name: launch.compile() for name, launch in zip(names, launches, strict=False)}
 
 
 def compile_average(arch: str, on_device: bool) -> Report:
@@ -165,8 +169,7 @@ def compile_average(arch: str, on_device: bool) -> Report:
     return _read(arch, code, AVERAGE, "none", 32, (average_triton.BLOCK,), options, 0)
 
 
-def _loss_report(case: Case, kernel: Any, code: Any) -> Report:
-    name = f"combine of {case.kernel}" if kernel is combine_kernel else case.kernel
+def _loss_report(case: Case, name: str, code: Any) -> Report:
     return _read(
         case.arch,
         code,

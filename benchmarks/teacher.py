@@ -41,7 +41,7 @@ from benchmarks.harness import Highlight, command_line, progress, table
 from benchmarks.measure import Timing, interleaved, require_close
 from tracer.kernels._triton import recording
 from tracer.kernels.average_triton import bytes_moved
-from tracer.ops import average_
+from tracer.ops import AverageTable, average_
 from tracer.schedules import Schedule
 from tracer.teacher import MovingAverageTeacher
 
@@ -173,7 +173,11 @@ def competitors(model: nn.Module, low: bool) -> dict[str, tuple[Callable[[], obj
         )
     updates[LOOP] = lambda: lerp_loop(averages, params, copies), averages
     updates["torch foreach"] = lambda: foreach(averages, params, copies), averages
-    updates["tracer average_"] = lambda: average_(averages, params, WEIGHT, copies=copies or None), averages
+    table = AverageTable()
+    updates["tracer average_"] = (
+        lambda: average_(averages, params, WEIGHT, copies=copies or None, table=table),
+        averages,
+    )
     updates[OURS] = lambda: teacher.update(next(steps)), averages
     size = sum(p.numel() for p in params)
     flat = torch.zeros(size, device=params[0].device), torch.zeros(size, device=params[0].device)

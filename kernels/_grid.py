@@ -22,7 +22,6 @@ from ._triton import triton
 # Least bound on the gradient strips of the backward pass, in bytes. Larger strips make fewer, fuller matrix
 # products; below the size of a GPU's second-level cache they need not reach its memory.
 STRIP_BYTES = 64 << 20
-_STRIDE = 16  # rows of a strip start on a multiple of so many elements, which wide stores can use
 
 
 class Grid(NamedTuple):
@@ -76,7 +75,7 @@ def rectangle(tiles_n: int, tiles_m: int, multiprocessors: int) -> tuple[int, in
 
 
 class Strips(NamedTuple):
-    """The cut of the backward pass: strips of ``height`` rows, each row ``stride`` elements long in scratch."""
+    """The cut of the backward pass: strips of ``height`` rows of ``stride`` elements, whole tiles, in scratch."""
 
     height: int
     stride: int
@@ -96,7 +95,7 @@ def strips(
         strip_bytes: bound on the scratch in bytes; by default :func:`strip_bound`.
     """
     bound = strip_bound(N, M, D) if strip_bytes is None else strip_bytes
-    stride = triton.cdiv(M, _STRIDE) * _STRIDE
+    stride = triton.cdiv(M, tile.block_m) * tile.block_m
     if not matrices:
         return Strips(N, stride, range(0, N, N))
     tile_rows = max(1, bound // (matrices * stride * itemsize) // tile.block_n)

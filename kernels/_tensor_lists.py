@@ -1,13 +1,12 @@
 """The lists of tensors that a moving average takes: their layouts in memory, and every check of them.
 
-A layout stands for a tensor without holding it, so checks and tables that depend on layouts alone are kept
-for the next call with the same tensors.
+A layout stands for a tensor without holding it, so checks and tables that depend on layouts alone are kept, by a
+:class:`Table` of their owner, for the next call with the same tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,7 +40,7 @@ class Layouts(NamedTuple):
 def layouts(
     averages: Sequence[Tensor], params: Sequence[Tensor], copies: Sequence[Tensor | None] | None
 ) -> Layouts:
-    """Return the layouts of the lists; they are equal, and one key of a cache, until a tensor moves."""
+    """Return the layouts of the lists; they are equal until a tensor moves."""
     return Layouts(
         tuple(map(_layout, averages)),
         tuple(map(_layout, params)),
@@ -53,7 +52,35 @@ def _layout(tensor: Tensor) -> Layout:
     return Layout(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
-@lru_cache(maxsize=8)
+class Table:
+    """Holds what one owner of averages needs again at its next call: checked lists, and a kernel's table of them.
+
+    A table belongs to one set of lists. It is built at the first call, and again when a tensor moves in memory.
+    What a CUDA graph has captured is kept as long as the owner keeps this object, because a replay reads it.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[Layouts, Callable[[Layouts], Tensor | None]] | None = None
+        self._rows: Tensor | None = None
+        self._captured: list[Tensor] = []
+
+    def holds(self, lists: Layouts, build: Callable[[Layouts], Tensor | None]) -> bool:
+        """Return whether :meth:`rows` has nothing to build."""
+        return self._key == (lists, build)
+
+    def rows(self, lists: Layouts, build: Callable[[Layouts], Tensor | None]) -> Tensor | None:
+        """Return ``build(lists)``, from the last call where the lists are equal; ``build`` refuses bad lists."""
+        if not self.holds(lists, build):
+            self._rows = build(lists)
+            self._key = lists, build
+        return self._rows
+
+    def keep(self) -> None:
+        """Keep the present rows for good: a CUDA graph reads them."""
+        if self._rows is not None and not any(self._rows is x for x in self._captured):
+            self._captured.append(self._rows)
+
+
 def check(lists: Layouts) -> None:
     """Refuse lists that cannot be averaged.
 

@@ -23,6 +23,7 @@ __all__ = [
     "INTERPRETED",
     "Gpu",
     "Launch",
+    "current_device",
     "gpu",
     "launch",
     "planning_for",
@@ -108,11 +109,11 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **con
         _recorder.launches.append(this if _recorder.keep_arguments else this._replace(arguments=()))
         if not _recorder.execute:
             return
-    with _current_device(next(x for x in arguments if isinstance(x, Tensor))):
+    with current_device(next(x for x in arguments if isinstance(x, Tensor))):
         this.run()
 
 
-def _current_device(tensor: Tensor) -> AbstractContextManager[object]:
+def current_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Make a tensor's GPU the current device, because Triton launches on the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 

@@ -42,12 +42,16 @@ def _target_weights(count, others, weight, smoothing, SMOOTHING: tl.constexpr):
 
 
 @triton.jit
-def _store_strip(ptr, b_x, stride, row, offs_m, row_inside, col_inside):
-    """Store a gradient tile in the strip's dtype, if there is a strip for it; ``row`` counts from its first."""
+def _store_strip(ptr, b_x, stride, row, offs_m, row_inside):
+    """Store a gradient tile in the strip's dtype, if there is a strip for it; ``row`` counts from its first.
+
+    A strip's rows end with a whole tile, so columns need no mask: what lies beyond the last text is never read.
+    Columns start on a multiple of the tile, rows on one of ``stride``, and a thread stores 16 bytes at once.
+    """
     if ptr is not None:
         offs = tl.arange(0, b_x.shape[0])[:, None] * stride + offs_m[None, :]
-        inside = row_inside[:, None] & col_inside[None, :]
-        tl.store(ptr + row * stride.to(tl.int64) + offs, b_x.to(ptr.dtype.element_ty), mask=inside)
+        first = row * stride.to(tl.int64)
+        tl.store(ptr + first + offs, b_x.to(ptr.dtype.element_ty), mask=row_inside[:, None])
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=SMALL_OPERANDS)
@@ -57,7 +61,7 @@ def backward_kernel(
     teacher_image_ptr, teacher_text_ptr, teacher_factor_ptr,  # [N, D], [M, D], σ'/T [], or None
     labels_ptr, text_labels_ptr,  # [N], [M], or None
     row_stats_ptr, col_stats_ptr,  # [len(Statistics), N], [len(Statistics), M]
-    ds_ptr, da_ptr, db_ptr, stride,  # strips [last − first, M] with row stride, or None
+    ds_ptr, da_ptr, db_ptr, stride,  # strips [last − first, M rounded up to whole tiles] with row stride, or None
     d_logit_scale_ptr,  # [grid 0, grid 1], or None
     margin, smoothing, N, M, width, whole_n, whole_m,  # size of the matrix that the N×M logits are a part of
     first, last, rows, cols,  # the strip's rows; size of a rectangle
@@ -68,7 +72,8 @@ def backward_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # 1. The rectangle of this program within the strip.
-    first_row, first_col = first + tl.program_id(0) * rows, tl.program_id(1) * cols
+    first_row = first + tl.program_id(0) * rows
+    first_col = tl.program_id(1) * (cols // BLOCK_M) * BLOCK_M  # so the compiler knows that it starts a tile
 
     # 2. Upstream gradients relative to the largest, so that no strip leaves a low precision's range.
     g_contrastive = tl.load(grad_terms_ptr + TERM_CONTRASTIVE)
@@ -138,7 +143,7 @@ def backward_kernel(
                     b_da -= tl.where(b_positive, q_positive[:, None], q_negative[:, None])
                 if D_LOGIT_SCALE:
                     d_row += tl.sum(tl.where(col_inside[None, :], b_da * b_a, 0.0), 1)
-                _store_strip(da_ptr, b_da, stride, row - first, offs_m, row_inside, col_inside)
+                _store_strip(da_ptr, b_da, stride, row - first, offs_m, row_inside)
 
             # 6. Along columns: the same on b and s.
             if USE_T:
@@ -159,7 +164,7 @@ def backward_kernel(
                     b_db -= tl.where(b_positive, q_positive[None, :], q_negative[None, :])
                 if D_LOGIT_SCALE:
                     d_row += tl.sum(tl.where(col_inside[None, :], b_db * b_b, 0.0), 1)
-                _store_strip(db_ptr, b_db, stride, row - first, offs_m, row_inside, col_inside)
+                _store_strip(db_ptr, b_db, stride, row - first, offs_m, row_inside)
 
             # 7. The student's softmaxes of the relational and the contrastive term, the latter's targets.
             if RELATIONAL:
@@ -190,7 +195,7 @@ def backward_kernel(
             if USE_S:
                 if D_LOGIT_SCALE:
                     d_row += tl.sum(tl.where(col_inside[None, :], b_ds * b_s, 0.0), 1)
-                _store_strip(ds_ptr, b_ds, stride, row - first, offs_m, row_inside, col_inside)
+                _store_strip(ds_ptr, b_ds, stride, row - first, offs_m, row_inside)
             d_logit_scale += tl.where(row_inside, d_row, 0.0)
 
     if D_LOGIT_SCALE:

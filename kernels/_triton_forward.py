@@ -285,7 +285,8 @@ def combine_kernel(
     if STATS:
         mean = tl.where(inside, 1.0 / length, 0.0)
         s_sum = state[S_SUM]
-        s_arg = tl.minimum(state[S_ARG].to(tl.int32), others - 1)  # all-NaN rows have no argmax
+        # An all-NaN row has no argmax; whatever its index holds, no address may come from it.
+        s_arg = tl.maximum(tl.minimum(state[S_ARG], others - 1), 0)
         ptr = sums_ptr + STUDENT + PER_MODEL * side
         tl.store(ptr + ENTROPY, _total(lse_s - state[S_SELF] / s_sum, mean * LN2))
         tl.store(ptr + CONFIDENCE, _total(1.0 / s_sum, mean))
@@ -294,7 +295,7 @@ def combine_kernel(
         tl.store(ptr + ACCURACY, _total(s_right, mean))
         if SLOTS[T_SELF] >= 0:
             t_sum = state[T_SUM]
-            t_arg = tl.minimum(state[T_ARG].to(tl.int32), others - 1)
+            t_arg = tl.maximum(tl.minimum(state[T_ARG], others - 1), 0)
             ptr = sums_ptr + TEACHER + PER_MODEL * side
             tl.store(ptr + ENTROPY, _total(lse_t - state[T_SELF] / t_sum, mean * LN2))
             tl.store(ptr + CONFIDENCE, _total(1.0 / t_sum, mean))

@@ -15,7 +15,7 @@ from ._triton import tl, triton
 from .contrastive import TERMS, Inputs, Options, Statistics
 
 # How each partial statistic merges: M maximum, S sum relative to the last maximum before it, I index of that
-# maximum, P plain sum.
+# maximum (int32, the others float32), P plain sum.
 MERGE_RULES = tl.constexpr("MSPP MSSSI MSSSISS MSPP".replace(" ", ""))
 # Their order in a tuple of statistics. z: contrastive logits; s: student; t: teacher; x: the logits between the
 # two, a along rows and b along columns; eˢ: 2^(s − max s); P: the positives.
@@ -99,6 +99,8 @@ def empty_statistics(FIRST: tl.constexpr, LAST: tl.constexpr, LENGTH: tl.constex
     for i in tl.static_range(FIRST, LAST + 1):
         if MERGE_RULES[i] == "M":
             state += (tl.full([LENGTH], OUTSIDE, tl.float32),)
+        elif MERGE_RULES[i] == "I":
+            state += (tl.zeros([LENGTH], tl.int32),)
         else:
             state += (tl.zeros([LENGTH], tl.float32),)
     return state
@@ -119,7 +121,10 @@ def load_statistics(ptr, places, inside, block, SLOTS: tl.constexpr, FIRST: tl.c
     state = ()
     for i in tl.static_range(FIRST, LAST + 1):
         if SLOTS[i] >= 0:
-            state += (tl.load(ptr + (places + SLOTS[i] * block), mask=inside, other=0.0),)
+            loaded = tl.load(ptr + (places + SLOTS[i] * block), mask=inside, other=0.0)
+            if MERGE_RULES[i] == "I":
+                loaded = loaded.to(tl.int32, bitcast=True)
+            state += (loaded,)
         else:
             state += (tl.zeros(places.shape, tl.float32),)
     return state
@@ -127,10 +132,13 @@ def load_statistics(ptr, places, inside, block, SLOTS: tl.constexpr, FIRST: tl.c
 
 @triton.jit
 def store_statistics(ptr, places, inside, block, state, SLOTS: tl.constexpr, FIRST: tl.constexpr):
-    """Store the statistics from FIRST on in the scratch."""
+    """Store the statistics from FIRST on in the scratch, indices as the bits of a float."""
     for i in tl.static_range(len(state)):
         if SLOTS[FIRST + i] >= 0:
-            tl.store(ptr + (places + SLOTS[FIRST + i] * block), state[i], mask=inside)
+            stored = state[i]
+            if MERGE_RULES[FIRST + i] == "I":
+                stored = stored.to(tl.float32, bitcast=True)
+            tl.store(ptr + (places + SLOTS[FIRST + i] * block), stored, mask=inside)
 
 
 @triton.jit
@@ -165,9 +173,9 @@ def _softmax(b_x, AXIS: tl.constexpr):
 
 @triton.jit
 def _first(b_x, top, offs, AXIS: tl.constexpr):
-    """Return the index of the first entry that equals ``top``, as a float (exact up to 2^24)."""
+    """Return the index of the first entry that equals ``top`` in int32; 2^31 − 1 where none does, as among NaN."""
     b_is_maximum = b_x == tl.expand_dims(top, AXIS)
-    return tl.min(tl.where(b_is_maximum, tl.expand_dims(offs, 1 - AXIS), 0x7FFFFFFF), AXIS).to(tl.float32)
+    return tl.min(tl.where(b_is_maximum, tl.expand_dims(offs, 1 - AXIS), 0x7FFFFFFF), AXIS)
 
 
 # What one tile contributes, one function per kind of logits, so that few tiles are alive at a time. The pads
@@ -199,7 +207,8 @@ def contrastive_part(b_s, b_positive, shift, row_pad, col_pad, SLOTS: tl.constex
 def own_part(b_x, b_positive, offs, pad, SLOTS: tl.constexpr, FIRST: tl.constexpr, AXIS: tl.constexpr):
     """Return S_MAX … S_ARG or T_MAX … T_ARG along an axis with indices ``offs``, and the exponentials."""
     zero = tl.zeros([b_x.shape[1 - AXIS]], tl.float32)
-    top, total, weighed, mass, arg, b_e = zero, zero, zero, zero, zero, b_x
+    top, total, weighed, mass, b_e = zero, zero, zero, zero, b_x
+    arg = tl.zeros([b_x.shape[1 - AXIS]], tl.int32)
     if SLOTS[FIRST] >= 0:
         top, total, b_e = _softmax(b_x + pad, AXIS)
     if SLOTS[FIRST + OWN_DIAGNOSTICS] >= 0:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ._tensor_lists import check, layouts, one_order
+from ._tensor_lists import Table, check, layouts, one_order
 
 # Elements of a piece: 4 MiB of float32, small enough for a shared cache, large enough for all cores.
 PIECE = 1 << 20
@@ -27,10 +27,11 @@ def average_(
     params: Sequence[Tensor],
     weight: float,
     copies: Sequence[Tensor | None] | None = None,
+    table: Table | None = None,
 ) -> None:
     """Move ``averages`` in place; see ``tracer.ops.average_``. Copies may be on another device."""
     lists = layouts(averages, params, copies)
-    check(lists)
+    (table or Table()).rows(lists, check)
     if not averages:
         return
     if copies is None and all(p.dtype is torch.float32 for p in params):

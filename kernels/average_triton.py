@@ -7,20 +7,20 @@ per parameter for a float32 parameter and a bfloat16 copy, each element visited 
 
 One row of a table is one chunk of one tensor: the three addresses, the number of elements, and a
 code of the dtypes. A program reads its row and moves its chunk, so tensors of any dtype, size and
-alignment share the launch. The table depends on addresses and layouts only: it is built at the first
-call, kept, and rebuilt when storage moves. The weight is a kernel argument (or a scalar on the
-device), never a constant: no recompilation per step, and a captured CUDA graph stays valid.
+alignment share the launch. The table depends on addresses and layouts only: the owner of the averages holds it
+in a ``Table``, which builds it at the first call and again when storage moves. The weight is a kernel
+argument (or a scalar on the device), never a constant: no recompilation per step, and a captured CUDA
+graph stays valid.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ._tensor_lists import Layout, Layouts, check, check_one_pass, layouts
+from ._tensor_lists import Layout, Layouts, Table, check, check_one_pass, layouts
 from ._triton import launch, require_gpu, tl, triton
 
 BLOCK = 2048  # elements of a chunk: 28 KiB of traffic, so the 40 bytes of its row do not count
@@ -111,26 +111,43 @@ def average_(
     params: Sequence[Tensor],
     weight: float | Tensor,
     copies: Sequence[Tensor | None] | None = None,
+    table: Table | None = None,
 ) -> None:
     """Move ``averages`` in place; see ``tracer.ops.average_``.
 
     All tensors on one device; each average dense, its parameter and copy with the same strides.
-    Under CUDA graph capture the table must exist: call once before with the same tensors.
+
+    Raises:
+        ValueError: lists that the kernel cannot move, or a CUDA graph is being captured and ``table`` has not
+            seen these tensors: building a table copies from the host, which no graph can repeat.
     """
     if averages:
         require_gpu(averages[0], instead="foreach")
-    table = plan(averages, params, copies)
-    if table is None:
+    table = table or Table()
+    lists = layouts(averages, params, copies)
+    capturing = bool(averages) and _capturing(averages[0])
+    if capturing and not table.holds(lists, _rows):
+        raise ValueError(
+            "average_ is being captured in a CUDA graph without a table: "
+            "pass table=AverageTable() and call once with it and these tensors before the capture"
+        )
+    rows = table.rows(lists, _rows)
+    if rows is None:
         return
-    on_device = isinstance(weight, Tensor)
+    if capturing:
+        table.keep()
     launch(
         average_kernel,
-        (table.shape[0],),
-        (table, weight),
-        ON_DEVICE=on_device,
+        (rows.shape[0],),
+        (rows, weight),
+        ON_DEVICE=isinstance(weight, Tensor),
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def plan(
@@ -140,13 +157,12 @@ def plan(
 
     Returns:
         int64 [chunks, 5] on the tensors' device: addresses of the average, the parameter and the copy (0
-        for none), number of elements, code of the dtypes. None where the lists hold no element. The same
-        tensor is returned for the same lists until one of them moves in memory.
+        for none), number of elements, code of the dtypes. None where the lists hold no element.
 
     Raises:
         ValueError: lists that the kernel cannot move; see ``_tensor_lists.py``.
     """
-    return _plan(layouts(averages, params, copies))
+    return _rows(layouts(averages, params, copies))
 
 
 def bytes_moved(table: Tensor) -> int:
@@ -161,8 +177,7 @@ def bytes_moved(table: Tensor) -> int:
     return int((elements * each).sum()) + table.nbytes
 
 
-@lru_cache(maxsize=8)
-def _plan(lists: Layouts) -> Tensor | None:
+def _rows(lists: Layouts) -> Tensor | None:
     check(lists)
     check_one_pass(lists)
     rows = [_chunks(*lists.row(i)) for i, average in enumerate(lists.averages) if average.shape.numel()]

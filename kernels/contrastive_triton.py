@@ -214,7 +214,8 @@ def _side(merged: Tensor, slots: tuple[int, ...]) -> Side:
     side |= {name: x for name, x in raw.items() if name.startswith("positive_")}
     for matrix in ("s", "t"):
         if f"arg_{matrix}" in raw:
-            side[f"best_{matrix}"], side[f"arg_{matrix}"] = raw[f"max_{matrix}"], raw[f"arg_{matrix}"].long()
+            side[f"best_{matrix}"] = raw[f"max_{matrix}"]
+            side[f"arg_{matrix}"] = raw[f"arg_{matrix}"].view(torch.int32).long()
     for matrix in ("z", "s", "t", "x"):
         if f"max_{matrix}" in raw:
             side[f"lse_{matrix}"] = raw[f"max_{matrix}"] + raw[f"sum_{matrix}"].log2()
@@ -269,13 +270,13 @@ class _Matrices(NamedTuple):
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """Return ``total + left @ right`` in float32, ``left`` and ``right`` in any one dtype."""
+    """Return ``left @ right`` in float32, added to ``total`` in place; ``left`` and ``right`` in any one dtype."""
     if left.dtype == torch.float32:
         return left @ right if total is None else total.addmm_(left, right)
     if left.is_cuda and torch.version.hip is None:
         if total is None:
             return torch.mm(left, right, out_dtype=torch.float32)
-        return torch.addmm(total, left, right, out_dtype=torch.float32)
+        return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     if left.is_cuda:  # no float32 output there: one rounding per strip, the sum over strips in float32
         product = (left @ right).float()
     else:  # the interpreter's CPU tensors

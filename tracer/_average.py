@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tracer.ops import average_
+from tracer.ops import AverageTable, average_
 
 
 class Student:
@@ -98,6 +98,7 @@ class Average:
 
     def __init__(self, student: nn.Module, module: nn.Module) -> None:
         self.module = module
+        self._table = AverageTable()
         self.averages: dict[str, Tensor] = {}
         self.rounded: dict[str, Tensor] = {}
         self.copied: dict[str, Tensor] = {}
@@ -165,6 +166,7 @@ class Average:
             [self._sources[name]() for name in self.averages],
             weight,
             copies=[self.rounded.get(name) for name in self.averages] if self.rounded else None,
+            table=self._table,
         )
         for dtype in {tensor.dtype for tensor in self.copied.values()}:
             names = [name for name, tensor in self.copied.items() if tensor.dtype is dtype]

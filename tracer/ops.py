@@ -25,9 +25,10 @@ from tracer import _autograd, _mesh, _ranks
 from tracer._call import Call, Given, prepare, prepare_on_ranks
 from tracer.diagnostics import named_diagnostics, sampled_diagnostics
 from tracer.kernels import average_foreach, contrastive_eager
+from tracer.kernels._tensor_lists import Table as AverageTable
 from tracer.kernels.contrastive import TERMS, Options
 
-__all__ = ["ContrastiveOutput", "average_", "contrastive_loss", "sampled_diagnostics"]
+__all__ = ["AverageTable", "ContrastiveOutput", "average_", "contrastive_loss", "sampled_diagnostics"]
 
 
 class ContrastiveOutput(NamedTuple):
@@ -176,6 +177,7 @@ def average_(
     *,
     copies: Sequence[Tensor | None] | None = None,
     impl: str = "auto",
+    table: AverageTable | None = None,
 ) -> None:
     """Move a list of averages in place: ``average += weight · (param − average)``.
 
@@ -188,16 +190,23 @@ def average_(
             need none.
         impl: ``"triton"``, one launch for the whole list (``kernels/average_triton.py``); ``"foreach"``, torch
             operations (``kernels/average_foreach.py``); ``"auto"``, the former for CUDA and ROCm tensors.
+        table: an ``AverageTable()`` that the owner of the averages makes once and passes with the same lists at
+            every call. It keeps the checks and the kernel's table of addresses until a tensor moves in memory;
+            a call without it makes them anew, which takes 13–27 ms for a large model. Under CUDA graph capture
+            it is needed, after one call with it before, and it must live as long as the graph.
 
     Raises:
         ValueError: lists that don't match, dtypes or memory formats that the implementation can't
-            move, or written tensors that share memory; the message names list and position.
+            move, written tensors that share memory (the message names list and position), or a capture
+            without a table.
     """
     if impl not in ("auto", "triton", "foreach"):
         raise ValueError(f"impl={impl!r}: one of 'auto', 'triton', 'foreach'")
     if impl == "auto":
         impl = "triton" if averages and averages[0].is_cuda else "foreach"
     if impl == "triton":
-        importlib.import_module("tracer.kernels.average_triton").average_(averages, params, weight, copies)
+        importlib.import_module("tracer.kernels.average_triton").average_(
+            averages, params, weight, copies, table
+        )
     else:
-        average_foreach.average_(averages, params, float(weight), copies)
+        average_foreach.average_(averages, params, float(weight), copies, table)

@@ -5,10 +5,12 @@ Without a GPU the real kernel runs under Triton's interpreter on CPU tensors.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracer.kernels import _triton, average_foreach, average_triton
-from tracer.ops import average_
+from tracer.ops import AverageTable, average_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = {"triton": average_triton, "foreach": average_foreach}
@@ -315,26 +317,74 @@ if _triton.INTERPRETED:  # bytes are counted in the interpreter
         assert average_triton.bytes_moved(table) == counted["tensor"] + counted["table"]
 
 
-def test_table_is_kept_until_storage_moves(counted):
+@pytest.fixture
+def built(monkeypatch):
+    """The lists of layouts that a table was built from, or that were checked, in order."""
+    calls = []
+
+    def counting(build):
+        def wrapper(lists):
+            calls.append(lists)
+            return build(lists)
+
+        return wrapper
+
+    monkeypatch.setattr(average_triton, "_rows", counting(average_triton._rows))
+    monkeypatch.setattr(average_foreach, "check", counting(average_foreach.check))
+    return calls
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_table_is_kept_until_storage_moves(impl, built):
     averages, params, _ = lists()
-    table = average_triton.plan(averages, params)
-    for weight in (0.5, 0.25, 0.125):
-        average_triton.average_(averages, params, weight)
-        assert average_triton.plan(averages, params) is table
+    table = AverageTable()
+
+    def move(weight=0.5):
+        want = expected(averages, params, weight)
+        average_(averages, params, weight, impl=impl, table=table)
+        assert_moved(averages, want)
+        return len(built)
+
+    assert [move(weight) for weight in (0.5, 0.25, 0.125)] == [1, 1, 1]
     kept = [params[4], params[4].data]  # or the allocator could give an old address again
     params[4] = params[4].clone()  # moved
-    want = expected(averages, params, 0.5)
-    average_triton.average_(averages, params, 0.5)
-    assert_moved(averages, want)
+    assert move() == move() == 2
     kept.append(params[4].data)
-    moved = average_triton.plan(averages, params)
-    assert moved is not table
     params[4].data = params[4].data.clone()  # moved under the same parameter
-    want = expected(averages, params, 0.5)
-    average_triton.average_(averages, params, 0.5)
-    assert_moved(averages, want)
-    assert average_triton.plan(averages, params) is not moved
-    assert counted["launches"] == 5
+    assert move() == move() == 3
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_owners_do_not_drive_out_each_other(impl, built):
+    """Twelve owners in turn: each builds its table once. A cache of eight tables built all of them anew."""
+    owners = [(lists(seed=seed), AverageTable()) for seed in range(12)]
+    for _ in range(2):
+        for (averages, params, _), table in owners:
+            average_(averages, params, 0.5, impl=impl, table=table)
+    assert len(built) == 12
+    average_(*owners[0][0][:2], 0.5, impl=impl)  # without a table it is built for this call alone
+    assert len(built) == 13
+
+
+def test_a_captured_table_lives_as_long_as_its_owner(monkeypatch):
+    """A replay reads the addresses that the graph captured, after the tensors have moved too."""
+    averages, params, _ = lists()
+    table = AverageTable()
+    average_triton.average_(averages, params, 0.5, table=table)
+    captured = weakref.ref(table._rows)
+    monkeypatch.setattr(average_triton, "_capturing", lambda tensor: True)
+    average_triton.average_(averages, params, 0.5, table=table)
+    moved = [p.clone() for p in params]
+    for refused in (AverageTable(), None, table):  # one that saw no tensors, none, and one that saw others
+        with pytest.raises(ValueError, match=r"pass table=AverageTable\(\) and call once with it"):
+            average_triton.average_(averages, moved, 0.5, table=refused)
+    monkeypatch.undo()
+    average_triton.average_(averages, moved, 0.5, table=table)
+    assert captured() is not None
+    assert captured() is not table._rows
+    del table, refused
+    gc.collect()
+    assert captured() is None
 
 
 if torch.cuda.is_available():
@@ -343,10 +393,11 @@ if torch.cuda.is_available():
         """The weight lives on the device: a replay moves by what it holds then."""
         averages, params, copies = lists(torch.bfloat16, torch.bfloat16)
         weight = torch.zeros((), device=DEVICE)
-        average_triton.average_(averages, params, weight, copies)  # builds the table, compiles
+        table = AverageTable()
+        average_triton.average_(averages, params, weight, copies, table)  # builds the table, compiles
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            average_triton.average_(averages, params, weight, copies)
+            average_triton.average_(averages, params, weight, copies, table)
         for value in (0.5, 0.125):
             weight.fill_(value)
             want = expected(averages, params, value)
@@ -355,10 +406,11 @@ if torch.cuda.is_available():
 
     def test_one_kernel_without_recompilation():
         averages, params, copies = lists(torch.bfloat16, torch.bfloat16)
-        average_triton.average_(averages, params, 0.5, copies)
+        table = AverageTable()
+        average_triton.average_(averages, params, 0.5, copies, table)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for weight in (0.25, 1.0, 3e-5):
-                average_triton.average_(averages, params, weight, copies)
+                average_triton.average_(averages, params, weight, copies, table)
             torch.cuda.synchronize()
         kernels = [e for e in profile.key_averages() if "average_kernel" in e.key]
         assert sum(e.count for e in kernels) == 3

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from kernel_calls import CLIP, SMALL, options, problem, to_device
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tracer.kernels import _grid, _tiles, contrastive_triton
 from tracer.kernels._tiles import Tile
@@ -117,7 +118,7 @@ def test_strips_cover_all_rows_in_whole_tiles(N, bound):
     cut = _grid.strips(N, 45, 24, SMALL, matrices=3, itemsize=4, strip_bytes=bound)
     assert list(cut.starts) == list(range(0, N, cut.height))
     assert cut.height == N or cut.height % SMALL.block_n == 0
-    assert cut.stride >= 45
+    assert cut.stride == 64  # whole tiles, so that no store needs a mask along its row
     assert cut.height <= SMALL.block_n or 3 * cut.height * cut.stride * 4 <= (bound or _grid.STRIP_BYTES)
 
 
@@ -180,6 +181,32 @@ def test_search_is_opt_in_and_announced_once(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_the_search_times_the_device_of_the_tensors(monkeypatch):
+    """The clock's events belong to the current device, so that device has to be the tensors'."""
+    current: list[torch.device] = []
+
+    class Current:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            current.append(self.device)
+
+        def __exit__(self, *exception):
+            current.pop()
+
+    timed = []
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(_tiles, "_milliseconds", lambda run, tile: timed.append(list(current)) or 1.0)
+    monkeypatch.setattr(_tiles, "_fastest", {})
+    monkeypatch.setenv("TRACER_AUTOTUNE", "1")
+    with FakeTensorMode(), planning_for("sm_90", 132):
+        image = torch.empty(4096, 512, device="cuda:1", dtype=torch.bfloat16)
+        _tiles.choose("forward", 4, image, 4096, lambda tile: None)
+    assert timed
+    assert all(devices == [torch.device("cuda:1")] for devices in timed)
+
+
 @pytest.mark.parametrize("new_interface", [True, False], ids=["fp32_precision", "allow_tf32"])
 def test_tf32_where_torch_allows_it_and_tiles_exist(new_interface):
     matmul = torch.backends.cuda.matmul
@@ -202,3 +229,13 @@ def test_tf32_where_torch_allows_it_and_tiles_exist(new_interface):
         ("sm_80", True),
         ("sm_90", True),
     }
+
+
+def test_a_strip_is_added_to_the_sum_in_place():
+    """The sum of the texts' gradients is as large as the texts in float32: no strip makes another."""
+    with FakeTensorMode():
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            strip, right = torch.empty(64, 40, device="cuda", dtype=dtype), torch.empty(64, 16, device="cuda")
+            total = torch.empty(40, 16, device="cuda")
+            added = contrastive_triton._add_product(total, strip.T, right.to(dtype))
+            assert added is total
