@@ -19,7 +19,7 @@ CHOSEN = options(0.3, 0.1, stats=True)
 
 
 def ties() -> Inputs:
-    """Return a problem whose columns have ties: each image comes again in every row of tiles, products are exact."""
+    """Return a problem whose columns have ties: each image comes in every row of tiles again."""
     inputs, generator = problem(45, 70, 16), torch.Generator().manual_seed(0)
     for x in (inputs.image, inputs.text, inputs.teacher_image, inputs.teacher_text):
         x[:] = torch.randint(-3, 4, x.shape, generator=generator) / 8
