@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tracer.errors import UserError
-from tracer.files import is_marked, remove_tree, sync, whole_folder, write_json
+from tracer.files import is_marked, remove_tree, sync, whole_file, whole_folder, write_json
 from tracer.teacher import MovingAverageTeacher
 
 WHOLE = "checkpoint-*[0-9]"  # matches no checkpoint that is still being written
@@ -34,8 +34,8 @@ class Checkpoints:
     """The checkpoints in the folder of an unfinished run. Only the newest one is kept.
 
     A checkpoint is a folder: DeepSpeed's files under ``engine``, the moving averages and random generators of
-    each rank in ``rank-R.pt``, and ``checkpoint.json`` with the step, the seconds so far, the settings and the
-    fingerprint.
+    each rank in ``rank-R.pt``, and ``checkpoint.json`` with the step, the seconds so far, the settings, the
+    fingerprint and the pictures that failed. These are also written to ``skipped.jsonl`` beside it.
 
     Args:
         folder: of the run, with or without a checkpoint of an earlier attempt.
@@ -45,6 +45,7 @@ class Checkpoints:
 
     Attributes:
         step: optimizer steps done in the newest checkpoint; 0 where there is none.
+        skipped: the pictures that had failed by then, a dictionary for each.
 
     Raises:
         UserError: the folder holds an unfinished run with another fingerprint, or a damaged checkpoint.
@@ -55,6 +56,7 @@ class Checkpoints:
         self._identity = {"fingerprint": fingerprint, "settings": dict(settings)}
         self._last = newest(folder)
         self.step, self._started = 0, started
+        self.skipped: list[dict[str, Any]] = []
         if self._last is None:
             return
         record = _read_record(self._last)
@@ -65,7 +67,7 @@ class Checkpoints:
                 f"'{folder}' holds an unfinished run with other {', '.join(differ) or 'data or versions'}: "
                 "give the same to go on with it, choose another --output, or remove that folder"
             )
-        self.step = record["step"]
+        self.step, self.skipped = record["step"], record.get("skipped", [])
         self._started -= record["seconds"]
 
     @property
@@ -97,8 +99,16 @@ class Checkpoints:
         except Exception as error:  # zip, pickle, torch and DeepSpeed each raise their own for damaged files
             raise _damaged(self._last, error) from error
 
-    def save(self, step: int, engine: Any, averages: Mapping[str, MovingAverageTeacher]) -> None:
+    def save(
+        self,
+        step: int,
+        engine: Any,
+        averages: Mapping[str, MovingAverageTeacher],
+        skipped: Sequence[dict[str, Any]] = (),
+    ) -> None:
         """Write the checkpoint of ``step``; once it is whole and on the disk, remove the one before.
+
+        ``skipped`` holds the pictures that have failed in the steps so far.
 
         Raises:
             UserError: it could not be written; the one before is still there.
@@ -118,7 +128,11 @@ class Checkpoints:
                 ):  # DeepSpeed's own tools, which this package does not use
                     script.unlink()
                 torch.save({"averages": states, "random": random}, part / _rank_file())
-                record = self._identity | {"step": step, "seconds": self.seconds}
+                record = self._identity | {
+                    "step": step,
+                    "seconds": self.seconds,
+                    "skipped": list(skipped),
+                }
                 write_json(part / "checkpoint.json", record)
                 sync(part)
             sync(self._folder)
@@ -130,7 +144,10 @@ class Checkpoints:
             ) from error
         if self._last is not None:
             remove_tree(self._last)
-        self._last, self.step = folder, step
+        self._last, self.step, self.skipped = folder, step, list(skipped)
+        if skipped:
+            with whole_file(self._folder / "skipped.jsonl") as part:
+                part.write_text("".join(json.dumps(row) + "\n" for row in skipped))
 
     def nbytes(self) -> int:
         """Return the size of the newest checkpoint's files in bytes."""

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,8 +14,9 @@ from tqdm import tqdm
 
 from tracer import recipes
 from tracer.adapters import adapter_schedule
-from tracer.data.batches import Batch, TrainingBatches
+from tracer.data.batches import Batch, TrainingBatches, Variation
 from tracer.data.index import Index
+from tracer.data.skipped import Skipped
 from tracer.errors import Stopped, UserError
 from tracer.losses import TracerLoss
 from tracer.machine import resolve_precision
@@ -139,6 +139,7 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
     engine, averages = trainer.engine, trainer.averages
     checkpoints.resume(engine, averages.by_name())
     done, total = checkpoints.step, config.total_steps
+    skipped = Skipped(len(index), config.max_bad, checkpoints.skipped)
     batches = iter(
         TrainingBatches(
             index,
@@ -150,6 +151,11 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
             crop_scale=config.crop_scale,
             workers=config.workers,
             device=engine.device,
+            loading=config,
+            variation=Variation(
+                config.crop_scale, config.flip, config.color_jitter, config.shuffle_window
+            ),
+            skipped=skipped,
         )
     )
     steps = range(done + 1, total + 1)
@@ -161,18 +167,18 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
             if log.skipped:
                 bar.set_postfix(skipped=log.skipped)
             if log.skipped_in_a_row >= config.max_skipped:
-                pictures = [index.images[n] for n in trainer.pictures]
+                pictures = [index.id(n) for n in trainer.pictures]
                 raise _not_finite(config, step, log.skipped_in_a_row, pictures)
             if step % config.save_every == 0 or step == total or request.signal:
                 log.sync()  # before the checkpoint, which relies on the log's rows
-                checkpoints.save(step, engine, averages.by_name())
+                checkpoints.save(step, engine, averages.by_name(), skipped.rows(step * config.accumulation))
             if request.signal:
                 raise Stopped(
                     f"stopped after step {step} of {total}, which is saved; the same command goes on from there",
                     request.signal,
                 )
     if log.skipped == total:
-        raise _not_finite(config, total, total, [index.images[n] for n in trainer.pictures])
+        raise _not_finite(config, total, total, [index.id(n) for n in trainer.pictures])
     last = full_weights(engine)
     trained = Trained(
         student=averages.student.gather() if averages.student else last,
@@ -184,7 +190,7 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
     return trained
 
 
-def _not_finite(config: Config, step: int, skipped: int, pictures: list[Path]) -> UserError:
+def _not_finite(config: Config, step: int, skipped: int, pictures: list[str]) -> UserError:
     """Return the error for ``skipped`` steps in a row, the last of them on ``pictures``."""
     batches = f"batch {step}" if config.accumulation == 1 else f"micro-batches of batch {step}"
     named = ", ".join(f"'{picture}'" for picture in pictures[:3]) or "no pictures"
