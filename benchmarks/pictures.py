@@ -11,7 +11,9 @@ import open_clip
 import torch
 from PIL import Image
 
+from tracer.data.build import collect
 from tracer.data.index import Index
+from tracer.data.sample import Sample
 from tracer.demo.config import ICONS
 from tracer.models.clip import Clip
 from tracer.models.picture_format import PictureFormat
@@ -31,9 +33,8 @@ class Source(NamedTuple):
     @property
     def pictures(self) -> Index:
         """The pictures of an epoch, which repeat the files in turn."""
-        count = self.batch * self.batches
-        images = [self.files[i % len(self.files)] for i in range(count)]
-        return Index(self.name, images, ["picture"] * count, [["a picture"]] * count)
+        once = collect(self.name, (Sample(str(file), "picture", ("a picture",)) for file in self.files))
+        return once.take(np.arange(self.batch * self.batches) % len(self.files))
 
     @property
     def clip(self) -> Clip:

@@ -113,9 +113,7 @@ def describe(about: About) -> str:
     return "; ".join(parts + [f"{more} more reasons"] * (more > 0))
 
 
-def _kept(
-    source: Path, settings: LoadingSettings, cache: ShardCache, decode: bool
-) -> tuple[Columns, About]:
+def _kept(source: Path, settings: LoadingSettings, cache: ShardCache, decode: bool) -> tuple[Columns, About]:
     """Return the index that is kept for this source, built anew where anything has changed since."""
     where = address_of(source) or os.path.abspath(source)
     key = json.dumps([VERSION, where, settings.json_caption_key, settings.max_pixels])

@@ -10,10 +10,9 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tracer.data.header import Header, read_header
+from tracer.data.header import TAIL, Header, ends_well, read_header
 
-HEAD, LONG_HEAD, TAIL = 4096, 1 << 18, 64
-ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+HEAD, LONG_HEAD = 4096, 1 << 18
 
 Read = Callable[[int, int], bytes]  # offset and length → bytes
 
@@ -46,8 +45,8 @@ def look(read: Read, size: int, max_pixels: int, whole: bool = False) -> Sight:
     if header is not None:
         if header.height * header.width > max_pixels:
             return Sight(header.format, fault=_too_large(header, max_pixels))
-        tail = read(max(0, size - TAIL), min(size, TAIL)).rstrip(b"\0")
-        if tail.endswith(ENDS[header.format]) and not whole:
+        tail = read(max(0, size - TAIL), min(size, TAIL))
+        if ends_well(header.format, tail) and not whole:
             return Sight(header.format, header.orientation > 1, header.bits > 8)
     return _decoded(read(0, size), max_pixels)
 
@@ -86,17 +85,15 @@ def _decoded(content: bytes, max_pixels: int) -> Sight:
 
 def look_at_file(path: str, max_pixels: int, whole: bool = False) -> tuple[Sight, int, int]:
     """Return the first sight of a picture file, its size and its time of change in ns (−1 if it cannot be read)."""
-    from tracer.data.picture import reason_of
-
     try:
         handle = os.open(path, os.O_RDONLY)
+        try:
+            about = os.fstat(handle)
+            sight = look(lambda place, n: os.pread(handle, n, place), about.st_size, max_pixels, whole)
+            return sight, about.st_size, about.st_mtime_ns
+        finally:
+            os.close(handle)
     except OSError as error:
+        from tracer.data.picture import reason_of
+
         return Sight("", fault=reason_of(error)), -1, -1
-    try:
-        about = os.fstat(handle)
-        sight = look(lambda place, n: os.pread(handle, n, place), about.st_size, max_pixels, whole)
-        return sight, about.st_size, about.st_mtime_ns
-    except OSError as error:
-        return Sight("", fault=reason_of(error)), -1, -1
-    finally:
-        os.close(handle)

@@ -276,7 +276,9 @@ class Builder:
     def columns(self) -> tuple[Columns, list[str]]:
         """Return the columns, and the class ids in the order of the label numbers."""
         count = len(self)
-        arrays = {n: np.frombuffer(a, a.typecode) if count else np.zeros(0, "i4") for n, a in self._rows.items()}
+        arrays = {
+            n: np.frombuffer(a, a.typecode) if count else np.zeros(0, "i4") for n, a in self._rows.items()
+        }
         samples, texts = (np.frombuffer(a, np.int32) if a else np.zeros(0, np.int32) for a in self._pairs)
         if len(self.files) > REMEMBERED:
             arrays, samples = self._merged(arrays, samples)
@@ -296,7 +298,6 @@ class Builder:
             texts=self.texts.strings(),
         )
         return columns, list(self._labels)
-
 
     def _merged(
         self, arrays: dict[str, np.ndarray], samples: np.ndarray

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from tracer.data.ahead import Ahead
 from tracer.data.loader import Plan, Work
-from tracer.data.picture import Picture, for_dali
+from tracer.data.picture import Picture, for_dali, what_pil_says
 from tracer.data.window import centre_window, pixels_of, random_window
 from tracer.errors import UserError
 from tracer.models.picture_format import PictureFormat
@@ -42,7 +41,9 @@ class Pictures:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._held: deque[tuple[Work, list[int]]] = deque(maxlen=AHEAD)  # batches that DALI may hold, and their rows
+        self._held: deque[tuple[Work, list[int]]] = deque(
+            maxlen=AHEAD
+        )  # batches that DALI may hold, and their rows
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         numbers = self._plan.numbers
@@ -129,7 +130,8 @@ class Pictures:
             try:
                 decode(files(), plan.device)
             except RuntimeError as error:
-                culprits[done[-1]] = _reason(error)
+                picture = self._read_again(done[-1])
+                culprits[done[-1]] = _reason(picture.content if picture else None, error)
         return culprits
 
     def _read_again(self, row: int) -> Picture | None:
@@ -160,11 +162,11 @@ def decode(batches: Iterator[list[np.ndarray]], device: torch.device) -> None:
             decoder.run()
 
 
-def _reason(error: RuntimeError) -> str:
-    """Return DALI's reason without its trace: the last line that says that something failed."""
-    lines = [" ".join(line.split()) for line in str(error).splitlines()]
-    told = [line for line in lines if re.search(r"fail|error|unsupported|corrupt|premature", line, re.I)]
-    return f"DALI cannot decode it ({(told or lines or ['no reason given'])[-1][:200]})"
+def _reason(content: bytes | None, error: RuntimeError) -> str:
+    """Return in words why a file cannot be decoded; DALI's own are a trace of its nodes."""
+    said = what_pil_says(content) if content else None
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return said or f"DALI cannot decode it, though PIL can: {lines[-1][:200] if lines else ''}"
 
 
 def _gpu(device: torch.device) -> Any:
@@ -193,7 +195,13 @@ def _pictures(read: Any, wanted: PictureFormat, on_gpu: bool, *, exif: bool, cro
         image = fn.resize(image, size=size, interp_type=kernel, antialias=True)
     else:
         image = fn.resize(
-            image, size=size, roi_start=start, roi_end=end, roi_relative=True, interp_type=kernel, antialias=True
+            image,
+            size=size,
+            roi_start=start,
+            roi_end=end,
+            roi_relative=True,
+            interp_type=kernel,
+            antialias=True,
         )
     image = fn.crop_mirror_normalize(
         image,

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from tracer.data.picture import Picture, decode_scaled, reason_of, resized, scale_of
+from tracer.data.picture import Picture, decode_scaled, reason_of, resized, scale_of, what_pil_says
 from tracer.data.window import WHOLE, Window, centre_window, margins, pixels_of, random_window, resized_shape
 from tracer.errors import UserError
 from tracer.models.picture_format import PictureFormat
@@ -25,16 +25,20 @@ def exact(picture: Picture, exif: bool) -> Tensor:
     """
     if picture.content is None:
         if picture.transparent is not None:
-            return torch.from_numpy(np.array(picture.transparent.convert("RGBA").convert("RGB"))).permute(2, 0, 1)
+            return torch.from_numpy(np.array(picture.transparent.convert("RGBA").convert("RGB"))).permute(
+                2, 0, 1
+            )
         return torch.from_numpy(picture.pixels).permute(2, 0, 1)
     content = torch.frombuffer(bytearray(picture.content), dtype=torch.uint8)
     try:
         return decode_image(content, ImageReadMode.RGB, apply_exif_orientation=exif)
     except RuntimeError as error:
-        raise UserError(reason_of(error)) from error
+        raise UserError(what_pil_says(picture.content) or reason_of(error)) from error
 
 
-def training(picture: Picture, crop: tuple[np.ndarray, ...], wanted: PictureFormat, exif: bool, scaled: bool) -> Tensor:
+def training(
+    picture: Picture, crop: tuple[np.ndarray, ...], wanted: PictureFormat, exif: bool, scaled: bool
+) -> Tensor:
     """Return a random crop of a picture, [3, S, S] uint8: cut out, then resized, as torchvision does."""
     window = random_window(picture.shape, *crop)
     if picture.transparent is not None:
@@ -80,9 +84,9 @@ def _resize(levels: Tensor, shape: tuple[int, int], wanted: PictureFormat) -> Te
     """Resize bytes to bytes; torch's own kernel for this is Pillow-SIMD's and rounds as PIL does."""
     if levels.shape[1:] == shape:
         return levels
-    return F.interpolate(
-        levels[None], shape, mode=wanted.interpolation, align_corners=False, antialias=True
-    )[0]
+    return F.interpolate(levels[None], shape, mode=wanted.interpolation, align_corners=False, antialias=True)[
+        0
+    ]
 
 
 class Normalise:

@@ -72,6 +72,4 @@ def evaluation_plan(
         return Work(number, np.arange(number * batch_size, min((number + 1) * batch_size, len(index))))
 
     batches = range(-(-len(index) // batch_size))
-    return Plan(
-        index, picture_format, settings, work, batches, min(batch_size, len(index)), device=device
-    )
+    return Plan(index, picture_format, settings, work, batches, min(batch_size, len(index)), device=device)

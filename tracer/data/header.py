@@ -10,6 +10,10 @@ ORIENTATION = 0x0112  # EXIF: how the camera was turned; from 5 on, height and w
 _FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # JPEG's SOF markers
 
 
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+TAIL = 64  # bytes in which the end marker lies; some programs write zeros behind it
+
+
 class Header(NamedTuple):
     """What the header of a picture file says.
 
@@ -43,6 +47,16 @@ def read_header(content: bytes | memoryview) -> Header | None:
     except (IndexError, struct.error):
         pass  # cut off
     return None
+
+
+def ends_well(kind: str, tail: bytes) -> bool:
+    """Return whether a JPEG or PNG file has its end marker.
+
+    Args:
+        kind: the format.
+        tail: the file's last :data:`TAIL` bytes, or more.
+    """
+    return tail[-TAIL:].rstrip(b"\0").endswith(_ENDS[kind])
 
 
 def _jpeg(content: bytes | memoryview) -> Header | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,6 @@ import numpy as np
 
 from tracer.data.columns import About, Columns, Rows
 from tracer.data.remote import ShardCache, address_of
-from tracer.data.sample import Sample
 from tracer.data.text import TEMPLATE
 
 
@@ -35,13 +33,6 @@ class Index:
     about: About
     shards: ShardCache | None = None
     templates: list[str] = field(default_factory=lambda: [TEMPLATE])
-
-    @classmethod
-    def of(cls, name: str, samples: Iterable[Sample]) -> Index:
-        """Return the index of samples that are known to be good."""
-        from tracer.data.build import collect
-
-        return collect(name, samples)
 
     def __len__(self) -> int:
         return len(self.columns.file)

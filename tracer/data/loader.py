@@ -82,9 +82,7 @@ class Plan:
         """
         settings = self.settings
         content = self.index.read(row)
-        return read_picture(
-            content, self.index.id(row), exif=settings.exif, max_pixels=settings.max_pixels
-        )
+        return read_picture(content, self.index.id(row), exif=settings.exif, max_pixels=settings.max_pixels)
 
     def first_good(self, work: Work, place: int, load: Callable[[int], T]) -> tuple[int, T]:
         """Return the number of the picture at a place of a batch, or of its stand-in, and what ``load`` makes of it.
@@ -144,7 +142,9 @@ def choose(settings: LoadingSettings, device: torch.device) -> tuple[str, str]:
         if settings.jpeg == "scaled":
             raise UserError("--jpeg scaled needs --loader torch: DALI decodes a JPEG at its whole size only")
         if not has_dali:
-            raise UserError("--loader dali needs DALI: pip install 'tracer-clip[dali]', or use --loader torch")
+            raise UserError(
+                "--loader dali needs DALI: pip install 'tracer-clip[dali]', or use --loader torch"
+            )
         return "dali", "--loader dali"
     if settings.loader == "torch":
         return "torch", "--loader torch"
@@ -157,7 +157,9 @@ def choose(settings: LoadingSettings, device: torch.device) -> tuple[str, str]:
     return "dali", "there is a GPU"
 
 
-def announce(index: Index, picture_format: PictureFormat, settings: LoadingSettings, device: torch.device) -> None:
+def announce(
+    index: Index, picture_format: PictureFormat, settings: LoadingSettings, device: torch.device
+) -> None:
     """Print which loader runs and why, and what it does with pictures that other programs may show otherwise."""
     name, why = choose(settings, device)
     note(f"loader {name} ({why})")

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from tracer.data.header import read_header
+from tracer.data.header import ends_well, read_header
 from tracer.data.window import WHOLE, Window, pixels_of
 from tracer.errors import UserError
 from tracer.models.picture_format import PictureFormat
@@ -77,7 +77,7 @@ def read_picture(
         header = read_header(content)
         if header is not None:
             check_pixels(header.height, header.width, max_pixels)
-            if header.plain:
+            if header.plain and ends_well(header.format, content):
                 turned = exif and header.orientation >= 5
                 # PNG's EXIF is one of the things that PIL alone reads, so it is not plain.
                 shape = (header.width, header.height) if turned else (header.height, header.width)
@@ -112,6 +112,16 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return " ".join((str(error) or type(error).__name__).split())[:300]
+
+
+def what_pil_says(content: bytes) -> str | None:
+    """Return why PIL cannot decode a file, or None if it can."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+    except Exception as error:
+        return reason_of(error)
+    return None
 
 
 def _decoded(image: Image.Image, exif: bool) -> Picture:

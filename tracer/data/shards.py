@@ -61,7 +61,9 @@ def shards_of(source: Path) -> Shards | None:
     try:
         files = [file for part in text.split("::") for file in braceexpand(part)]
     except UnbalancedBracesError as error:
-        raise UserError(f"data '{text}' has a brace that is not closed: write it as name-{{000..099}}.tar") from error
+        raise UserError(
+            f"data '{text}' has a brace that is not closed: write it as name-{{000..099}}.tar"
+        ) from error
     files = [address_of(file) or file for file in files]
     local = [file for file in files if address_of(file) is None]
     missing = [file for file in local if not os.path.isfile(file)]
@@ -137,9 +139,7 @@ def read_shards(
             done(len(content))
 
 
-def read_shard(
-    name: str, path: Path, options: Options
-) -> Iterator[tuple[Sample | Fault, Sight | None]]:
+def read_shard(name: str, path: Path, options: Options) -> Iterator[tuple[Sample | Fault, Sight | None]]:
     """Yield what one shard holds: a sample for each key with a picture, and a fault for what cannot be used.
 
     Raises:
@@ -171,9 +171,7 @@ def read_shard(
         os.close(handle)
 
 
-def _members(
-    name: str, path: Path, handle: int, length: int, faults: list[Fault]
-) -> Iterator[Member]:
+def _members(name: str, path: Path, handle: int, length: int, faults: list[Fault]) -> Iterator[Member]:
     """Yield the regular files of a shard, from the index that wds2idx has written beside it, or from its headers."""
     start = os.pread(handle, 6, 0)
     if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start == b"\xfd7zXZ\0":
@@ -292,5 +290,3 @@ def _captions(texts: dict[str, str], json_key: str) -> list[str]:
         value = content.get(json_key) if isinstance(content, dict) else None
         lines = [str(v).strip() for v in (value if isinstance(value, list) else [value or ""])]
     return [line for line in lines if line]
-
-

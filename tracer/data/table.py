@@ -115,7 +115,9 @@ def _parquet(source: Path) -> Iterator[Row]:
             yield _row(source, line, columns, cells)
 
 
-Columns = tuple[int, int | None, int | None, bool]  # places of image, label and captions; whether these are many
+Columns = tuple[
+    int, int | None, int | None, bool
+]  # places of image, label and captions; whether these are many
 
 
 _SAVE = "save it as CSV in UTF-8, or give a folder of class folders"
@@ -209,7 +211,9 @@ def _is_swallowed(cell: str, column: str) -> bool:
     _, *following = cell.splitlines() or [""]
     if column in ("image", "filepath", "label"):
         return bool(following)
-    return any(is_picture(PurePath(part.strip(' "'))) for line in following for part in re.split("[,;\t]", line))
+    return any(
+        is_picture(PurePath(part.strip(' "'))) for line in following for part in re.split("[,;\t]", line)
+    )
 
 
 def _row(source: Path, line: int, columns: Columns, cells: list[str]) -> Row:

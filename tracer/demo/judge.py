@@ -61,7 +61,9 @@ class Judge:
         clip = load_clip(config.model, config.pretrained)
         start = {name: value.clone() for name, value in clip.model.state_dict().items()}
         clip.model.to(compute_device())
-        return cls(clip, start, sets, prompts, config.workers, DecodedPictures(loading=config), config.max_bad)
+        return cls(
+            clip, start, sets, prompts, config.workers, DecodedPictures(loading=config), config.max_bad
+        )
 
     def scores(self, weights: Weights) -> Scores:
         """Return the scores of the model with these weights."""

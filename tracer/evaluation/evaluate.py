@@ -47,7 +47,12 @@ def evaluate(config: EvaluateConfig) -> Scores:
         announce(index, clip.picture_format, config, compute_device())
     clip.model.to(compute_device())
     scores = evaluate_zero_shot(
-        clip, sets, prompts, workers=config.workers, decoded=DecodedPictures(0, config), max_bad=config.max_bad
+        clip,
+        sets,
+        prompts,
+        workers=config.workers,
+        decoded=DecodedPictures(0, config),
+        max_bad=config.max_bad,
     )
     if config.output:
         try:

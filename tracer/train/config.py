@@ -247,9 +247,7 @@ class Recipe(NamedTuple):
 
 # A dataclass takes the fields of its last base first.
 @dataclass
-class Config(
-    RunSettings, OptimisationSettings, MethodSettings, ModelSettings, LoadingSettings, DataSettings
-):
+class Config(RunSettings, OptimisationSettings, MethodSettings, ModelSettings, LoadingSettings, DataSettings):
     """Fine-tune an open_clip model; defaults are the published settings for ViT-B/16.
 
     Three settings are exceptions: steps, since the papers train 10 epochs (--epochs 10 does so too), and clip_grad

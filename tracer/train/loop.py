@@ -152,9 +152,7 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
             workers=config.workers,
             device=engine.device,
             loading=config,
-            variation=Variation(
-                config.crop_scale, config.flip, config.color_jitter, config.shuffle_window
-            ),
+            variation=Variation(config.crop_scale, config.flip, config.color_jitter, config.shuffle_window),
             skipped=skipped,
         )
     )

@@ -138,7 +138,9 @@ def training_index(config: Config) -> Index:
     """Return the index of the training data, with the templates that ``config`` names."""
     index = read_index(config.train_data, None, config)
     if config.templates:
-        templates = openai_templates() if config.templates == "openai" else read_templates(Path(config.templates))
+        templates = (
+            openai_templates() if config.templates == "openai" else read_templates(Path(config.templates))
+        )
         index = dataclasses.replace(index, templates=templates)
     return index
 
