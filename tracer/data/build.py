@@ -94,7 +94,7 @@ def _judge(name: str, about: About, max_bad: float) -> None:
     bad = sum(about.reasons.values())
     if not bad:
         return
-    report = f"{bad} of {about.total} pictures of '{name}' cannot be used: {describe(about)}"
+    report = f"{bad} of {about.total} pictures of '{name}' cannot be used: {faults_of(about)}"
     if max_bad < 1 and (bad == about.total or bad > max_bad * about.total):
         raise UserError(
             f"{report}; that is more than --max_bad {max_bad:g} allows: repair them or remove their rows"
@@ -102,7 +102,7 @@ def _judge(name: str, about: About, max_bad: float) -> None:
     note(f"{report}; they are left out")
 
 
-def describe(about: About) -> str:
+def faults_of(about: About) -> str:
     """Return the faults by reason, each with its count and its first picture."""
     first = {fault.reason: fault.id for fault in reversed(about.faults)}
     parts = [
@@ -207,7 +207,7 @@ def _items(
         return
     if not source.is_dir() and not source.is_file():
         raise UserError(
-            f"data '{source}' does not exist: give a folder of class folders, a CSV, TSV or Parquet file, or shards"
+            f"data '{source}' does not exist: give a folder of class folders, a CSV file or other table, or shards"
         )
     for item in read_folder(source) if source.is_dir() else read_table(source):
         yield item, None
@@ -263,11 +263,12 @@ def _stamps(source: Path, shards: Shards | None, folder: Path | None, about: Abo
     if shards is not None:
         paths = [file for file in shards.files if address_of(file) is None]
         paths += [str(Path(file).with_suffix(".idx")) for file in paths]
+        paths += sorted({str(Path(file).parent / "nshards.txt") for file in paths})
         paths += [str(source)] if source.is_dir() else []
     else:
         paths = folders_of(source) if source.is_dir() else [str(source)]
     if folder is not None:
-        names = ("classes.json", "classnames.txt", TEMPLATES_FILE, "nshards.txt")
+        names = ("classes.json", "classnames.txt", TEMPLATES_FILE)
         paths += [str(folder / name) for name in names]
     paths += [fault.id for fault in about.faults if shards is None]
     return [_stamp(path) for path in dict.fromkeys(paths)]

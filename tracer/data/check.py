@@ -1,4 +1,4 @@
-"""The first sight of a picture: header, size and end of the file. Only suspects are decoded; ``--decode`` does all.
+"""The first sight of a picture: header, size and end of the file. Suspects are decoded; ``--decode`` does all.
 
 A JPEG or PNG file with a sound header and its end marker decodes: what is damaged in between goes unnoticed by
 PIL, torchvision and DALI alike. So nothing is gained by decoding it.
@@ -84,7 +84,7 @@ def _decoded(content: bytes, max_pixels: int) -> Sight:
 
 
 def look_at_file(path: str, max_pixels: int, whole: bool = False) -> tuple[Sight, int, int]:
-    """Return the first sight of a picture file, its size and its time of change in ns (−1 if it cannot be read)."""
+    """Return the first sight of a picture file, its size and its time of change in ns; −1 if it has none."""
     try:
         handle = os.open(path, os.O_RDONLY)
         try:

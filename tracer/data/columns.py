@@ -1,4 +1,4 @@
-"""The columns of an index: built row by row in bounded memory, kept as plain arrays, mapped into memory to be read."""
+"""The columns of an index: built row by row in bounded memory, kept as plain arrays and mapped to be read."""
 
 from __future__ import annotations
 
@@ -117,15 +117,13 @@ class Columns:
         def column(name: str) -> np.ndarray:
             return np.load(folder / f"{name}.npy", mmap_mode="r")
 
-        strings = ("files", "keys", "texts")
-        return cls(
-            **{
-                f.name: Strings(column(f"{f.name}.blob"), column(f"{f.name}.ends"))
-                if f.name in strings
-                else column(f.name)
-                for f in fields(cls)
-            }
-        )
+        columns: dict[str, Any] = {}
+        for name in (f.name for f in fields(cls)):
+            strings = name in ("files", "keys", "texts")
+            columns[name] = (
+                Strings(column(f"{name}.blob"), column(f"{name}.ends")) if strings else column(name)
+            )
+        return cls(**columns)
 
 
 @dataclass

@@ -1,10 +1,10 @@
-"""The loader ``dali``: pictures decoded, cropped, resized and normalised by a DALI pipeline, on the CPU or the GPU."""
+"""The loader ``dali``: a DALI pipeline decodes, crops, resizes and normalises, on the CPU or the GPU."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ class Pictures:
         finally:
             reader.close()
 
-    def _read(self, numbers: range) -> Iterator[tuple[Any, ...]]:
+    def _read(self, numbers: range) -> Generator[tuple[Any, ...], None, None]:
         """Yield the inputs of DALI for each batch: files, numbers, and the windows' first and last corners."""
         plan = self._plan
 
@@ -152,10 +152,8 @@ def decode(batches: Iterator[list[np.ndarray]], device: torch.device) -> None:
         encoded = fn.external_source(batches, dtype=types.UINT8, ndim=1)
         return _decoded(encoded, device.type == "cuda", False).shape()
 
-    decorate = pipeline_def(
-        batch_size=1, num_threads=1, device_id=_gpu(device), prefetch_queue_depth=1, exec_dynamic=False,
-        exec_async=False, exec_pipelined=False,
-    )  # fmt: skip
+    one_by_one: dict[str, Any] = {"exec_dynamic": False, "exec_async": False, "exec_pipelined": False}
+    decorate: Any = pipeline_def(batch_size=1, num_threads=1, device_id=_gpu(device), **one_by_one)
     decoder = decorate(pipeline)()
     with contextlib.suppress(StopIteration):  # the end of the batches
         while True:

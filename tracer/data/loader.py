@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -72,7 +72,7 @@ class Plan:
     size: int
     order: Order | None = None
     skipped: Skipped | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def read(self, row: int) -> Picture:
         """Read a picture.
@@ -85,7 +85,7 @@ class Plan:
         return read_picture(content, self.index.id(row), exif=settings.exif, max_pixels=settings.max_pixels)
 
     def first_good(self, work: Work, place: int, load: Callable[[int], T]) -> tuple[int, T]:
-        """Return the number of the picture at a place of a batch, or of its stand-in, and what ``load`` makes of it.
+        """Return the picture at a place of a batch, or its stand-in, and what ``load`` makes of it.
 
         Raises:
             UndecodableError: it cannot be read, and nothing may stand in.

@@ -22,7 +22,7 @@ PIECE = 1 << 20
 
 
 def address_of(source: Path | str) -> str | None:
-    """Return the address that a setting holds, or None for a path. ``Path`` has merged the slashes behind ``:``."""
+    """Return the address in a setting, or None for a path. ``Path`` has merged the slashes behind ``:``."""
     scheme, colon, rest = str(source).partition(":/")
     if not colon or not re.fullmatch(r"[a-z][a-z0-9+.-]+", scheme):
         return None
@@ -116,7 +116,8 @@ def download(address: str, file: BinaryIO) -> None:
         except urllib.error.HTTPError as error:
             if error.code in (401, 403, 404, 410):
                 raise UserError(
-                    f"'{address}' cannot be read: the server answers {error.code} ({error.reason}): check the address"
+                    f"'{address}' cannot be read: the server answers {error.code} ({error.reason}): "
+                    "check the address"
                 ) from error
             raise
         if expected is not None and file.tell() != int(expected):

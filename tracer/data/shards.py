@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
 from tracer.data.check import Sight, look
 from tracer.data.names import SUFFIXES, is_hidden
@@ -172,16 +172,14 @@ def read_shard(name: str, path: Path, options: Options) -> Iterator[tuple[Sample
 
 
 def _members(name: str, path: Path, handle: int, length: int, faults: list[Fault]) -> Iterator[Member]:
-    """Yield the regular files of a shard, from the index that wds2idx has written beside it, or from its headers."""
+    """Yield the regular files of a shard, from the index of wds2idx beside it, or from its headers."""
     start = os.pread(handle, 6, 0)
     if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start == b"\xfd7zXZ\0":
         raise UserError(
             f"shard '{name}' is compressed: samples are read by their offset, so unpack it once, with gunzip"
         )
-    members = _indexed(path.with_suffix(".idx"))
-    if members is None:
-        members = _scanned(name, path, faults)
-    for member in members:
+    indexed = _indexed(path.with_suffix(".idx"))
+    for member in _scanned(name, path, faults) if indexed is None else indexed:
         reason = ""
         if member.name.startswith("/"):
             reason = "its name is an absolute path"
@@ -195,16 +193,20 @@ def _members(name: str, path: Path, handle: int, length: int, faults: list[Fault
 
 def _scanned(name: str, path: Path, faults: list[Fault]) -> Iterator[Member]:
     """Walk over the headers of a tar file; what is not a regular file is a fault, and so is a missing end."""
+    end = 0
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if member.isfile() and not member.issparse():
                     yield Member(member.name, member.offset_data, member.size)
                 elif not member.isdir():
                     what = "a link" if member.islnk() or member.issym() else "not a regular file"
                     faults.append(Fault(f"{name}: {member.name}", f"it is {what}"))
                 tar.members.clear()  # type: ignore[attr-defined] # or every header stays in memory
-            if tar.offset > os.path.getsize(path):
+        with path.open("rb") as file:
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a cut header for the end
                 faults.append(Fault(name, "the shard is cut off"))
     except tarfile.TarError as error:
         if path.stat().st_size == 0:

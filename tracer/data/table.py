@@ -28,17 +28,17 @@ SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
 
 
 def read_table(source: Path) -> Iterator[Sample | Fault]:
-    """Yield the rows of a CSV, TSV or Parquet file, and a fault for each row that has neither label nor caption.
+    """Yield the rows of a CSV, TSV or Parquet file, and a fault for each without a label and a caption.
 
-    The columns are ``image`` or ``filepath``, and ``label``, ``captions`` or ``title``: one of them at least.
-    Paths of pictures are relative to the file; captions are divided by ``|``, a title is one. A row without a label
-    has the label None. Rows that name a hidden file are left out, and counted in a note. Blanks around a field do
-    not count.
+    The columns are ``image`` or ``filepath``, and ``label``, ``captions`` or ``title``: one of them at least. Paths
+    of pictures are relative to the file. Captions are divided by ``|``, a title is one. A row without a label has
+    the label None. Rows that name a hidden file are left out, and counted in a note. Blanks around a field do not
+    count.
 
     Raises:
-        UserError: the file is not UTF-8 or not a table; its separator is not a comma, tab or semicolon; a column is
-            missing, repeated, or named almost as one of these; a row has another number of fields than the header,
-            an unclosed quote, or names no picture. The message names the line.
+        UserError: the file is not UTF-8 or not a table; its separator is not a comma, tab or semicolon; a column
+            is missing, repeated, or named almost as one of these; a row has another number of fields than the
+            header, an unclosed quote, or names no picture. The message names the line.
     """
     folder, hidden, last = f"{source.parent}{os.sep}", 0, ""
     rows = _parquet(source) if source.suffix.lower() == ".parquet" else _csv(source)

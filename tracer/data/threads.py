@@ -68,6 +68,6 @@ def effect_of_scaling(index: Index, picture_format: PictureFormat, settings: Loa
     difference = (shown[0] - shown[1]).abs().float()
     changed = int((difference.flatten(1).amax(1) > 0).sum())
     return (
-        f"--jpeg scaled changes {changed} of the first {len(rows)} pictures, by {difference.mean():.2f} of 255 levels "
-        f"on average and {difference.max():.0f} at most"
+        f"--jpeg scaled changes {changed} of the first {len(rows)} pictures, by {difference.mean():.2f} of 255 "
+        f"levels on average and {difference.max():.0f} at most"
     )

@@ -23,8 +23,8 @@ class DataSettings:
 
     Args:
         train_data: folder with one sub-folder of pictures per class; CSV, TSV or Parquet file with the columns
-            image or filepath, and label, captions (several divided by '|') or title; or WebDataset shards (a folder
-            of tar files, or a pattern such as shards/{000..099}.tar, also at an address).
+            image or filepath, and label, captions (several divided by '|') or title; or WebDataset shards (a
+            folder of tar files, or a pattern such as shards/{000..099}.tar, also at an address).
         eval_data: name → data of each evaluation set, as train_data; the first is the in-distribution one. A name
             holds no dots.
         classes: JSON file {class: [prompt, …]} for zero-shot evaluation; default: a prompt per label.
