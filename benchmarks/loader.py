@@ -276,12 +276,13 @@ def processor_seconds() -> float:
     return used
 
 
-def run_through(epoch: Callable[[], Iterable[Tensor]], count: int, used: list[float]) -> None:
-    """Load every picture of an epoch onto the device that a model would be on; note the processor's time."""
+def run_through(epoch: Callable[[], Iterable[Tensor]], count: int, used: list[float] | None = None) -> None:
+    """Load every picture of an epoch onto the device that a model would be on; note the processor's time in ``used``."""
     begun = processor_seconds()
     loaded = sum(len(image.to(DEVICE, non_blocking=True)) for image in epoch())
     assert loaded == count, f"{loaded} pictures instead of {count}"
-    used.append(processor_seconds() - begun)
+    if used is not None:
+        used.append(processor_seconds() - begun)
 
 
 def compare(source: Source, workers: int, repeats: int, budget: float) -> list[dict[str, Any]]:

@@ -12,8 +12,9 @@ from tracer.data.build import collect
 from tracer.data.config import LoadingSettings
 from tracer.data.decoded import evaluation_plan
 from tracer.data.index import Index
-from tracer.data.loader import Plan, Work, load
+from tracer.data.loader import load
 from tracer.data.order import Crops
+from tracer.data.plan import Plan, Work
 from tracer.data.sample import Sample
 from tracer.models.picture_format import PictureFormat
 

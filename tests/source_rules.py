@@ -50,7 +50,7 @@ HOMES = {
     "markupsafe": ["tracer/report/*.py"],
     "matplotlib": ["tracer/report/*.py"],
     "jsonargparse": ["tracer/cli.py"],
-    "torchvision": [],
+    "torchvision": ["tracer/data/decode.py"],
 }
 # What the flat files of tracer/ may import besides torch, the standard library and the project itself.
 LIBRARY_EXTRAS = {

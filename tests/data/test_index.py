@@ -97,6 +97,11 @@ def test_reading_a_csv_or_a_folder_imports_no_heavy_library(drawings):
     assert result.stdout.strip() == "[]"
 
 
+@pytest.fixture(autouse=True)
+def every_index_is_kept(monkeypatch):
+    monkeypatch.setattr(build, "KEPT_FROM", 0)
+
+
 def settings(tmp_path, **changes) -> LoadingSettings:
     return LoadingSettings(cache=tmp_path / "cache", **changes)
 
@@ -225,11 +230,13 @@ def test_a_sample_takes_less_than_100_bytes_beside_its_text(tmp_path, drawings):
 def test_a_million_rows_are_indexed_in_bounded_memory(tmp_path):
     """12,500 pictures with 80 templates each: a tenth of the ten million rows of CONTRIBUTING.md."""
     code = (
-        "import io, resource, sys; from tracer.data.columns import Builder; from tracer.data.sample import Sample\n"
+        "import io, resource, sys; from tracer.data.columns import Builder\n"
+        "from tracer.data.sample import Sample\n"
         "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "b = Builder(lambda _: io.BytesIO())\n"
         "for n in range(12500):\n"
-        "    for t in range(80): b.add(Sample(f'/data/pictures/{n:08}.jpg', None, (f'template {t} of {n % 1000}',)))\n"
+        "    for t in range(80):\n"
+        "        b.add(Sample(f'/data/pictures/{n:08}.jpg', None, (f'template {t} of {n % 1000}',)))\n"
         "c, _ = b.columns(); assert len(c.file) == 12500 and len(c.captions) == 1000000\n"
         "assert len(c.texts) == 80000\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1024)"

@@ -85,9 +85,12 @@ def test_open_clip_and_img2dataset_name_their_shards(tmp_path, read):
         for name in ("set", "set/{00000..00002}.tar", f"set/00000.tar::{tmp_path}/set/0000{{1,2}}.tar")
     )
     assert folder.name == "set"
-    assert samples(folder) == samples(braces) == samples(union) == [
-        (str(n), None, [f"text {n}"]) for n in range(3)
-    ]
+    assert (
+        samples(folder)
+        == samples(braces)
+        == samples(union)
+        == [(str(n), None, [f"text {n}"]) for n in range(3)]
+    )
     assert folder.digest() == braces.digest()
     with pytest.raises(UserError, match=r"names 1 of 4 shards that do not exist, first '.*00003.tar'"):
         read(tmp_path / "set/{00000..00003}.tar")
@@ -128,7 +131,9 @@ def test_an_index_of_wds2idx_is_used(tmp_path, read):
     lines = path.with_suffix(".idx").read_text()
     assert lines.startswith("v1.2 3")
     assert samples(read(path)) == expected
-    path.with_suffix(".idx").write_text(lines.replace(" 2.png", " renamed.png").replace(" 2.txt", " renamed.txt"))
+    path.with_suffix(".idx").write_text(
+        lines.replace(" 2.png", " renamed.png").replace(" 2.txt", " renamed.txt")
+    )
     assert samples(read(path))[2][0] == "renamed"
     path.with_suffix(".idx").write_text("anything else")
     assert samples(read(path)) == expected
@@ -145,14 +150,18 @@ def linked(path: Path, kind: bytes) -> None:
         tar.addfile(about)
 
 
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(shard(path, GOOD).read_bytes()[:size])
+
+
 BROKEN = {
     "absolute": (lambda p: shard(p, GOOD | {"/etc/a.png": picture(0), "/etc/a.txt": "x"}), "an absolute path"),
     "upwards": (lambda p: shard(p, GOOD | {"../a.png": picture(0)}), "out of the shard with '..'"),
     "symbolic link": (lambda p: linked(p, tarfile.SYMTYPE), "it is a link"),
     "hard link": (lambda p: linked(p, tarfile.LNKTYPE), "it is a link"),
-    "cut off": (lambda p: p.write_bytes(shard(p, GOOD).read_bytes()[: 16 * 1024 + 512 + 50]), "the shard is cut off"),
-    "cut header": (lambda p: p.write_bytes(shard(p, GOOD).read_bytes()[: 17 * 1024 + 100]), "the shard is cut off"),
-    "cut between": (lambda p: p.write_bytes(shard(p, GOOD).read_bytes()[: 16 * 1024]), "the shard is cut off"),
+    "cut off": (lambda p: cut(p, 16 * 1024 + 512 + 50), "the shard is cut off"),
+    "cut header": (lambda p: cut(p, 17 * 1024 + 100), "the shard is cut off"),
+    "cut between": (lambda p: cut(p, 16 * 1024), "the shard is cut off"),
     "empty picture": (lambda p: shard(p, GOOD | {"a.png": b"", "a.txt": "x"}), "it is empty"),
     "html": (lambda p: shard(p, GOOD | {"a.jpg": "<html>", "a.txt": "x"}), "not a picture"),
     "truncated": (lambda p: shard(p, GOOD | {"a.png": picture(0)[:-30], "a.txt": "x"}), "truncated"),

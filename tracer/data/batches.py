@@ -15,9 +15,10 @@ from torch import Tensor
 from tracer.data.changed import change
 from tracer.data.config import LoadingSettings
 from tracer.data.index import Index
-from tracer.data.loader import Plan, Work, load
+from tracer.data.loader import load
 from tracer.data.names import note
 from tracer.data.order import Order, caption_choice, changes, random_crops
+from tracer.data.plan import Plan, Work
 from tracer.data.skipped import Skipped
 from tracer.data.tokens import Tokens
 from tracer.errors import UserError

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -33,6 +33,7 @@ from tracer.errors import UserError
 from tracer.files import is_marked, remove_tree, whole_folder
 
 VERSION = 1  # of the index's files
+KEPT_FROM = 1000  # samples: a smaller index is built in less time than anybody notices
 AT_ONCE = 256  # files that a thread looks at before it is given more
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"  # CLIP_benchmark's
 
@@ -58,7 +59,7 @@ def read_index(
     cache = ShardCache(chosen.cache / "shards", int(chosen.cache_gb * 1e9))
     name = name or _name(source)
     if settings is None:
-        columns, about, _ = _build(source, chosen, cache, io_in_memory, decode)
+        columns, about, _ = _build(source, chosen, cache, _on_disk, decode)
     else:
         columns, about = _kept(source, chosen, cache, decode)
     if not about.total:
@@ -118,22 +119,29 @@ def _kept(source: Path, settings: LoadingSettings, cache: ShardCache, decode: bo
     where = address_of(source) or os.path.abspath(source)
     key = json.dumps([VERSION, where, settings.json_caption_key, settings.max_pixels])
     folder = settings.cache / f"index-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder.with_suffix(".lock")):
-        if folder.is_dir():
-            about, more = About.load(folder / "about.json")
-            if more["decoded"] >= decode and more["stamps"] == [_stamp(path) for path, *_ in more["stamps"]]:
-                return Columns.load(folder), about
+    with _alone(Path(tempfile.gettempdir()) / f"tracer-{os.getuid()}-{folder.name}.lock"):
+        if (kept := _valid(folder, decode)) is not None:
+            return kept
+        columns, about, stamps = _build(source, settings, cache, _on_disk, decode)
+        if about.total < KEPT_FROM:
+            return columns, about
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(folder.with_suffix(".lock")):  # another host may share the folder
             if is_marked(folder):
                 remove_tree(folder)
-        with whole_folder(folder) as part, tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            with whole_folder(folder) as part:
+                columns.save(part)
+                about.save(part / "about.json", stamps=stamps, decoded=decode, source=where)
+            return Columns.load(folder), about
 
-            def open_scratch(name: str) -> BinaryIO:
-                return (Path(scratch) / name).open("w+b")
 
-            columns, about, stamps = _build(source, settings, cache, open_scratch, decode)
-            columns.save(part)
-            about.save(part / "about.json", stamps=stamps, decoded=decode, source=where)
+def _valid(folder: Path, decode: bool) -> tuple[Columns, About] | None:
+    """Return the index in ``folder`` if nothing that it was made of has changed since."""
+    if not is_marked(folder):
+        return None
+    about, more = About.load(folder / "about.json")
+    if more["decoded"] < decode or more["stamps"] != [_stamp(path) for path, *_ in more["stamps"]]:
+        return None
     return Columns.load(folder), about
 
 
@@ -145,9 +153,9 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
-def io_in_memory(_: str) -> BinaryIO:
-    """Open a file that is nowhere on the disk."""
-    return io.BytesIO()
+def _on_disk(_: str) -> BinaryIO:
+    """Open a file that vanishes when it is closed: texts may be larger than the memory."""
+    return cast(BinaryIO, tempfile.TemporaryFile())
 
 
 def _stamp(path: str) -> list[Any]:

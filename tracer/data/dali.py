@@ -17,8 +17,8 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from torch import Tensor
 
 from tracer.data.ahead import Ahead
-from tracer.data.loader import Plan, Work
 from tracer.data.picture import Picture, for_dali, what_pil_says
+from tracer.data.plan import Plan, Work
 from tracer.data.window import centre_window, pixels_of, random_window
 from tracer.errors import UserError
 from tracer.models.picture_format import PictureFormat

@@ -1,6 +1,8 @@
-"""Decode, crop, resize and normalise one picture on the CPU: torchvision's decoder, torch's resize of bytes."""
+"""Decode, crop, resize and normalise one picture on the CPU: JPEG by torchvision, resized as bytes by torch."""
 
 from __future__ import annotations
+
+import io
 
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
+from tracer.data.header import PNG
 from tracer.data.picture import Picture, decode_scaled, reason_of, resized, scale_of, what_pil_says
 from tracer.data.window import WHOLE, Window, centre_window, margins, pixels_of, random_window, resized_shape
 from tracer.errors import UserError
@@ -18,10 +21,10 @@ OBLONG = 4  # a picture of this ratio or more is resized by its window alone, by
 
 
 def exact(picture: Picture, exif: bool) -> Tensor:
-    """Return the RGB levels of an opaque picture, [3, height, width] uint8, whole.
+    """Return the RGB levels of a picture, [3, height, width] uint8, whole.
 
     Raises:
-        UserError: torchvision's decoder refuses it.
+        UserError: the decoder refuses it.
     """
     if picture.content is None:
         if picture.transparent is not None:
@@ -29,10 +32,13 @@ def exact(picture: Picture, exif: bool) -> Tensor:
                 2, 0, 1
             )
         return torch.from_numpy(picture.pixels).permute(2, 0, 1)
-    content = torch.frombuffer(bytearray(picture.content), dtype=torch.uint8)
     try:
+        if picture.content[:8] == PNG:  # torchvision 0.29 writes outside its memory where a PNG is damaged
+            with Image.open(io.BytesIO(picture.content)) as image:
+                return _from_pil(np.array(image.convert("RGB")))
+        content = torch.frombuffer(bytearray(picture.content), dtype=torch.uint8)
         return decode_image(content, ImageReadMode.RGB, apply_exif_orientation=exif)
-    except RuntimeError as error:
+    except (RuntimeError, OSError, SyntaxError, ValueError) as error:
         raise UserError(what_pil_says(picture.content) or reason_of(error)) from error
 
 

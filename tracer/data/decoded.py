@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tracer.data.config import LoadingSettings
 from tracer.data.index import Index
-from tracer.data.loader import Plan, Work, load
+from tracer.data.loader import load
+from tracer.data.plan import Plan, Work
 from tracer.models.picture_format import PictureFormat
 
 

@@ -159,13 +159,13 @@ def read_shard(name: str, path: Path, options: Options) -> Iterator[tuple[Sample
                 faults.append(Fault(f"{name}: {member.name}", "its name comes twice in the shard"))
             else:
                 group[suffix] = member
-        found = False
+        pictures = 0
         for key, group in groups.items():
             for sample, sight in _sample(name, key, group, handle, length, options):
-                found = True
+                pictures += 1
                 yield sample, sight
         yield from ((fault, None) for fault in faults)
-        if not found:
+        if not pictures:
             yield Fault(name, "the shard holds no pictures"), None
     finally:
         os.close(handle)
@@ -206,7 +206,9 @@ def _scanned(name: str, path: Path, faults: list[Fault]) -> Iterator[Member]:
                 tar.members.clear()  # type: ignore[attr-defined] # or every header stays in memory
         with path.open("rb") as file:
             file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a cut header for the end
+            if file.read(tarfile.BLOCKSIZE) != bytes(
+                tarfile.BLOCKSIZE
+            ):  # tarfile takes a cut header for the end
                 faults.append(Fault(name, "the shard is cut off"))
     except tarfile.TarError as error:
         if path.stat().st_size == 0:

@@ -13,7 +13,7 @@ from tracer.data.ahead import Ahead
 from tracer.data.config import LoadingSettings
 from tracer.data.decode import Normalise, evaluation, training
 from tracer.data.index import Index
-from tracer.data.loader import Plan, Work
+from tracer.data.plan import Plan, Work
 from tracer.errors import UserError
 from tracer.models.picture_format import PictureFormat
 
