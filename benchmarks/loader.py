@@ -277,7 +277,7 @@ def processor_seconds() -> float:
 
 
 def run_through(epoch: Callable[[], Iterable[Tensor]], count: int, used: list[float] | None = None) -> None:
-    """Load every picture of an epoch onto the device that a model would be on; note the processor's time in ``used``."""
+    """Load every picture of an epoch onto the device that a model would be on; add the processor's time."""
     begun = processor_seconds()
     loaded = sum(len(image.to(DEVICE, non_blocking=True)) for image in epoch())
     assert loaded == count, f"{loaded} pictures instead of {count}"

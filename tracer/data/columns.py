@@ -61,6 +61,12 @@ class Strings:
         start = int(self.ends[n - 1]) if n else 0
         return self.blob[start : int(self.ends[n])].tobytes().decode("utf-8", "surrogateescape")
 
+    def some(self, numbers: np.ndarray) -> Iterator[tuple[int, str]]:
+        """Yield many texts with their numbers, faster than one by one."""
+        blob, ends = self.blob.tobytes(), [0, *self.ends.tolist()]
+        for n in numbers.tolist():
+            yield n, blob[ends[n] : ends[n + 1]].decode("utf-8", "surrogateescape")
+
 
 @dataclass
 class Columns:

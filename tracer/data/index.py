@@ -114,35 +114,21 @@ class Index:
 
     def digest(self) -> str:
         """Return a hash of all labels, captions and picture files; a file counts by path, size and mtime."""
-        columns, digest = self.columns, hashlib.sha256()
+        columns, digest, folder = self.columns, hashlib.sha256(), os.getcwd()
         used = np.unique(columns.file)
-        for number in used:
-            file = columns.files[int(number)]
+        for number, file in columns.files.some(used):
             if address_of(file) is None:
                 try:
                     about = os.stat(file)
-                    file = f"{os.path.abspath(file)} {about.st_size} {about.st_mtime_ns}"
-                except OSError as error:  # it has vanished since, and a sample stands in
-                    file = f"{os.path.abspath(file)} {error.errno}"
+                    size, changed = about.st_size, about.st_mtime_ns
+                except OSError:  # it has vanished since; another picture stands in, and the run may go on
+                    size, changed = columns.stamps[number].tolist()
+                file = f"{os.path.join(folder, file)} {size} {changed}"
             digest.update(file.encode("utf-8", "surrogateescape") + b"\n")
-        rank = np.searchsorted(used, columns.file)
-        for column in (rank, columns.offset, columns.size, columns.label, columns.count):
-            digest.update(np.ascontiguousarray(column).tobytes())
-        digest.update(self._text_digest())
+        digest.update(np.searchsorted(used, columns.file).tobytes())
+        texts = (columns.captions, columns.texts.blob, columns.texts.ends)
+        samples = (columns.offset, columns.size, columns.label, columns.first, columns.count)
+        for column in (*samples, *texts):
+            digest.update(np.ascontiguousarray(column).data)
         digest.update(json.dumps([self.about.classes, self.about.names, self.templates]).encode())
         return digest.hexdigest()
-
-    def _text_digest(self) -> bytes:
-        """Return a hash of all captions in order, whatever their numbers are."""
-        columns, digest = self.columns, hashlib.sha256()
-        whole = len(columns.count) and int(columns.count.sum()) == len(columns.captions)
-        if whole and (np.diff(columns.first) >= 0).all():
-            numbers = np.asarray(columns.captions)
-        else:
-            parts = [columns.captions[f : f + c] for f, c in zip(columns.first, columns.count, strict=True)]
-            numbers = np.concatenate([np.zeros(0, np.int32), *parts])
-        used, order = np.unique(numbers, return_inverse=True)
-        for text in used:
-            digest.update(columns.texts[int(text)].encode("utf-8", "surrogateescape") + b"\0")
-        digest.update(np.ascontiguousarray(order, np.int64).tobytes())
-        return digest.digest()

@@ -24,7 +24,7 @@ PIECE = 1 << 20
 def address_of(source: Path | str) -> str | None:
     """Return the address in a setting, or None for a path. ``Path`` has merged the slashes behind ``:``."""
     scheme, colon, rest = str(source).partition(":/")
-    if not colon or not re.fullmatch(r"[a-z][a-z0-9+.-]+", scheme):
+    if not colon or "/" in scheme or not re.fullmatch(r"[a-z][a-z0-9+.-]+", scheme):
         return None
     root = "/" if scheme in ("file", "local") else ""
     return f"{scheme}://{root}{rest.lstrip('/')}"

@@ -31,10 +31,9 @@ def read_table(source: Path) -> Iterator[Sample | Fault]:
     """Yield the rows of a CSV, TSV or Parquet file, and a fault for each without a label and a caption.
 
     The columns are ``image`` or ``filepath``, and ``label``, ``captions`` or ``title``: one of them at least.
-    Paths of pictures are relative to the file. Captions are divided by ``|``, a title is one. A row without a label
-    has
-    the label None. Rows that name a hidden file are left out, and counted in a note. Blanks around a field do not
-    count.
+    Paths of pictures are relative to the file. Captions are divided by ``|``, a title is one. A row without a
+    label has the label None. Rows that name a hidden file are left out, and a note counts them. Blanks around a
+    field do not count.
 
     Raises:
         UserError: the file is not UTF-8 or not a table; its separator is not a comma, tab or semicolon; a column
