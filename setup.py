@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "tracer/__init__.py").read_text())[1]
 ROOMS = ["models", "data", "evaluation", "train", "report", "demo"]  # folders of tracer/
 
-DATA = ["Pillow>=10", "tqdm>=4.66"]
+DATA = ["Pillow>=10", "tqdm>=4.66", "fsspec>=2024.2", "braceexpand>=0.1.7"]
 TRAIN = [
     "open_clip_torch>=3.3,<3.4",
     "torchvision>=0.25",
@@ -48,7 +48,7 @@ setup(
             "webdataset>=0.2.86",
             "transformers>=4.57",  # open_clip's text towers from Hugging Face
         ],
-        "bench": ["pytest-benchmark>=5", "ema-pytorch>=0.7"],
+        "bench": ["pytest-benchmark>=5", "ema-pytorch>=0.7", "psutil>=5.9"],
         "dev": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-tqdm"],
     },
     entry_points={"console_scripts": ["tracer = tracer.cli:main"]},

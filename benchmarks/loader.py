@@ -9,14 +9,19 @@ area, resized, with new order and crops every time. Pipelines are built and empt
 no loader works ahead during another's time; only torch's worker processes stay alive. All loaders get the same
 cores, as threads in DALI and in the package, as processes in the DataLoader. Before anything is timed, the
 pixels of the evaluation's transform, which has no randomness, are compared with PIL's, in levels of 255. The
-files are in ``pictures.py``.
+processor's time for a picture, of all threads and worker processes together, stands beside the clock's: other
+work on the machine changes it less. The files are in ``pictures.py``.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +32,7 @@ import nvidia.dali.fn
 import nvidia.dali.math
 import nvidia.dali.types
 import open_clip
+import psutil
 import torch
 from matplotlib.figure import Figure
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
@@ -41,8 +47,10 @@ from benchmarks.harness import Highlight, command_line, progress, table
 from benchmarks.measure import Timing, WrongResult, interleaved
 from benchmarks.pictures import CROP, Source, sources
 from tracer.data.batches import TrainingBatches
-from tracer.data.dali import Pictures
+from tracer.data.config import LoadingSettings
+from tracer.data.decoded import evaluation_plan
 from tracer.data.index import Index
+from tracer.data.loader import load
 from tracer.data.order import in_order, shuffled
 from tracer.models.clip import Clip
 
@@ -56,12 +64,12 @@ DEVICE = "cuda" if GPU else "cpu"
 SAME = (0.5, 16)  # largest mean and single difference of pixels that are called the same, of 255 levels
 CHECKED = 32  # pictures whose pixels are compared
 
-OURS, PIL = "tracer", "PIL, DataLoader"
+OURS, SCALED, OURS_DALI, PIL = "tracer", "tracer, --jpeg scaled", "tracer, --loader dali", "PIL, DataLoader"
 ALONE, TORCHVISION, CUBIC = "PIL, DataLoader in the main process", "torchvision, DataLoader", "DALI alone"
 LINEAR, DECODED, ON_GPU = (
     "DALI, linear without antialias",
     "DALI, decoding only",
-    "tracer, decoding on the GPU",
+    "tracer, --loader dali, decoding on the GPU",
 )
 
 
@@ -92,20 +100,25 @@ def entrants(source: Source, workers: int) -> dict[str, Entrant]:
         TORCHVISION: torch_loader(
             source, with_torchvision, partial(torchvision_transform, source.clip), workers
         ),
-        OURS: tracer_loader(source, workers, "cpu"),
+        OURS: tracer_loader(source, workers, "cpu", LoadingSettings(loader="torch")),
+        SCALED: tracer_loader(source, workers, "cpu", LoadingSettings(loader="torch", jpeg="scaled")),
+        OURS_DALI: tracer_loader(source, workers, "cpu", LoadingSettings(loader="dali")),
         CUBIC: dali_loader(source, workers, **cubic),
         LINEAR: dali_loader(source, workers, interp_type=types.INTERP_LINEAR, antialias=False),
         DECODED: dali_loader(source, workers),
     }
-    return loaders | ({ON_GPU: tracer_loader(source, workers, "cuda")} if GPU else {})
+    if source.files[0].suffix == ".png" or source.side * 4.5 > min(Image.open(source.files[0]).size):
+        del loaders[SCALED]  # a crop of these files is never twice as large as half of it
+    on_gpu = {ON_GPU: tracer_loader(source, workers, "cuda", LoadingSettings(loader="dali"))} if GPU else {}
+    return loaders | on_gpu
 
 
 def _checked(index: Index) -> Index:
     return index.take(list(range(min(CHECKED, len(index)))))
 
 
-def tracer_loader(source: Source, workers: int, device: str) -> Entrant:
-    """Return the package's loader, which decodes on ``device``."""
+def tracer_loader(source: Source, workers: int, device: str, loading: LoadingSettings) -> Entrant:
+    """Return one of the package's loaders, whose batches are on ``device``."""
     clip, index = source.clip, source.pictures
     checked = _checked(index)
 
@@ -119,17 +132,16 @@ def tracer_loader(source: Source, workers: int, device: str) -> Entrant:
             crop_scale=CROP,
             workers=workers,
             device=device,
+            loading=loading,
         )
         return (batch.image for batch in batches)
 
     def evaluation() -> Tensor:
-        size = len(checked)
-        pictures = Pictures(
-            checked, clip.picture_format, in_order(size, size), size, workers=workers, device=device
-        )
-        return next(iter(pictures))[0]
+        settings = replace(loading, workers=workers)
+        plan = evaluation_plan(checked, clip.picture_format, len(checked), settings, torch.device(device))
+        return next(load(plan))[0]
 
-    return Entrant(epoch, evaluation, device == "cpu")
+    return Entrant(epoch, evaluation, device == "cpu" and loading.jpeg == "exact")
 
 
 class Files(Dataset[Tensor]):
@@ -151,13 +163,13 @@ def torch_loader(
     """Return torch's DataLoader with this way to read a file, and this transform for training and evaluation."""
     index = source.pictures
     loader = DataLoader(
-        Files(index.images, partial(read, transform(True))),
+        Files(list(index.images), partial(read, transform(True))),
         source.batch,
         shuffle=True,
         num_workers=processes,
         persistent_workers=processes > 0,
     )
-    checked = Files(_checked(index).images, partial(read, transform(False)))
+    checked = Files(list(_checked(index).images), partial(read, transform(False)))
     return Entrant(lambda: loader, lambda: torch.stack([checked[i] for i in range(len(checked))]), True)
 
 
@@ -254,10 +266,23 @@ def difference(got: Tensor, expected: Tensor, clip: Clip) -> list[float]:
     return [float(levels.abs().mean()), float(levels.abs().max())]
 
 
-def run_through(epoch: Callable[[], Iterable[Tensor]], count: int) -> None:
-    """Load every picture of an epoch onto the device that a model would be on."""
+def processor_seconds() -> float:
+    """Return the time that this process and its worker processes have used of the processor, in seconds."""
+    used = time.process_time()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            times = child.cpu_times()
+            used += times.user + times.system
+    return used
+
+
+def run_through(epoch: Callable[[], Iterable[Tensor]], count: int, used: list[float] | None = None) -> None:
+    """Load every picture of an epoch onto the device that a model would be on; add the processor's time."""
+    begun = processor_seconds()
     loaded = sum(len(image.to(DEVICE, non_blocking=True)) for image in epoch())
     assert loaded == count, f"{loaded} pictures instead of {count}"
+    if used is not None:
+        used.append(processor_seconds() - begun)
 
 
 def compare(source: Source, workers: int, repeats: int, budget: float) -> list[dict[str, Any]]:
@@ -269,8 +294,9 @@ def compare(source: Source, workers: int, repeats: int, budget: float) -> list[d
     loaders = entrants(source, workers)
     differences = _differences(source, loaders)
     count = source.batch * source.batches
+    used: dict[str, list[float]] = {name: [] for name in loaders}
     times = interleaved(
-        {name: partial(run_through, loader.epoch, count) for name, loader in loaders.items()},
+        {name: partial(run_through, loader.epoch, count, used[name]) for name, loader in loaders.items()},
         repeats=repeats,
         budget=budget,
     )
@@ -282,6 +308,7 @@ def compare(source: Source, workers: int, repeats: int, budget: float) -> list[d
             "workers": 0 if name == ALONE else workers,
             "pictures": count,
             "time": times[name],
+            "processor_ms": 1000 * statistics.median(used[name]) / count,
             "difference": differences.get(name),
             "faster": times[PIL].median / times[name].median,
         }
@@ -342,6 +369,7 @@ def report(results: dict[str, Any]) -> str:
                 str(row["workers"]),
                 "{:.0f} ({:.0f}–{:.0f})".format(*_per_second(row)),
                 f"{row['faster']:.2f}×",
+                f"{row['processor_ms']:.2f}",
                 "{:.2f} ({:.0f})".format(*row["difference"]) if row["difference"] else "",
             ]
             for row in rows
@@ -351,6 +379,7 @@ def report(results: dict[str, Any]) -> str:
             "workers",
             "pictures/s",
             "PIL's time / its own",
+            "processor ms a picture",
             "mean (largest) difference from PIL",
         ]
         parts.append(

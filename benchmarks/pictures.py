@@ -11,7 +11,9 @@ import open_clip
 import torch
 from PIL import Image
 
+from tracer.data.build import collect
 from tracer.data.index import Index
+from tracer.data.sample import Sample
 from tracer.demo.config import ICONS
 from tracer.models.clip import Clip
 from tracer.models.picture_format import PictureFormat
@@ -31,9 +33,8 @@ class Source(NamedTuple):
     @property
     def pictures(self) -> Index:
         """The pictures of an epoch, which repeat the files in turn."""
-        count = self.batch * self.batches
-        images = [self.files[i % len(self.files)] for i in range(count)]
-        return Index(self.name, images, ["picture"] * count, [["a picture"]] * count)
+        once = collect(self.name, (Sample(str(file), "picture", ("a picture",)) for file in self.files))
+        return once.take(np.arange(self.batch * self.batches) % len(self.files))
 
     @property
     def clip(self) -> Clip:
@@ -44,20 +45,28 @@ class Source(NamedTuple):
 
 
 def sources(folder: Path, quick: bool) -> list[Source]:
-    """Write the files of both sources into ``folder``: large JPEGs and small icons."""
+    """Write the files of all sources into ``folder``: JPEGs of three kinds, and small icons."""
     kind, files = icons(folder, 64 if quick else 512)
-    jpegs = photographs(folder, 48 if quick else 192)
+    count = 48 if quick else 192
+    imagenet = photographs(folder / "imagenet", count)
+    small = photographs(folder / "small", count, quality=80)
+    large = photographs(folder / "large", 4 if quick else 16, (2000, 1500), 90)
     return [
-        Source("500×375 JPEG → 224×224", jpegs, 224, 64, 8 if quick else 16),
+        Source("500×375 JPEG → 224×224", imagenet, 224, 64, 8 if quick else 16),
+        Source("500×375 JPEG, quality 80 → 224×224", small, 224, 64, 8 if quick else 16),
+        Source("2000×1500 JPEG → 224×224", large, 224, 16, 2 if quick else 8),
         Source(f"64×64 PNG ({kind}) → 40×40", files, 40, 128, 8 if quick else 32),
     ]
 
 
-def photographs(folder: Path, count: int) -> list[Path]:
-    """Write ``count`` JPEGs of 500×375 pixels, ImageNet's average size, the same on every machine."""
+def photographs(
+    folder: Path, count: int, size: tuple[int, int] = (500, 375), quality: int = 92
+) -> list[Path]:
+    """Write ``count`` JPEGs, the same on every machine; the defaults have ImageNet's mean size, 108 kB."""
+    folder.mkdir(exist_ok=True)
     paths = [folder / f"{i}.jpg" for i in range(count)]
     for i, path in enumerate(paths):
-        drawing(i, 500, 375).save(path, quality=80)
+        drawing(i, *size).save(path, quality=quality)
     return paths
 
 

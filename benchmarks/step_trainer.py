@@ -16,7 +16,8 @@ import tracer.demo.small_clip  # noqa: F401 (registers the model tracer-demo)
 from benchmarks import pictures, published
 from benchmarks.measure import Timing, interleaved, require_close
 from tracer.data.batches import TrainingBatches
-from tracer.data.index import Index
+from tracer.data.build import collect
+from tracer.data.sample import Sample
 from tracer.losses import TracerLoss
 from tracer.machine import compute_device
 from tracer.models.clip import Clip, encode, load_clip, projections
@@ -110,11 +111,11 @@ def batches(clip: Clip, pairs: int, count: int, folder: Path) -> TrainingBatches
     """Load pictures with the package's loader: JPEGs, or the demo's icons for a model with small input."""
     small = clip.picture_format.size < 64
     files = pictures.icons(folder, 256)[1] if small else pictures.photographs(folder, 64)
-    index = Index(
+    captions = [f"drawing number {i} of a series of {pairs}" for i in range(pairs)]
+    index = collect(
         "pictures",
-        [files[i % len(files)] for i in range(pairs)],
-        [str(i) for i in range(pairs)],
-        [[f"drawing number {i} of a series of {pairs}"] for i in range(pairs)],
+        # Every pair is a sample of its own, also where a file comes again: a key keeps them apart.
+        (Sample(str(files[i % len(files)]), str(i), (captions[i],), key=str(i)) for i in range(pairs)),
     )
     return TrainingBatches(
         index,

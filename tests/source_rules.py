@@ -50,11 +50,11 @@ HOMES = {
     "markupsafe": ["tracer/report/*.py"],
     "matplotlib": ["tracer/report/*.py"],
     "jsonargparse": ["tracer/cli.py"],
-    "torchvision": [],
+    "torchvision": ["tracer/data/decode.py"],
 }
 # What the flat files of tracer/ may import besides torch, the standard library and the project itself.
 LIBRARY_EXTRAS = {
-    "tracer/cli.py": {"jsonargparse"},
+    "tracer/cli.py": {"jsonargparse", "docstring_parser"},  # the second is part of the first
     "tracer/*zero*.py": {"deepspeed"},
     "tracer/files.py": {"safetensors"},  # whole files of weights
 }

@@ -83,7 +83,7 @@ def note(step):
 for name in ("tracer", "tracer.ops", "tracer.losses", "tracer.teacher", "tracer.adapters"):
     __import__(name)
     note(name)
-from tracer.data.index import read_index
+from tracer.data.build import read_index
 read_index(pathlib.Path(sys.argv[2]))
 note("reading a CSV")
 print(json.dumps(loaded))

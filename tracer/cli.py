@@ -1,4 +1,4 @@
-"""The ``tracer`` command: demo, pretrain, finetune, evaluate.
+"""The ``tracer`` command: demo, pretrain, finetune, evaluate, index.
 
 Every option of a command is a field of its settings dataclass; ``--config FILE.yaml`` reads them from a file,
 and options after it override the file. A mistake that the user can mend ends with one line on stderr and exit
@@ -17,12 +17,15 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import docstring_parser
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from tracer import __version__
+from tracer.data.config import IndexConfig
 from tracer.demo.config import DemoConfig, PretrainConfig
 from tracer.errors import Refused, Stopped, UserError
 from tracer.evaluation.config import EvaluateConfig
@@ -64,12 +67,23 @@ def _pretrain(config: PretrainConfig) -> None:
     print(f"checkpoint: {pretrain(config)}")
 
 
+def _index(config: IndexConfig) -> None:
+    from tracer.data.describe import describe_data
+
+    print(describe_data(config))
+
+
 class Command(NamedTuple):
-    """A command: the class of its settings, one line of help, and the function that runs it."""
+    """A command: the class of its settings, one line of help, and the function that runs it.
+
+    ``plain`` are settings that are given without the name of an option; ``flags`` are options without a value.
+    """
 
     settings: type
     summary: str
     run: Callable[[Any], None]
+    plain: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
 
 COMMANDS = {
@@ -79,6 +93,13 @@ COMMANDS = {
     "finetune": Command(Config, "fine-tune an open_clip model on your own pictures", _finetune),
     "evaluate": Command(
         EvaluateConfig, "zero-shot accuracy and calibration of a model on your own sets", _evaluate
+    ),
+    "index": Command(
+        IndexConfig,
+        "index a data set and print its counts, formats, sizes and faults",
+        _index,
+        plain=("data",),
+        flags=("decode",),
     ),
     "pretrain": Command(PretrainConfig, "train the small CLIP that the demo starts from", _pretrain),
 }
@@ -170,15 +191,26 @@ def parse(argv: list[str] | None = None) -> tuple[str, Any]:
     parser = ArgumentParser(prog="tracer", description=(__doc__ or "").splitlines()[0], exit_on_error=False)
     parser.add_argument("--version", action="version", version=f"tracer {__version__}")
     commands = parser.add_subcommands(required=True, dest="command")
-    for name, (settings, summary, _) in COMMANDS.items():
+    for name, command in COMMANDS.items():
+        summary = command.summary
         sub = ArgumentParser(description=f"{summary[0].upper()}{summary[1:]}.", exit_on_error=False)
         sub.add_argument("--config", action=SettingsFile, help="YAML file with any of these settings")
-        sub.add_class_arguments(settings)
+        about = _documented(command.settings) if command.plain or command.flags else {}
+        for field in command.plain:
+            sub.add_argument(field, type=Path, help=about[field])
+        for field in command.flags:
+            sub.add_argument(f"--{field}", action="store_true", help=about[field])
+        sub.add_class_arguments(command.settings, skip={*command.plain, *command.flags})
         commands.add_subcommand(name, sub, help=summary)
     namespace = parser.parse_args(argv)
     values = namespace[namespace.command].as_dict()
     values.pop("config")
     return namespace.command, COMMANDS[namespace.command].settings(**values)
+
+
+def _documented(settings: type) -> dict[str, str]:
+    """Return what the docstring of a settings class says about each field."""
+    return {p.arg_name: p.description or "" for p in docstring_parser.parse(settings.__doc__ or "").params}
 
 
 def _check_names(argv: list[str]) -> None:

@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 import torch
+from picture_sets import loaded
 from PIL import Image
 
-from tracer.data.dali import Pictures
+from tracer.data.build import read_index
 from tracer.data.decoded import DecodedPictures
-from tracer.data.index import read_index
+from tracer.data.loader import load
 from tracer.data.order import in_order
 
 
@@ -20,11 +21,11 @@ def pipelines(monkeypatch) -> list[str]:
     """Names of the sets that were decoded."""
     names = []
 
-    def counted(index, *args, **kwargs):
-        names.append(index.name)
-        return Pictures(index, *args, **kwargs)
+    def counted(plan):
+        names.append(plan.index.name)
+        return load(plan)
 
-    monkeypatch.setattr("tracer.data.decoded.Pictures", counted)
+    monkeypatch.setattr("tracer.data.decoded.load", counted)
     return names
 
 
@@ -37,9 +38,8 @@ def test_small_sets_stay_decoded_until_a_picture_changes(drawings, clip, tmp_pat
         index = read_index(data / f"{name}.csv")
         batches = list(decoded.batches(index, clip.picture_format, 7, 2, torch.device("cpu")))
         assert [len(batch) for batch in batches] == [len(rows) for rows in in_order(len(index), 7)]
-        expected = Pictures(index, clip.picture_format, in_order(len(index), 7), 7)
         got = torch.cat(batches)
-        assert torch.equal(got, torch.cat([image for image, _ in expected]))
+        assert torch.equal(got, loaded(index, clip.picture_format, "torch"))
         return got
 
     first = images("test")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tracer.data.folder import read_folder
+from tracer.data.sample import Sample
 
 
 def test_the_sub_folder_names_the_class_at_any_depth(tmp_path):
@@ -10,7 +11,7 @@ def test_the_sub_folder_names_the_class_at_any_depth(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert list(read_folder(tmp_path)) == [
-        (tmp_path / "fox/b.png", "fox", ["a photo of a fox"]),
-        (tmp_path / "fox/deep/er/a.JPG", "fox", ["a photo of a fox"]),
-        (tmp_path / "red_owl/c.webp", "red_owl", ["a photo of a red owl"]),
+        Sample(str(tmp_path / "fox/b.png"), "fox", ()),
+        Sample(str(tmp_path / "fox/deep/er/a.JPG"), "fox", ()),
+        Sample(str(tmp_path / "red_owl/c.webp"), "red_owl", ()),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tracer.data.order import caption_choice, in_order, random_crops, shuffled
+from tracer.data.order import Order, caption_choice, in_order, permutation, random_crops, shuffled
 
 
 def test_every_epoch_is_a_new_whole_permutation():
@@ -49,3 +49,33 @@ def test_sides_have_the_area_and_the_ratio_that_were_asked_for():
         assert high - 0.01 < values.max() <= high + 1e-6
     assert crops.place.min() >= 0
     assert crops.place.max() < 1
+
+
+def test_a_batch_of_any_number_is_that_of_the_sequence():
+    order = Order(10, 4, 3)
+    expected = list(shuffled(size=10, batch_size=4, steps=9, seed=3))
+    for number in (7, 0, 8, 3, 3):
+        assert order.batch(number).tolist() == expected[number].tolist()
+
+
+def test_a_shuffle_window_keeps_runs_of_neighbours_together():
+    """Every picture once; a window of 64 holds 16 runs of 4 neighbours, in mixed order."""
+    size, window = 1001, 64
+    first, second = permutation(size, 1, 0, window), permutation(size, 1, 1, window)
+    assert sorted(first) == sorted(second) == list(range(size))
+    assert first.tolist() != second.tolist()
+    assert first.tolist() == permutation(size, 1, 0, window).tolist()
+    for start in range(0, size - window, window):
+        part = first[start : start + window]
+        assert len({row // 4 for row in part}) <= window // 4 + 2  # at the end of the data a run is shorter
+        assert part.max() - part.min() > 200
+        assert (np.diff(part) == 1).mean() < 0.2
+    assert permutation(size, 1, 0, 5000).tolist() == permutation(size, 1, 0).tolist()
+
+
+def test_what_stands_in_is_the_next_picture_of_the_epoch():
+    order = Order(10, 4, 3)
+    whole = np.concatenate([order.batch(number) for number in range(5)])  # two epochs
+    assert order.instead(0, 1, 1) == whole[2]
+    assert order.instead(2, 1, 1) == whole[0]  # the last of its epoch: the first one
+    assert order.instead(2, 2, 3) == whole[13]

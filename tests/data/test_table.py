@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
+from tracer.data.sample import Fault, Sample
 from tracer.data.table import read_table
 from tracer.errors import UserError
 
 
 def test_captions_are_divided_by_bars_and_stripped(write_csv, tmp_path):
     source = write_csv("a.csv", ["image", "label", "captions"], [["b/a.png", " fox ", " one | |two|"]])
-    assert list(read_table(source)) == [(tmp_path / "b/a.png", "fox", ["one", "two"])]
+    assert list(read_table(source)) == [Sample(str(tmp_path / "b/a.png"), "fox", ["one", "two"])]
 
 
 def test_labels_or_captions_may_be_absent(write_csv):
     (only_label,) = read_table(write_csv("a.csv", ["image", "label"], [["a.png", "red_fox"]]))
-    assert only_label.captions == ["a photo of a red fox"]
+    assert only_label.captions == []  # made when they are drawn
     (only_text,) = read_table(write_csv("b.csv", ["image", "captions"], [["a.png", "x|y"]]))
     assert only_text.label is None
 
@@ -26,11 +29,10 @@ def test_labels_or_captions_may_be_absent(write_csv):
         (
             ["image", "width"],
             [["a.png", "3"]],
-            "it needs 'image' and at least one of 'label' and 'captions'",
+            "it needs 'image' or 'filepath', and at least one of 'label', 'captions' and 'title'",
         ),
         (["picture", "label"], [["a.png", "x"]], "has a column 'picture', did you mean 'image'"),
         (["image", "label"], [["a.png", "x"], ["", "x"]], "line 3: needs a picture"),
-        (["image", "label", "captions"], [["a.png", " ", " | "]], "line 2: needs .* a label or a caption"),
     ],
 )
 def test_a_bad_csv_is_named_in_one_line(write_csv, header, rows, says):
@@ -67,3 +69,31 @@ def test_a_quote_that_swallows_more_than_csv_reads_is_named_with_its_line(tmp_pa
     )
     with pytest.raises(UserError, match=says):
         list(read_table(tmp_path / "bad.csv"))
+
+
+def test_a_row_without_label_and_caption_is_a_fault_with_its_line(write_csv):
+    source = write_csv("a.csv", ["image", "label", "captions"], [["a.png", "x", ""], ["b.png", " ", " | "]])
+    assert list(read_table(source))[1] == Fault(f"{source} line 3", "it has neither a label nor a caption")
+
+
+def test_a_title_is_one_caption_and_captions_are_many(tmp_path):
+    """open_clip's and FLYP's column, whose texts may hold bars; it gives way to captions."""
+    (tmp_path / "a.tsv").write_text("title\tfilepath\na|b\ta.png\n")
+    assert [sample.captions for sample in read_table(tmp_path / "a.tsv")] == [["a|b"]]
+    (tmp_path / "b.tsv").write_text("title\tfilepath\tcaptions\nx\ta.png\ta|b\n")
+    assert [sample.captions for sample in read_table(tmp_path / "b.tsv")] == [["a", "b"]]
+
+
+def test_parquet_is_read_where_pyarrow_is_installed_and_asked_for_elsewhere(tmp_path):
+    path = tmp_path / "a.parquet"
+    if importlib.util.find_spec("pyarrow") is None:
+        path.touch()
+        with pytest.raises(
+            UserError, match=r"a.parquet' is a Parquet file, which needs pyarrow: pip install"
+        ):
+            list(read_table(path))
+        return
+    import pandas
+
+    pandas.DataFrame({"filepath": ["a.png", "b.png"], "title": ["one", "two"]}).to_parquet(path)
+    assert [sample.captions for sample in read_table(path)] == [["one"], ["two"]]

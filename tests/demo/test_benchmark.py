@@ -11,7 +11,7 @@ import pytest
 from demo.icon_files import CLASSES, icon
 from PIL import Image
 
-from tracer.data.index import read_index
+from tracer.data.build import read_index
 from tracer.demo import benchmark, captions, packages, render, split, themes
 from tracer.demo.corpus import build_corpus
 from tracer.files import claim_folder

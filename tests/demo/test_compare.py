@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tracer.adapters import fold, read_adapters
-from tracer.data.index import read_index
+from tracer.data.build import read_index
 from tracer.demo.compare import command_line, demo
 from tracer.demo.config import DemoConfig
 from tracer.errors import UserError

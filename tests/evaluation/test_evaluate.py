@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tracer.cli import main
-from tracer.data.index import read_index
+from tracer.data.build import read_index
 from tracer.errors import UserError
 from tracer.evaluation.config import EvaluateConfig
 from tracer.evaluation.evaluate import evaluate

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import open_clip
 import pytest
 
-from tracer.data.index import Index
+from tracer.data.build import collect
+from tracer.data.sample import Sample
 from tracer.errors import UserError
 from tracer.evaluation.prompts import check_distinct, check_labels, class_prompts
 
@@ -74,7 +74,7 @@ def test_classes_that_share_a_prompt_are_distinct():
 @pytest.mark.parametrize(("missing", "says"), [([0, 1, 2], "no labels"), ([1], "1 pictures without a label")])
 def test_pictures_without_a_label_are_refused(missing, says):
     labels = [None if n in missing else "cat" for n in range(3)]
-    index = Index("mixed", [Path(f"{n}.png") for n in range(3)], labels, [["a cat"]] * 3)
+    index = collect("mixed", (Sample(f"{n}.png", label, ("a cat",)) for n, label in enumerate(labels)))
     with pytest.raises(
         UserError, match=rf"'mixed' has {says}, first '{missing[0]}.png': .*one for retrieval"
     ):

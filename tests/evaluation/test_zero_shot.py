@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from tracer.data.build import read_index
 from tracer.data.decoded import DecodedPictures
-from tracer.data.index import read_index
 from tracer.errors import UserError
 from tracer.evaluation.metrics import calibration_error
 from tracer.evaluation.prompts import class_prompts

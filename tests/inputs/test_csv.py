@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from tracer.data.index import read_index
+from tracer.data.build import read_index
 
 HEADER = "image,captions,label\n"
 
@@ -51,11 +51,15 @@ def table(tmp_path):
         ("Image,label\na.png,dog\n", "a column 'Image', did you mean 'image'?"),
         ("image,LABEL,label\na.png,dog,cat\n", "a column 'LABEL', did you mean 'label'? put both into one"),
         ("imageId,label\na.png,dog\n", "a column 'imageId', did you mean 'image'?"),
-        ("filepath,title\na.png,dog\n", "a column 'filepath', did you mean 'image'?"),
-        ("image,title,label\na.png,a dog,dog\n", "a column 'title', did you mean 'captions'?"),
-        ("image\tlabel\na.png\tdog\n", "separates its columns by tabs: save it with commas"),
-        ("image;label\na.png;dog\n", "separates its columns by semicolons: save it with commas"),
-        ("image;captions,label\na.png;a,dog\n", "separates its columns by semicolons"),
+        ("picture,title\na.png,dog\n", "a column 'picture', did you mean 'image'?"),
+        ("image,text,label\na.png,a dog,dog\n", "a column 'text', did you mean 'captions'?"),
+        ("image|label\na.png|dog\n", "separates its columns by none of commas, tabs, semicolons"),
+        ("image label\na.png dog\n", "separates its columns by none of commas, tabs, semicolons"),
+        ("image;captions,label\na.png;a,dog\n", "has the columns image;captions, label"),
+        ("image,label\na.png,dog\na.png,cat\nb.png,cat\n", "it has several labels"),
+        ("image,label,captions\na.png,dog,\nb.png,, | \n", "it has neither a label nor a caption"),
+        ("image,label\na.png,dog\n,cat\nb.png,cat\n", "line 3: needs a picture"),
+        ("image,label\na.png,dog\nnowhere.png,cat\nb.png,cat\n", "it does not exist"),
         ("", "has the columns none: it needs 'image'"),
         ("image,label\na.png,d\0og\n", "line 2 holds a zero byte"),
     ],
@@ -74,6 +78,10 @@ def test_an_ambiguous_csv_is_refused_with_its_line_and_a_repair(table, refusal, 
         "image,captions,label,title\na.png,a dog,dog,x\nb.png,a cat,cat,y\n",
         "image,imageId,label\na.png,1,dog\nb.png,2,cat\n",
         'image,label,notes\na.png,dog,"foo\nbar"\nb.png,cat,\n',
+        "image\tlabel\na.png\tdog\nb.png\tcat\n",
+        "image;label\na.png;dog\nb.png;cat\n",
+        "label\tfilepath\ttitle\ndog\ta.png\ta dog, running\ncat\tb.png\ta|cat\n",
+        "image,label\na.png,dog\na.png,dog\nb.png,cat\n",
     ],
     ids=[
         "a comma in quotes",
@@ -83,6 +91,10 @@ def test_an_ambiguous_csv_is_refused_with_its_line_and_a_repair(table, refusal, 
         "a title beside captions",
         "an imageId beside image",
         "a line break in a further column",
+        "tabs",
+        "semicolons",
+        "open_clip's columns",
+        "rows that name one picture",
     ],
 )
 def test_a_plain_csv_is_read(table, evaluate, content):

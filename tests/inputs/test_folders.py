@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from tracer.data.index import read_index
+from tracer.data.build import read_index
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ def test_what_is_left_out_is_counted_once_with_its_reason(folder, evaluate):
     names = (
         "fox/a.png",
         "owl/b.png",
-        "fox/a.gif",
-        "fox/b.gif",
+        "fox/a.psd",
+        "fox/b.psd",
         "owl/notes.txt",
         "owl/raw",
         "bat/a.heic",
@@ -68,7 +68,7 @@ def test_what_is_left_out_is_counted_once_with_its_reason(folder, evaluate):
     assert code == 0
     (line,) = (line for line in stderr.splitlines() if "left out" in line)
     assert "left out 6 files" in line
-    for reason in ("2 .gif", "1 .txt", "1 without a suffix", "1 .heic", "1 outside a class folder"):
+    for reason in ("2 .psd", "1 .txt", "1 without a suffix", "1 .heic", "1 outside a class folder"):
         assert reason in line
     assert "1 classes without a picture that can be read ('bat')" in line
 

@@ -276,7 +276,7 @@ def test_two_processes_do_not_write_the_same_run(config, monkeypatch):
 
 def test_what_does_not_decide_the_result_may_change(config, tmp_path, monkeypatch):
     cut(config, monkeypatch, 3)
-    changes = {"save_every": 3, "workers": 1, "cache": tmp_path / "elsewhere", "check_images": False}
+    changes = {"save_every": 3, "workers": 1, "cache": tmp_path / "elsewhere", "max_bad": 0.5}
     assert_same(finetune(dataclasses.replace(config, **changes)), uninterrupted(config, tmp_path))
 
 

@@ -7,12 +7,11 @@ import dataclasses
 import open_clip
 import pytest
 import torch
+from picture_sets import loaded
 from safetensors.torch import load_file
 
 from tracer.data.batches import TrainingBatches
-from tracer.data.dali import Pictures
-from tracer.data.index import read_index
-from tracer.data.order import in_order
+from tracer.data.build import read_index
 from tracer.losses import TracerLoss
 from tracer.models.clip import load_clip
 from tracer.ops import contrastive_loss
@@ -128,7 +127,7 @@ def test_training_pictures_are_random_crops(config):
     """Off the centre crop, and another one each time that a picture comes round."""
     index, clip = read_index(config.train_data), load_clip(config.model, config.pretrained)
     options = {"batch_size": 32, "steps": 2, "seed": 0}
-    (centre, _), *_ = Pictures(index, clip.picture_format, in_order(32, 32), 32)
+    centre = loaded(index, clip.picture_format, "torch")
 
     def epochs(crop_scale: float) -> list[torch.Tensor]:
         batches = list(TrainingBatches(index, clip, crop_scale=crop_scale, **options))

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tracer.data.dali import Pictures
+from tracer.data.changed import change
+from tracer.data.config import LoadingSettings
 from tracer.data.index import Index
-from tracer.data.order import caption_choice, random_crops, shuffled
+from tracer.data.loader import load
+from tracer.data.names import note
+from tracer.data.order import Order, caption_choice, changes, random_crops
+from tracer.data.plan import Plan, Work
+from tracer.data.skipped import Skipped
+from tracer.data.tokens import Tokens
 from tracer.errors import UserError
 from tracer.models.clip import Clip
+
+TOKENS_AHEAD = 4  # batches whose tokens are made before they are asked for
+WAITED = 0.05  # share of the time that training may wait for pictures without a word about it
 
 
 @dataclass
@@ -33,13 +45,29 @@ class Batch:
     index: Tensor
 
 
+@dataclass(frozen=True)
+class Variation:
+    """How a run varies its pictures from epoch to epoch; all of it is a function of the seed and the batch.
+
+    Attributes:
+        crop_scale: smallest share of a picture's area that a random crop keeps.
+        flip: mirror half of the pictures.
+        color_jitter: brightness, contrast and saturation are multiplied by factors in 1 ± this.
+        shuffle_window: see :class:`~tracer.data.order.Order`.
+    """
+
+    crop_scale: float
+    flip: bool = False
+    color_jitter: float = 0.0
+    shuffle_window: int = 0
+
+
 class TrainingBatches:
     """Iterate over the batches ``first``, …, ``steps`` − 1 of a run; those before ``first`` are not read.
 
     Args:
         index: the data set; a label's number is its place in ``index.classes``. A picture without a label gets
-            the next free number, shared only by other rows of the same file, so that in the loss its captions
-            are its only positives.
+            the next free number, so that in the loss its captions are its only positives.
         clip: the model that gives the tokenizer and the picture format.
         batch_size: pictures of a batch, on all ranks together. Their order, crops and captions do not depend on
             the number of ranks; each rank reads and yields an equal slice of every batch.
@@ -50,6 +78,9 @@ class TrainingBatches:
         workers: threads that decode pictures.
         device: where the batches are put.
         rank, world_size: the slice that is yielded: the ``rank``-th of ``world_size`` equal ones.
+        loading: how pictures are decoded; default: the defaults, with ``workers`` threads.
+        variation: flips, colours and the order; default: ``crop_scale`` alone.
+        skipped: pictures that failed before ``first``, and those that will; default: none so far.
 
     Raises:
         ValueError: the slices would not be equal.
@@ -70,6 +101,9 @@ class TrainingBatches:
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
+        loading: LoadingSettings | None = None,
+        variation: Variation | None = None,
+        skipped: Skipped | None = None,
     ):
         if batch_size % world_size:
             raise ValueError(f"batch_size is {batch_size}: it must be divisible by world_size {world_size}")
@@ -78,39 +112,102 @@ class TrainingBatches:
                 f"'{index.name}' holds {len(index)} pictures, fewer than one batch of {batch_size}: "
                 "lower --batch_size or add pictures"
             )
-        self._numbers, self._seed, self._device = range(first, steps), seed, torch.device(device)
+        loading = replace(loading or LoadingSettings(), workers=workers)
         mine = batch_size // world_size
-        self._batch_size, self._mine = batch_size, slice(rank * mine, (rank + 1) * mine)
-        order = (rows[self._mine] for rows in shuffled(len(index), batch_size, steps, seed, first))
-        crops = (random_crops(batch_size, seed, n, crop_scale).of(self._mine) for n in self._numbers)
-        # A pipeline asks for its first batch at once; with none left to read there must be no pipeline.
-        self._pictures: Iterable[tuple[Tensor, Tensor]] = (
-            Pictures(index, clip.picture_format, order, mine, crops=crops, workers=workers, device=device)
-            if self._numbers
-            else ()
+        self._mine = slice(rank * mine, (rank + 1) * mine)
+        self._variation = variation or Variation(crop_scale)
+        self._numbers, self._seed, self._batch_size = range(first, steps), seed, batch_size
+        self._index, self._tokens, self._format = index, Tokens(clip.tokenizer), clip.picture_format
+        self._order = Order(len(index), batch_size, seed, self._variation.shuffle_window)
+        self._device = torch.device(device)
+        self.skipped = Skipped(len(index), loading.max_bad) if skipped is None else skipped
+        self._plan = Plan(
+            index,
+            clip.picture_format,
+            loading,
+            self._work,
+            self._numbers,
+            mine,
+            self._order,
+            self.skipped,
+            self._device,
         )
-        self._labels = torch.tensor(_numbers(index))
-        # All captions are tokenized once; those of picture i are the rows offsets[i], …, offsets[i + 1] − 1.
-        self._offsets = torch.tensor(np.cumsum([0] + [len(captions) for captions in index.captions]))
-        self._tokens = clip.tokenizer([caption for captions in index.captions for caption in captions])
+        self._labels = torch.from_numpy(index.label_numbers)
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[Batch]:
-        for number, (image, index) in zip(self._numbers, self._pictures, strict=True):
-            start, count = self._offsets[index], self._offsets[index + 1] - self._offsets[index]
-            choice = torch.from_numpy(caption_choice(self._batch_size, self._seed, number)[self._mine])
-            text, label = self._tokens[start + (choice * count).long()], self._labels[index]
-            yield Batch(image, text.to(self._device), label.to(self._device), index)
+        texts: deque[Future[Tensor]] = deque()
+        coming, waiting = iter(self._numbers), _Waiting(len(self._index))
+        pictures = iter(load(self._plan))
+        try:
+            for number in self._numbers:
+                while len(texts) < TOKENS_AHEAD and (later := next(coming, None)) is not None:
+                    texts.append(self._tokens.ahead(self._captions(later, self._rows(later))))
+                with waiting:
+                    image, rows = next(pictures)
+                    text = texts.popleft().result()
+                if not np.array_equal(rows.numpy(), self._rows(number)):  # pictures that stand in
+                    text = self._tokens.of(self._captions(number, rows.numpy()))
+                image = self._changed(image, number)
+                label = self._labels[rows].to(self._device)
+                yield Batch(image, text.to(self._device).long(), label, rows)
+                waiting.report(len(rows))
+        finally:
+            self._tokens.close()
+
+    def _rows(self, number: int) -> np.ndarray:
+        """Return the pictures of this rank's slice of a batch."""
+        return self._order.batch(number)[self._mine]
+
+    def _work(self, number: int) -> Work:
+        crops = random_crops(self._batch_size, self._seed, number, self._variation.crop_scale)
+        return Work(number, self._rows(number), crops.of(self._mine), self._mine.start)
+
+    def _captions(self, number: int, rows: np.ndarray) -> list[str]:
+        """Return the caption that a batch draws for each picture of this rank's slice."""
+        choice, index = caption_choice(self._batch_size, self._seed, number)[self._mine], self._index
+        return [
+            index.caption(row, int(drawn * index.caption_count(row)))
+            for row, drawn in zip(rows.tolist(), choice, strict=True)
+        ]
+
+    def _changed(self, image: Tensor, number: int) -> Tensor:
+        variation = self._variation
+        if not variation.flip and not variation.color_jitter:
+            return image
+        drawn = changes(self._batch_size, self._seed, number, variation.color_jitter).of(self._mine)
+        return change(image, drawn, self._format, flip=variation.flip, jitter=variation.color_jitter > 0)
 
 
-def _numbers(index: Index) -> list[int]:
-    """Return the number of each picture's class, or of its file where it has no label."""
-    number = {name: i for i, name in enumerate(index.classes)}
-    alone = dict.fromkeys(i for i, n in zip(index.images, index.labels, strict=True) if n is None)
-    file = {image: len(number) + i for i, image in enumerate(alone)}
-    return [
-        file[image] if label is None else number[label]
-        for image, label in zip(index.images, index.labels, strict=True)
-    ]
+class _Waiting:
+    """Measures the time that a loop waits for its next batch, and reports it once an epoch where it is long."""
+
+    def __init__(self, pictures: int) -> None:
+        self._pictures, self._seen, self._waited = pictures, 0, 0.0
+        self._started: float | None = None  # when the first batch had come: a loop waits for that in any case
+
+    def __enter__(self) -> None:
+        self._asked = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        now = time.perf_counter()
+        if self._started is None:
+            self._started = now
+        else:
+            self._waited += now - self._asked
+
+    def report(self, pictures: int) -> None:
+        """Count pictures that were trained on; at the end of an epoch say how long the loop has waited."""
+        self._seen += pictures
+        if self._seen < self._pictures or self._started is None:
+            return
+        now = time.perf_counter()
+        share = self._waited / max(now - self._started, 1e-9)
+        if share > WAITED:
+            note(
+                f"training waited for pictures {share:.0%} of the last epoch: give more --workers, smaller files, "
+                "or --jpeg scaled"
+            )
+        self._seen, self._waited, self._started = 0, 0.0, now

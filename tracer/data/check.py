@@ -1,71 +1,99 @@
-"""A check of every picture before a run, so that a damaged one is refused at once and not hours later."""
+"""The first sight of a picture: header, size and end of the file. Suspects are decoded; ``--decode`` does all.
+
+A JPEG or PNG file with a sound header and its end marker decodes: what is damaged in between goes unnoticed by
+PIL, torchvision and DALI alike. So nothing is gained by decoding it.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import os
+from collections.abc import Callable
+from typing import NamedTuple
 
-import torch
-from tqdm import tqdm
+from tracer.data.header import TAIL, Header, ends_well, read_header
 
-from tracer.data.dali import VERSION, decode, undecodable
-from tracer.data.index import Index
-from tracer.data.picture import read_picture
-from tracer.errors import UserError
-from tracer.files import whole_file, write_json
-from tracer.machine import compute_device
+HEAD, LONG_HEAD = 4096, 1 << 18
 
-AT_ONCE = 8  # pictures held in memory at once, for each thread
-PER_PIPELINE = 64  # pictures that one DALI pipeline decodes, for each thread: to build one takes time
+Read = Callable[[int, int], bytes]  # offset and length → bytes
 
 
-def check_pictures(index: Index, cache: Path, workers: int) -> None:
-    """Decode every picture once, by the decoder that trains, with ``workers`` threads.
+class Sight(NamedTuple):
+    """What the first sight of a picture tells: its format, what was noticed, and what is wrong, if anything."""
 
-    A data set that passed is remembered in the folder ``cache``, by its digest and the decoder, and not decoded
-    again.
+    format: str
+    turned: bool = False
+    sixteen: bool = False
+    fault: str = ""
 
-    Raises:
-        UserError: some pictures cannot be decoded; the message counts them and names the first.
+
+def look(read: Read, size: int, max_pixels: int, whole: bool = False) -> Sight:
+    """Return the first sight of a picture.
+
+    Args:
+        read: reads a part of the picture's bytes.
+        size: of the picture in bytes.
+        max_pixels: a picture of more pixels is a fault, and not decoded.
+        whole: decode it in any case.
     """
-    device = compute_device()
-    key = hashlib.sha256(f"{index.digest()} DALI {VERSION} {device.type}".encode()).hexdigest()
-    passed = cache / f"checked-{key[:16]}.json"
-    if passed.is_file():
-        return
-    images = list(dict.fromkeys(index.images))
-    damaged: dict[Path, str] = {}
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        tqdm(total=len(images), desc=f"checking {index.name}", unit="picture", delay=1) as progress,
-    ):
-        for paths in _chunks(images, PER_PIPELINE * workers):
-            damaged |= _faults(paths, pool, device, workers)
-            progress.update(len(paths))
-    if damaged:
-        path, reason = next(iter(damaged.items()))
-        raise UserError(
-            f"{len(damaged)} of {len(images)} pictures of '{index.name}' cannot be decoded, "
-            f"first '{path}' ({reason}): repair them or remove their rows"
-        )
-    with whole_file(passed) as part:
-        write_json(part, {"pictures": len(index)})
+    if size == 0:
+        return Sight("", fault="it is empty")
+    head = read(0, min(size, HEAD))
+    header = read_header(head)
+    if header is None and size > HEAD and head[:2] == b"\xff\xd8":  # a long comment, thumbnail or profile
+        head = read(0, min(size, LONG_HEAD))
+        header = read_header(head)
+    if header is not None:
+        if header.height * header.width > max_pixels:
+            return Sight(header.format, fault=_too_large(header, max_pixels))
+        tail = read(max(0, size - TAIL), min(size, TAIL))
+        if ends_well(header.format, tail) and not whole:
+            return Sight(header.format, header.orientation > 1, header.bits > 8)
+    return _decoded(read(0, size), max_pixels)
 
 
-def _chunks(paths: list[Path], size: int) -> Iterator[list[Path]]:
-    return (paths[i : i + size] for i in range(0, len(paths), size))
+def _too_large(header: Header, most: int) -> str:
+    from tracer.data.picture import check_pixels, reason_of
 
-
-def _faults(
-    paths: list[Path], pool: ThreadPoolExecutor, device: torch.device, workers: int
-) -> dict[Path, str]:
-    """Return what is wrong with the pictures that cannot be decoded, by their path."""
-    batches = (list(pool.map(read_picture, batch)) for batch in _chunks(paths, AT_ONCE * workers))
-    files = ([p.encoded for p in batch if p.encoded is not None and not p.decoded] for batch in batches)
     try:
-        decode(filter(None, files), device, workers, AT_ONCE * workers)
-    except (UserError, RuntimeError):  # which does not say which pictures, so decode them one by one
-        return undecodable(paths, device)
-    return {}
+        check_pixels(header.height, header.width, most)
+    except ValueError as error:
+        return reason_of(error)
+    raise AssertionError
+
+
+def _decoded(content: bytes, max_pixels: int) -> Sight:
+    """Decode a picture with PIL, and with torchvision where that is what the loader would use."""
+    import io
+
+    from PIL import Image
+
+    from tracer.data.decode import exact
+    from tracer.data.header import ORIENTATION
+    from tracer.data.picture import UndecodableError, read_picture, reason_of
+
+    try:
+        picture = read_picture(content, "", max_pixels=max_pixels)
+        exact(picture, exif=False)
+    except UndecodableError as error:
+        return Sight("", fault=error.reason)
+    except (RuntimeError, ValueError) as error:
+        return Sight("", fault=reason_of(error))
+    with Image.open(io.BytesIO(content)) as image:
+        deep = image.mode.startswith("I") or (image.format == "PNG" and content[24] > 8)
+        return Sight(image.format or "", image.getexif().get(ORIENTATION, 1) > 1, deep)
+
+
+def look_at_file(path: str, max_pixels: int, whole: bool = False) -> tuple[Sight, int, int]:
+    """Return the first sight of a picture file, its size and its time of change in ns; −1 if it has none."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            about = os.fstat(handle)
+            sight = look(lambda place, n: os.pread(handle, n, place), about.st_size, max_pixels, whole)
+            return sight, about.st_size, about.st_mtime_ns
+        finally:
+            os.close(handle)
+    except OSError as error:
+        from tracer.data.picture import reason_of
+
+        return Sight("", fault=reason_of(error)), -1, -1

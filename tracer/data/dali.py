@@ -1,12 +1,10 @@
-"""Pictures decoded, cropped, resized and normalised by a DALI pipeline, on the CPU or the GPU."""
+"""The loader ``dali``: a DALI pipeline decodes, crops, resizes and normalises, on the CPU or the GPU."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,166 +16,191 @@ from nvidia.dali import pipeline_def
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from torch import Tensor
 
-from tracer.data.index import Index
-from tracer.data.order import Crops
-from tracer.data.picture import UndecodableError, for_dali, read_picture, what_pil_says
-from tracer.data.window import centre_window, random_window
+from tracer.data.ahead import Ahead
+from tracer.data.picture import Picture, for_dali, what_pil_says
+from tracer.data.plan import Plan, Work
+from tracer.data.window import centre_window, pixels_of, random_window
+from tracer.errors import UserError
 from tracer.models.picture_format import PictureFormat
 
 # DALI fills these modules at import, where a type checker does not see it.
 fn: Any = nvidia.dali.fn
-
 types: Any = nvidia.dali.types
-
-VERSION: str = nvidia.dali.__version__
 
 AHEAD = 8  # more batches than a pipeline's queues hold
 
+Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]  # a file, and the two ends of what is shown of it
+
 
 class Pictures:
-    """Iterate over decoded pictures, batch by batch: ``(image, index)``.
+    """Iterate over the batches of a plan: ``(image, rows)``; see :func:`~tracer.data.loader.load`.
 
-    ``image`` [n, 3, S, S] float32 on ``device`` is normalised as ``picture_format`` says; ``index`` [n] int64 on
-    the CPU holds the numbers of the pictures in ``index``.
-
-    Args:
-        index: the data set.
-        picture_format: size, resizing and normalisation.
-        batches: numbers of the pictures of each batch.
-        batch_size: the largest length of a batch.
-        crops: random crops of each batch, from :func:`~tracer.data.order.random_crops`, for training. Without
-            them pictures are resized, and the centre cropped, as by open_clip's transform for evaluation.
-        workers: threads that decode.
-        device: where the pipeline runs, decoding included.
-
-    Raises:
-        UndecodableError: here or while iterating, for a picture that cannot be decoded; names it.
+    Threads read files and windows ahead of the pipeline. A file that DALI cannot decode ends its pipeline: the
+    culprit is then searched in the batches that the pipeline held, and a new pipeline begins at the first of them.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        picture_format: PictureFormat,
-        batches: Iterator[np.ndarray],
-        batch_size: int,
-        *,
-        crops: Iterator[Crops] | None = None,
-        workers: int = 2,
-        device: torch.device | str = "cpu",
-    ):
-        self.device, self._index, self._format = torch.device(device), index, picture_format
-        self._recent: deque[np.ndarray] = deque(maxlen=AHEAD)  # numbers of the pictures that DALI may hold
-        self._pool = ThreadPoolExecutor(workers)
-        source = self._read(batches, crops)
-        gpu = _gpu(self.device)
-        decorate = pipeline_def(batch_size=batch_size, num_threads=workers, device_id=gpu)
-        pipeline = decorate(_pictures)(source, picture_format, gpu is not None)
-        with self._named():
-            self._iterator = DALIGenericIterator(pipeline, ["image", "index"], auto_reset=False)
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._held: deque[tuple[Work, list[int]]] = deque(
+            maxlen=AHEAD
+        )  # batches that DALI may hold, and their rows
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = iter(self._iterator)
-        while True:
-            with self._named():
-                batch = next(batches, None)
-            if batch is None:
+        numbers = self._plan.numbers
+        while numbers:
+            try:
+                for image, rows in self._batches(numbers):
+                    yield image, rows
+                    numbers = numbers[1:]
                 return
-            yield batch[0]["image"].to(self.device), batch[0]["index"].flatten()
+            except RuntimeError as error:
+                self._note_culprits(numbers[0], error)
 
-    def _read(
-        self, batches: Iterator[np.ndarray], crops: Iterator[Crops] | None
-    ) -> Iterator[tuple[Any, ...]]:
+    def _batches(self, numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
+        plan, gpu = self._plan, _gpu(self._plan.device)
+        self._held.clear()
+        decorate = pipeline_def(batch_size=plan.size, num_threads=plan.settings.workers, device_id=gpu)
+        crops = plan.work(numbers[0]).crops is not None
+        reader = self._read(numbers)
+        pipeline = decorate(_pictures)(
+            reader, plan.picture_format, gpu is not None, exif=plan.settings.exif, crops=crops
+        )
+        try:
+            batches = DALIGenericIterator(pipeline, ["image", "index"], auto_reset=False)
+            for (batch,) in batches:
+                yield batch["image"].to(plan.device), batch["index"].flatten()
+        finally:
+            reader.close()
+
+    def _read(self, numbers: range) -> Generator[tuple[Any, ...], None, None]:
         """Yield the inputs of DALI for each batch: files, numbers, and the windows' first and last corners."""
+        plan = self._plan
 
-        def load(row: int, *crop: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            picture = read_picture(self._index.images[row])
-            shape = picture.shape
-            window = random_window(shape, *crop) if crop else centre_window(shape, self._format)
-            encoded, window = for_dali(picture, window, self._format)
+        def one(work: Work, place: int) -> tuple[int, Encoded]:
+            return plan.first_good(work, place, lambda row: self._encoded(work, place, row))
+
+        batches = Ahead(map(plan.work, numbers), len, one, plan.settings.workers)
+        for work, results in batches:
+            rows = [row for row, _ in results]
+            self._held.append((work, rows))
+            files, starts, ends = zip(*(encoded for _, encoded in results), strict=True)
+            yield list(files), list(np.array(rows)[:, None]), np.stack(starts), np.stack(ends)
+
+    def _encoded(self, work: Work, place: int, row: int) -> Encoded:
+        """Return a file that DALI decodes, and what is shown: a window in shares, or a crop in whole pixels."""
+        plan = self._plan
+        picture, wanted = plan.read(row), plan.picture_format
+        if work.crops is None:
+            encoded, window = for_dali(picture, centre_window(picture.shape, wanted), wanted)
             return encoded, window.start, window.end
+        encoded, window = for_dali(picture, random_window(picture.shape, *work.crop(place)), wanted)
+        shape = picture.shape if picture.transparent is None else (wanted.size, wanted.size)
+        top, left, height, width = pixels_of(shape, window)
+        return encoded, np.array([top, left], np.float32), np.array([height, width], np.float32)
 
-        for rows in batches:
-            self._recent.append(rows)
-            files, starts, ends = zip(
-                *self._pool.map(load, rows, *(next(crops) if crops else ())), strict=True
-            )
-            yield list(files), list(rows[:, None]), np.stack(starts), np.stack(ends)
+    def _note_culprits(self, first: int, error: RuntimeError) -> None:
+        """Find the pictures of the batches from ``first`` on that cannot be decoded, and note them as failed.
 
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """Turn an error of the pipeline into one that names the picture, where a picture is the reason."""
+        Raises:
+            RuntimeError: ``error`` itself, where every picture can be decoded: it has another reason.
+        """
+        plan, searched = self._plan, dict[int, int]()
+        for work, rows in self._held:
+            for row in rows if work.number >= first else ():
+                searched.setdefault(row, work.number)
+        culprits = self._undecodable(searched)
+        if not culprits:
+            raise error
+        for row, reason in culprits.items():
+            plan.fail(row, searched[row], UserError(reason))
+
+    def _undecodable(self, rows: Iterable[int]) -> dict[int, str]:
+        """Return those pictures that DALI cannot decode by themselves, with what it says."""
+        plan, waiting, culprits = self._plan, deque(rows), {}
+        while waiting:
+            done: list[int] = []
+
+            def files(done: list[int] = done) -> Iterator[list[np.ndarray]]:
+                while waiting:
+                    done.append(waiting.popleft())
+                    picture = self._read_again(done[-1])
+                    if picture is not None and picture.content is not None:
+                        yield [np.frombuffer(picture.content, np.uint8)]
+
+            try:
+                decode(files(), plan.device)
+            except RuntimeError as error:
+                picture = self._read_again(done[-1])
+                culprits[done[-1]] = _reason(picture.content if picture else None, error)
+        return culprits
+
+    def _read_again(self, row: int) -> Picture | None:
         try:
-            yield
-        except RuntimeError:
-            recent = dict.fromkeys(self._index.images[row] for batch in self._recent for row in batch)
-            faults = undecodable(recent, self.device)
-            for path, reason in faults.items():
-                raise UndecodableError(path, reason) from None
-            raise
+            return self._plan.read(row)
+        except (UserError, OSError):  # it has vanished meanwhile, and the next pipeline will note it
+            return None
 
 
-def undecodable(paths: Iterable[Path], device: torch.device) -> dict[Path, str]:
-    """Return what is wrong with those of the files that cannot be decoded one by one, by their path."""
-    faults = {}
-    for path in paths:
-        try:
-            picture = read_picture(path)
-            if picture.encoded is not None:
-                decode([[picture.encoded]], device, workers=1, batch_size=1)
-        except UndecodableError as error:
-            faults[path] = error.reason
-        except RuntimeError:
-            faults[path] = (
-                what_pil_says(path) or "DALI's decoder refuses it, though PIL reads it: save it again"
-            )
-    return faults
-
-
-def decode(batches: Iterable[list[np.ndarray]], device: torch.device, workers: int, batch_size: int) -> None:
-    """Decode batches of encoded pictures, at most ``batch_size`` in each, as the training pipeline does.
-
-    A batch is read when the one before it is decoded and forgotten.
+def decode(batches: Iterator[list[np.ndarray]], device: torch.device) -> None:
+    """Decode encoded pictures one after the other, each when the one before is decoded.
 
     Raises:
-        RuntimeError: DALI cannot decode one of them.
+        RuntimeError: DALI cannot decode one of them: the last one that was asked for.
     """
 
     def pipeline() -> Any:
-        encoded = fn.external_source(iter(batches), dtype=types.UINT8, ndim=1)
-        return _decoded(encoded, device.type == "cuda").shape()
+        encoded = fn.external_source(batches, dtype=types.UINT8, ndim=1)
+        return _decoded(encoded, device.type == "cuda", False).shape()
 
-    decorate = pipeline_def(
-        batch_size=batch_size, num_threads=workers, device_id=_gpu(device), prefetch_queue_depth=1
-    )
+    one_by_one: dict[str, Any] = {"exec_dynamic": False, "exec_async": False, "exec_pipelined": False}
+    decorate: Any = pipeline_def(batch_size=1, num_threads=1, device_id=_gpu(device), **one_by_one)
     decoder = decorate(pipeline)()
     with contextlib.suppress(StopIteration):  # the end of the batches
         while True:
             decoder.run()
 
 
+def _reason(content: bytes | None, error: RuntimeError) -> str:
+    """Return in words why a file cannot be decoded; DALI's own are a trace of its nodes."""
+    said = what_pil_says(content) if content else None
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return said or f"DALI cannot decode it, though PIL can: {lines[-1][:200] if lines else ''}"
+
+
 def _gpu(device: torch.device) -> Any:
     return (device.index or 0) if device.type == "cuda" else None  # None: no CUDA at all
 
 
-def _decoded(encoded: Any, on_gpu: bool) -> Any:
-    return fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
+def _decoded(encoded: Any, on_gpu: bool, exif: bool) -> Any:
+    return fn.decoders.image(
+        encoded,
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=exif,
+        jpeg_fancy_upsampling=True,  # as libjpeg does by itself; nvJPEG does not
+    )
 
 
-def _pictures(read: Any, wanted: PictureFormat, on_gpu: bool) -> tuple[Any, Any]:
+def _pictures(read: Any, wanted: PictureFormat, on_gpu: bool, *, exif: bool, crops: bool) -> tuple[Any, Any]:
     """DALI nodes of a whole pipeline: normalised pictures and their numbers, from what ``read`` yields."""
     encoded, rows, start, end = fn.external_source(
         read, num_outputs=4, dtype=[types.UINT8, types.INT64, types.FLOAT, types.FLOAT], ndim=[1, 1, 1, 1]
     )
     kernel = types.INTERP_CUBIC if wanted.interpolation == "bicubic" else types.INTERP_LINEAR
-    image = fn.resize(
-        _decoded(encoded, on_gpu),
-        size=[wanted.size, wanted.size],
-        roi_start=start,
-        roi_end=end,
-        roi_relative=True,
-        interp_type=kernel,
-        antialias=True,
-    )
+    image, size = _decoded(encoded, on_gpu, exif), [wanted.size, wanted.size]
+    if crops:  # cut out, then resized, as torchvision does: the pixels around the crop have no part in it
+        image = fn.slice(image, start, end, axes=[0, 1], normalized_anchor=False, normalized_shape=False)
+        image = fn.resize(image, size=size, interp_type=kernel, antialias=True)
+    else:
+        image = fn.resize(
+            image,
+            size=size,
+            roi_start=start,
+            roi_end=end,
+            roi_relative=True,
+            interp_type=kernel,
+            antialias=True,
+        )
     image = fn.crop_mirror_normalize(
         image,
         mean=[255 * m for m in wanted.mean],

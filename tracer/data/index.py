@@ -1,93 +1,134 @@
-"""The index of a data set: its pictures, labels and captions, whichever format they were read from."""
+"""The index of a data set: pictures, labels and captions as columns, whichever format they were read from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from tracer.data.folder import read_folder
-from tracer.data.sample import Sample
-from tracer.data.table import read_table
-from tracer.errors import UserError
+import numpy as np
+
+from tracer.data.columns import About, Columns, Rows
+from tracer.data.remote import ShardCache, address_of
+from tracer.data.text import TEMPLATE
 
 
 @dataclass
 class Index:
-    """A data set of N pictures, column by column.
+    """A data set of N pictures.
 
     Attributes:
         name: what messages and results call it.
-        images: N paths.
-        labels: N class names; None where a picture has no label.
-        captions: N lists of at least one caption.
+        columns: files, offsets, labels and captions, as arrays that may be mapped from a file.
+        about: classes, formats, faults.
+        shards: local copies of shards at an address; None where there are none.
+        templates: captions of a sample without its own: ``{}`` stands for the name of its class.
     """
 
     name: str
-    images: list[Path]
-    labels: list[str | None]
-    captions: list[list[str]]
-
-    @cached_property
-    def classes(self) -> list[str]:
-        """The distinct labels, sorted; pictures without a label belong to no class."""
-        return sorted({label for label in self.labels if label is not None})
+    columns: Columns
+    about: About
+    shards: ShardCache | None = None
+    templates: list[str] = field(default_factory=lambda: [TEMPLATE])
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.columns.file)
+
+    @property
+    def classes(self) -> list[str]:
+        """The ids of the classes, by their numbers."""
+        return self.about.classes
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The display name of each class, by its id; several classes may have the same."""
+        return dict(zip(self.about.classes, self.about.names, strict=True))
+
+    @property
+    def images(self) -> Rows[Path]:
+        """The path of each picture, or of the shard that holds it."""
+        return Rows(lambda row: Path(self.columns.files[int(self.columns.file[row])]), len(self))
+
+    @property
+    def labels(self) -> Rows[str | None]:
+        """The class id of each picture; None where it has no label."""
+
+        def label(row: int) -> str | None:
+            number = int(self.columns.label[row])
+            return None if number < 0 else self.about.classes[number]
+
+        return Rows(label, len(self))
+
+    @property
+    def captions(self) -> Rows[list[str]]:
+        """The captions of each picture, made of the templates where it has none of its own."""
+        return Rows(lambda row: [self.caption(row, n) for n in range(self.caption_count(row))], len(self))
+
+    def caption_count(self, row: int) -> int:
+        """Return the number of a picture's captions, at least 1."""
+        return int(self.columns.count[row]) or len(self.templates)
+
+    def caption(self, row: int, number: int) -> str:
+        """Return one of a picture's captions."""
+        if self.columns.count[row]:
+            return self.columns.texts[int(self.columns.captions[int(self.columns.first[row]) + number])]
+        return self.templates[number].replace("{}", self.about.names[int(self.columns.label[row])])
+
+    @cached_property
+    def label_numbers(self) -> np.ndarray:
+        """The class number of each picture [N] int64; one without a label has a number of its own."""
+        label = np.asarray(self.columns.label, np.int64)
+        return np.where(label < 0, len(self.classes) + np.arange(len(label)), label)
+
+    def id(self, row: int) -> str:
+        """Return what messages call a picture: its path, or its shard and its name in it."""
+        file, key = self.columns.files[int(self.columns.file[row])], int(self.columns.key[row])
+        return file if key < 0 else f"{file}: {self.columns.keys[key]}"
+
+    def read(self, row: int) -> bytes:
+        """Return the bytes of a picture.
+
+        Raises:
+            OSError: the file cannot be read.
+            UserError: its shard cannot be fetched.
+        """
+        file = self.columns.files[int(self.columns.file[row])]
+        size, offset = int(self.columns.size[row]), int(self.columns.offset[row])
+        path: str | Path = file
+        if self.shards is not None and address_of(file):
+            path = self.shards.path(file)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            if size < 0:
+                size = os.fstat(handle).st_size
+            return os.pread(handle, size, offset)
+        finally:
+            os.close(handle)
+
+    def take(self, rows: np.ndarray | list[int]) -> Index:
+        """Return the index of the pictures in ``rows``, in that order, with the same classes."""
+        return replace(self, columns=self.columns.take(rows))
 
     def digest(self) -> str:
         """Return a hash of all labels, captions and picture files; a file counts by path, size and mtime."""
-        stats = [path.stat() for path in self.images]
-        stamps = [
-            (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-            for path, stat in zip(self.images, stats, strict=True)
-        ]
-        return hashlib.sha256(json.dumps([self.labels, self.captions, stamps]).encode()).hexdigest()
-
-    def take(self, rows: list[int]) -> Index:
-        """Return the index of the pictures in ``rows``, in that order."""
-        return Index(
-            self.name,
-            [self.images[r] for r in rows],
-            [self.labels[r] for r in rows],
-            [self.captions[r] for r in rows],
-        )
-
-
-def read_index(source: Path, name: str | None = None) -> Index:
-    """Read a CSV file (:func:`read_table`) or a folder with a sub-folder per class (:func:`read_folder`).
-
-    Args:
-        source: the file or the folder.
-        name: name of the index; default: that of the source without its suffix.
-
-    Raises:
-        UserError: the source does not exist, cannot be read, holds no pictures, or names some that do not exist.
-    """
-    samples = list(_samples(source))
-    if not samples:
-        raise UserError(
-            f"data '{source}' holds no pictures: a CSV needs at least one row below its header, "
-            "a folder needs <class>/<picture>"
-        )
-    index = Index(name or source.resolve().stem, *(list(column) for column in zip(*samples, strict=True)))
-    missing = [path for path in index.images if not path.is_file()]
-    if missing:
-        raise UserError(
-            f"'{source}' names {len(missing)} pictures that do not exist, first '{missing[0]}': "
-            "paths are relative to the CSV"
-        )
-    return index
-
-
-def _samples(source: Path) -> Iterator[Sample]:
-    """Choose the reader by what the source is; a new format is a new file and a line here."""
-    if source.is_dir():
-        return read_folder(source)
-    if source.is_file():
-        return read_table(source)
-    raise UserError(f"data '{source}' does not exist: give a CSV file or a folder of class folders")
+        columns, digest, folder = self.columns, hashlib.sha256(), os.getcwd()
+        used = np.unique(columns.file)
+        for number, file in columns.files.some(used):
+            if address_of(file) is None:
+                try:
+                    about = os.stat(file)
+                    size, changed = about.st_size, about.st_mtime_ns
+                except OSError:  # it has vanished since; another picture stands in, and the run may go on
+                    size, changed = columns.stamps[number].tolist()
+                file = f"{os.path.join(folder, file)} {size} {changed}"
+            digest.update(file.encode("utf-8", "surrogateescape") + b"\n")
+        digest.update(np.searchsorted(used, columns.file).tobytes())
+        texts = (columns.captions, columns.texts.blob, columns.texts.ends)
+        samples = (columns.offset, columns.size, columns.label, columns.first, columns.count)
+        for column in (*samples, *texts):
+            digest.update(np.ascontiguousarray(column).data)
+        digest.update(json.dumps([self.about.classes, self.about.names, self.templates]).encode())
+        return digest.hexdigest()

@@ -9,7 +9,7 @@ from pathlib import PurePath
 
 SUFFIXES = (
     {".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".mpo"}  # JPEG under all of its suffixes
-    | {".png", ".apng", ".webp", ".bmp", ".tif", ".tiff"}
+    | {".png", ".apng", ".webp", ".gif", ".avif", ".bmp", ".tif", ".tiff"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"}
 )
 

@@ -1,135 +1,142 @@
-"""One picture file, handed to DALI so that DALI reads it as PIL and open_clip do, with four exceptions.
+"""One picture, read as open_clip reads it, with the exceptions below; both loaders start from here.
 
 open_clip resizes a picture in the mode of its file and converts it to RGB afterwards. Here it is RGB, or RGBa if
 transparent, before it is resized, which differs for these files:
 
 - a palette or 1 bit a pixel: resized with interpolation, where PIL, and so open_clip, takes the nearest pixel;
 - a transparent colour (PNG's tRNS): transparent, where open_clip shows it;
-- 16 bits of gray: scaled to 8 bits, where PIL's conversion clips them to 255;
-- EXIF that says how the camera was turned: the picture is turned upright, where open_clip leaves it as stored.
+- 16 bits of gray: scaled to 8 bits, where PIL's conversion clips them to 255.
 
-DALI and PIL agree on most files, and DALI reads these by itself. PIL reads the others and hands over plain RGB.
-Only transparent pictures are also resized here, because that takes their colours and their alpha together.
+The orientation in EXIF is ignored as in open_clip, unless the caller asks for it. JPEG and plain PNG go to the
+loader's own decoder: PIL, torchvision and DALI agree on them. PIL decodes everything else, an animation's first
+picture included. Only transparent pictures are also resized here, because that takes their colours and their
+alpha together.
 """
 
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from tracer.data.window import WHOLE, Window
+from tracer.data.header import ends_well, read_header
+from tracer.data.window import WHOLE, Window, pixels_of
 from tracer.errors import UserError
 from tracer.models.picture_format import PictureFormat
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")  # what both PIL and DALI decode
-ORIENTATION = 0x0112  # EXIF: how the camera was turned; from 5 on, height and width change places
-PLAIN_TIFF = {"raw", "tiff_lzw", "tiff_adobe_deflate", "packbits"}  # compressions that DALI's libtiff has
+MAX_PIXELS = 178_956_970  # PIL's own limit
+SCALES = (8, 4, 2)  # the fractions of its size at which libjpeg decodes
 
 
 class UndecodableError(UserError):
-    """A picture file that cannot be used; ``reason`` says why."""
+    """A picture that cannot be used; ``reason`` says why, ``row`` is its number in the index, if known."""
 
-    def __init__(self, path: Path, reason: str):
-        super().__init__(f"'{path}' cannot be decoded ({reason}): repair it, or remove it and its row")
-        self.reason = reason
+    def __init__(self, name: object, reason: str, row: int = -1):
+        super().__init__(f"'{name}' cannot be decoded ({reason}): repair it, or remove it and its row")
+        self.reason, self.row = reason, row
 
 
 @dataclass
 class Picture:
-    """A picture before it is cropped and resized.
+    """A picture before it is cropped and resized. Exactly one of the last three attributes is not None.
 
     Attributes:
-        shape: height and width in pixels, upright.
-        encoded: bytes of a file that DALI decodes to the right pixels, [n] uint8; None if transparent.
-        transparent: a picture with alpha, decoded and multiplied by it (PIL's mode RGBa); None if opaque.
-        decoded: whether PIL has decoded the picture already, so that it is known to be whole.
+        shape: height and width in pixels, turned upright if asked for.
+        content: bytes of a file that every decoder reads to the same levels.
+        pixels: what PIL has decoded, [height, width, 3] uint8.
+        transparent: a picture with alpha, decoded and multiplied by it (PIL's mode RGBa).
     """
 
     shape: tuple[int, int]
-    encoded: np.ndarray | None
+    content: bytes | None = None
+    pixels: np.ndarray | None = None
     transparent: Image.Image | None = None
-    decoded: bool = False
 
 
-def read_picture(path: Path) -> Picture:
-    """Read a picture file; decode it only if DALI would not read it rightly.
+def read_picture(
+    content: bytes, name: object, *, exif: bool = False, max_pixels: int = MAX_PIXELS
+) -> Picture:
+    """Read a picture from the bytes of its file; decode it only if the loaders' decoders would not agree on it.
+
+    Args:
+        content: the file.
+        name: what an error calls it.
+        exif: turn it upright as EXIF says.
+        max_pixels: a picture of more pixels is refused before anything is decoded.
 
     Raises:
-        UndecodableError: the file is not a picture of a supported format, is damaged, is too large, or holds
-            numbers whose range is not known; the message names it. Damage in a file that DALI decodes by itself
-            is not noticed here.
+        UndecodableError: the file is not a picture, is damaged, is too large, or holds numbers whose range is not
+            known. Damage in a file that the loader decodes is not noticed here.
     """
-    content = path.read_bytes()
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.format not in FORMATS:
-                raise UserError(f"{image.format} is not supported, use {', '.join(sorted(FORMATS))}")
-            if _dali_agrees(image):
-                shape = image.size[::-1] if _is_turned(image) else image.size
-                return Picture((shape[1], shape[0]), np.frombuffer(content, np.uint8))
-            return _decoded(image)
+        if not content:
+            raise UserError("it is empty")
+        header = read_header(content)
+        if header is not None:
+            check_pixels(header.height, header.width, max_pixels)
+            if header.plain and ends_well(header.format, content):
+                turned = exif and header.orientation >= 5
+                # PNG's EXIF is one of the things that PIL alone reads, so it is not plain.
+                shape = (header.width, header.height) if turned else (header.height, header.width)
+                return Picture(shape, content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # --max_pixels is the limit here
+            with Image.open(io.BytesIO(content)) as image:
+                check_pixels(image.height, image.width, max_pixels)
+                return _decoded(image, exif)
+    except MemoryError:
+        raise
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and more for damaged files
-        raise UndecodableError(path, _reason(error)) from error
+        raise UndecodableError(name, reason_of(error)) from error
 
 
-def what_pil_says(path: Path) -> str | None:
+def check_pixels(height: int, width: int, most: int) -> None:
+    """Raise UserError for a picture of more than ``most`` pixels, which nothing must decode."""
+    if height * width > most:
+        raise UserError(
+            f"it has {width}×{height} pixels, more than --max_pixels {most}: scale it down, or raise --max_pixels"
+        )
+
+
+def reason_of(error: Exception) -> str:
+    """Return in words, on one line, why a picture could not be read."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "its content is not a picture"
+    if isinstance(error, Image.DecompressionBombError):
+        return "it has more pixels than PIL allows: scale it down"
+    if isinstance(error, FileNotFoundError):
+        return "it does not exist"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return " ".join((str(error) or type(error).__name__).split())[:300]
+
+
+def what_pil_says(content: bytes) -> str | None:
     """Return why PIL cannot decode a file, or None if it can."""
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(content)) as image:
             image.load()
     except Exception as error:
-        return _reason(error)
+        return reason_of(error)
     return None
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return f"its content is not a picture; use {', '.join(sorted(FORMATS))}"
-    if isinstance(error, Image.DecompressionBombError):
-        return "it has more pixels than PIL allows: scale it down"
-    return str(error) or type(error).__name__
-
-
-def _dali_agrees(image: Image.Image) -> bool:
-    """Return whether DALI decodes a file to the pixels that PIL gives, up to a level (measured in the tests)."""
-    if image.format in ("JPEG", "MPO"):
-        return True
-    if image.has_transparency_data or "exif" in image.info or getattr(image, "is_animated", False):
-        return False
-    if image.format == "TIFF":
-        tags = image.tag_v2  # type: ignore[attr-defined]
-        bits = {8} == set(tags.get(258, (1,)))
-        upright = all(tags.get(tag, 1) == 1 for tag in (266, 274, 284))  # bit order, orientation, planes
-        plain = image.info.get("compression") in PLAIN_TIFF and tags.get(262) in (1, 2)
-        return image.mode in ("L", "RGB") and bits and upright and plain
-    return image.format in ("PNG", "WEBP")
-
-
-def _is_turned(image: Image.Image) -> bool:
-    """Return whether EXIF says that height and width change places, as DALI understands it."""
-    if "exif" not in image.info:
-        return False
-    exif = Image.Exif()
-    exif.load(image.info["exif"])
-    return exif.get(ORIENTATION, 1) >= 5
-
-
-def _decoded(image: Image.Image) -> Picture:
-    """Return the picture, upright, as plain RGB or with its alpha."""
+def _decoded(image: Image.Image, exif: bool) -> Picture:
+    """Return the picture as plain RGB or with its alpha."""
     scaled_by_pil = image.mode == "I" and image.format == "PPM"  # more than 8 bits, which PIL scales to 16
     if image.mode in ("I", "F") and not scaled_by_pil:
         raise UserError("it holds 32-bit numbers, whose black and white are not known: save it with 8 bits")
-    image = ImageOps.exif_transpose(image)
+    if exif:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or scaled_by_pil:  # PIL would clip these numbers to 255
         image = _eight_bits(image)
     shape = (image.height, image.width)
     if image.has_transparency_data:
-        return Picture(shape, None, image.convert("RGBA").convert("RGBa"), decoded=True)
-    return Picture(shape, _ppm(image.convert("RGB")), decoded=True)
+        return Picture(shape, transparent=image.convert("RGBA").convert("RGBa"))
+    return Picture(shape, pixels=np.array(image.convert("RGB")))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -141,21 +148,21 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.merge("LA", (gray, Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8))))
 
 
-def _ppm(image: Image.Image) -> np.ndarray:
-    """Return an RGB picture as the bytes of a PPM file, which costs no compression."""
-    header = f"P6 {image.width} {image.height} 255\n".encode()
-    return np.frombuffer(header + image.tobytes(), np.uint8)
+def ppm(pixels: np.ndarray) -> np.ndarray:
+    """Return RGB pixels [height, width, 3] as the bytes of a PPM file, which costs no compression."""
+    header = f"P6 {pixels.shape[1]} {pixels.shape[0]} 255\n".encode()
+    return np.frombuffer(header + pixels.tobytes(), np.uint8)
 
 
-def resized_on_black(picture: Image.Image, window: Window, wanted: PictureFormat) -> np.ndarray:
-    """Return the window of a transparent picture, resized to the model's size, as the bytes of a PPM file.
+def resized(picture: Image.Image, window: Window, wanted: PictureFormat) -> np.ndarray:
+    """Return the window of a picture, resized by PIL to the model's size, as RGB [S, S, 3] uint8.
 
     The rule for transparency is that of PIL's resizing, and so of open_clip's transforms: a pixel counts as much
     as it is opaque, the colours hidden under alpha 0 do not count at all, and a place without any opaque pixel is
     black.
 
     Args:
-        picture: in PIL's mode RGBa, colours multiplied by alpha.
+        picture: in PIL's mode RGB, or RGBa, colours multiplied by alpha.
         window: the part to show.
         wanted: size and interpolation.
     """
@@ -163,13 +170,30 @@ def resized_on_black(picture: Image.Image, window: Window, wanted: PictureFormat
     (top, left), (bottom, right) = ((corner.astype(float) * size) for corner in window)
     kernel = Image.Resampling[wanted.interpolation.upper()]
     box = (max(left, 0), max(top, 0), min(right, picture.width), min(bottom, picture.height))
-    resized = picture.resize((wanted.size, wanted.size), kernel, box=box)
-    return _ppm(resized.convert("RGBA").convert("RGB"))
+    small = picture.resize((wanted.size, wanted.size), kernel, box=box)
+    return np.array((small.convert("RGBA") if small.mode == "RGBa" else small).convert("RGB"))
 
 
 def for_dali(picture: Picture, window: Window, wanted: PictureFormat) -> tuple[np.ndarray, Window]:
     """Return the bytes that DALI decodes, and the window that it then resizes to the model's square."""
     if picture.transparent is not None:
-        return resized_on_black(picture.transparent, window, wanted), WHOLE
-    assert picture.encoded is not None
-    return picture.encoded, window
+        return ppm(resized(picture.transparent, window, wanted)), WHOLE
+    if picture.pixels is not None:
+        return ppm(picture.pixels), window
+    assert picture.content is not None
+    return np.frombuffer(picture.content, np.uint8), window
+
+
+def scale_of(shape: tuple[int, int], window: Window, wanted: PictureFormat) -> int:
+    """Return by how much a JPEG may be decoded smaller so that its window stays twice the model's size."""
+    _, _, height, width = pixels_of(shape, window)
+    return next((s for s in SCALES if min(height, width) >= 2 * s * wanted.size), 1)
+
+
+def decode_scaled(content: bytes, scale: int, exif: bool) -> np.ndarray:
+    """Return a JPEG decoded by libjpeg at 1/``scale`` of its size, [height, width, 3] uint8."""
+    with Image.open(io.BytesIO(content)) as image:
+        image.draft("RGB", (-(-image.width // scale), -(-image.height // scale)))
+        if exif:
+            image = ImageOps.exif_transpose(image)
+        return np.array(image.convert("RGB"))

@@ -1,62 +1,123 @@
-"""Reader of CSV files. It guesses nothing: a row or a header that can be understood in two ways is refused."""
+"""Reader of CSV, TSV and Parquet tables, row by row. A row or header that can be read in two ways is refused."""
 
 from __future__ import annotations
 
 import csv
 import difflib
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 
 from tracer.data.names import is_hidden, is_picture, note
-from tracer.data.sample import Sample
-from tracer.data.text import default_caption
+from tracer.data.sample import Fault, Sample
 from tracer.errors import UserError
 
 CAPTION_SEPARATOR = "|"
 
+# The names of a column; the first that a table has is the one that is read. The fields of "captions" hold
+# several texts, those of "title" one.
+NAMES = {"image": ("image", "filepath"), "label": ("label",), "captions": ("captions", "title")}
 # Names that other tools give the columns; one is asked about if the column itself is absent.
 COLUMNS = {
-    "image": {"file", "filename", "file_name", "filepath", "file_path", "path", "image_path", "img", "picture"},
+    "image": {"file", "filename", "file_name", "file_path", "path", "image_path", "img", "picture"},
     "label": {"class", "class_name", "classname", "category", "target", "species"},
-    "captions": {"title", "text", "texts", "description", "prompt", "sentence", "alt"},
+    "captions": {"text", "texts", "description", "prompt", "sentence", "alt"},
 }  # fmt: skip
-SEPARATORS = {"\t": "tabs", ";": "semicolons"}
+SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
 
 
-def read_table(source: Path) -> Iterator[Sample]:
-    """Yield the rows of a CSV file with the columns ``image``, and ``label`` or ``captions`` or both.
+def read_table(source: Path) -> Iterator[Sample | Fault]:
+    """Yield the rows of a CSV, TSV or Parquet file, and a fault for each without a label and a caption.
 
-    Paths of pictures are relative to the file; captions are divided by ``|``. A row without captions gets one
-    made from its label; a row without a label has the label None. Rows that name a hidden file are left out, and
-    counted in a note. Blanks around a field do not count.
+    The columns are ``image`` or ``filepath``, and ``label``, ``captions`` or ``title``: one of them at least.
+    Paths of pictures are relative to the file. Captions are divided by ``|``, a title is one. A row without a
+    label has the label None. Rows that name a hidden file are left out, and a note counts them. Blanks around a
+    field do not count.
 
     Raises:
-        UserError: the file is not UTF-8 or not CSV; it has other separators than commas; a column is missing,
-            repeated, or named almost as one of these; a row has another number of fields than the header, an
-            unclosed quote, or names no picture or neither label nor caption. The message names the line.
+        UserError: the file is not UTF-8 or not a table; its separator is not a comma, tab or semicolon; a column
+            is missing, repeated, or named almost as one of these; a row has another number of fields than the
+            header, an unclosed quote, or names no picture. The message names the line.
     """
-    line, hidden = 1, 0
+    folder, hidden, last = f"{source.parent}{os.sep}", 0, ""
+    rows = _parquet(source) if source.suffix.lower() == ".parquet" else _csv(source)
+    for line, image, label, captions in rows:
+        if image != last and is_hidden(_within(source, image)):  # parsing a path takes as long as the rest
+            hidden += 1
+        elif not captions and not label:
+            yield Fault(f"{source} line {line}", "it has neither a label nor a caption")
+        else:
+            last = image
+            yield Sample(os.path.join(folder, image), label, captions)
+    if hidden:
+        note(f"'{source}': left out {hidden} rows that name hidden files")
+
+
+Row = tuple[int, str, str | None, list[str]]  # line, picture, label and captions
+
+
+def _csv(source: Path) -> Iterator[Row]:
+    """Yield the rows of a CSV or TSV file."""
+    line = 1
     try:
         with source.open(newline="", encoding="utf-8-sig") as file:  # Excel begins a file with this mark
-            rows = csv.reader(file, strict=True, skipinitialspace=True)
+            separator = _separator(source, file.readline())
+            file.seek(0)
+            rows = csv.reader(file, strict=True, skipinitialspace=True, delimiter=separator)
             header = [name.strip() for name in next(rows, [])]
-            _check_columns(source, header)
+            columns = _columns(source, header)
             line = rows.line_num + 1  # where the next row begins: a quoted text may hold line breaks
             for cells in rows:
                 if cells:  # a blank line has none; a row of empty fields is refused
-                    row = _row(source, line, header, [cell.strip() for cell in cells])
-                    sample = _sample(source, line, row)
-                    if is_hidden(_within(source, sample.image)):
-                        hidden += 1
-                    else:
-                        yield sample
+                    _check_row(source, line, header, cells)
+                    yield _row(source, line, columns, cells)
                 line = rows.line_num + 1
     except UnicodeDecodeError as error:
         raise UserError(f"'{source}' is not CSV in UTF-8: {error}: {_SAVE}") from error
     except csv.Error as error:
         raise UserError(f"{_csv_fault(source, line, str(error))}") from error
-    if hidden:
-        note(f"'{source}': left out {hidden} rows that name hidden files")
+
+
+def _separator(source: Path, header: str) -> str:
+    """Return the separator by which the header names a picture column; a comma where none does."""
+    names = {name for known in NAMES.values() for name in known}
+
+    def known(separator: str) -> int:
+        return sum(cell.strip().strip('"') in names for cell in header.split(separator))
+
+    best = max(SEPARATORS, key=known)
+    return best if known(best) else next((s for s in SEPARATORS if s in header), ",")
+
+
+def _parquet(source: Path) -> Iterator[Row]:
+    """Yield the rows of a Parquet file, a batch of rows in memory at a time."""
+    try:
+        parquet = __import__("pyarrow.parquet", fromlist=["parquet"])
+    except ImportError as error:
+        raise UserError(
+            f"'{source}' is a Parquet file, which needs pyarrow: pip install pyarrow, or save it as CSV"
+        ) from error
+    try:
+        file = parquet.ParquetFile(source)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        raise UserError(f"'{source}' is not a Parquet file ({error}): save it again, or as CSV") from error
+    header = list(file.schema_arrow.names)
+    columns, line = _columns(source, header), 0
+    wanted = [header[c] for c in columns if c is not None]
+    for batch in file.iter_batches(columns=wanted):
+        for values in zip(*(batch.column(name).to_pylist() for name in wanted), strict=True):
+            line += 1
+            cells = [""] * len(header)
+            for name, value in zip(wanted, values, strict=True):
+                text = CAPTION_SEPARATOR.join(value) if isinstance(value, list) else value
+                cells[header.index(name)] = "" if text is None else str(text)
+            yield _row(source, line, columns, cells)
+
+
+Columns = tuple[
+    int, int | None, int | None, bool
+]  # places of image, label and captions; whether these are many
 
 
 _SAVE = "save it as CSV in UTF-8, or give a folder of class folders"
@@ -78,12 +139,9 @@ def _csv_fault(source: Path, line: int, error: str) -> str:
     return f"'{source}' is not CSV in UTF-8: line {line}: {error}: {_SAVE}"
 
 
-def _check_columns(source: Path, header: list[str]) -> None:
-    """Refuse a header that names a column twice, wrongly or not at all."""
-    if "image" not in header:
-        for separator, name in SEPARATORS.items():
-            if any(separator in column for column in header):
-                raise UserError(f"'{source}' separates its columns by {name}: save it with commas")
+def _columns(source: Path, header: list[str]) -> Columns:
+    """Return the places of the columns, and refuse a header that names one twice, wrongly or not at all."""
+    chosen = {known: next((n for n in names if n in header), None) for known, names in NAMES.items()}
     repeated = next((name for name in header if name and header.count(name) > 1), None)
     if repeated:
         raise UserError(
@@ -93,11 +151,19 @@ def _check_columns(source: Path, header: list[str]) -> None:
         if meant := _meant(name, header):
             remedy = "rename it" if meant not in header else "put both into one, or rename it"
             raise UserError(f"'{source}' has a column '{name}', did you mean '{meant}'? {remedy}")
-    if "image" not in header or not {"label", "captions"} & set(header):
+    if not chosen["image"] or not (chosen["label"] or chosen["captions"]):
+        if len(header) == 1 and len(header[0].split()) + header[0].count("|") > 1:
+            raise UserError(
+                f"'{source}' separates its columns by none of {', '.join(SEPARATORS.values())} "
+                f"(its header is '{header[0][:60]}'): save it with commas"
+            )
         raise UserError(
             f"'{source}' has the columns {', '.join(sorted(header)) or 'none'}: "
-            "it needs 'image' and at least one of 'label' and 'captions'"
+            "it needs 'image' or 'filepath', and at least one of 'label', 'captions' and 'title'"
         )
+    image, label, captions = (header.index(name) if name else None for name in chosen.values())
+    assert image is not None
+    return image, label, captions, chosen["captions"] == "captions"
 
 
 def _meant(name: str, header: list[str]) -> str | None:
@@ -106,32 +172,34 @@ def _meant(name: str, header: list[str]) -> str | None:
     Beside the known column itself, only its singular or plural and its name in other case are close: an
     ``imageId`` beside ``image`` is a further column.
     """
-    if name in COLUMNS or not name:
+    if not name or any(name in names for names in NAMES.values()):
         return None
     plain = name.casefold().replace(" ", "_")
+    absent = [known for known, names in NAMES.items() if not set(names) & set(header)]
     for known, others in COLUMNS.items():
-        if plain.removesuffix("s") == known.removesuffix("s") or (plain in others and known not in header):
+        if plain.removesuffix("s") == known.removesuffix("s") or (plain in others and known in absent):
             return known
-    absent = [known for known in COLUMNS if known not in header]
     close = difflib.get_close_matches(plain, absent, n=1, cutoff=0.8)
     return close[0] if close else None
 
 
-def _row(source: Path, line: int, header: list[str], cells: list[str]) -> dict[str, str]:
-    """Return the cells of a row by their columns, and refuse a row that is not one."""
+def _check_row(source: Path, line: int, header: list[str], cells: list[str]) -> None:
+    """Refuse a row that is not one."""
     where = f"'{source}' line {line}"
     if len(cells) != len(header):
         raise UserError(
             f"{where} has {len(cells)} fields and the header has {len(header)}: "
-            "put a text that holds a comma in double quotes, and keep the commas of empty fields"
+            "put a text that holds a separator in double quotes, and keep the separators of empty fields"
         )
-    if any("\0" in cell for cell in cells):
+    whole = "".join(cells)
+    if "\0" in whole:
         raise UserError(f"{where} holds a zero byte, so this is not CSV in UTF-8: {_SAVE}")
-    if any(_is_swallowed(cell, column) for column, cell in zip(header, cells, strict=True)):
+    if ("\n" in whole or "\r" in whole) and any(
+        _is_swallowed(cell.strip(), column) for column, cell in zip(header, cells, strict=True)
+    ):
         raise UserError(
             f"{where}: a text in double quotes runs over the rows below: close the quote that is open"
         )
-    return dict(zip(header, cells, strict=True))
 
 
 def _is_swallowed(cell: str, column: str) -> bool:
@@ -141,24 +209,31 @@ def _is_swallowed(cell: str, column: str) -> bool:
     that names a picture.
     """
     _, *following = cell.splitlines() or [""]
-    if column in ("image", "label"):
+    if column in ("image", "filepath", "label"):
         return bool(following)
-    return any(is_picture(PurePath(part.strip(' "'))) for line in following for part in line.split(","))
+    return any(
+        is_picture(PurePath(part.strip(' "'))) for line in following for part in re.split("[,;\t]", line)
+    )
 
 
-def _sample(source: Path, line: int, row: dict[str, str]) -> Sample:
-    image, label = row["image"], row.get("label") or None
-    captions = [text.strip() for text in row.get("captions", "").split(CAPTION_SEPARATOR)]
-    captions = [text for text in captions if text]
-    if not captions and label:
-        captions = [default_caption(label)]
-    if not image or not captions:
+def _row(source: Path, line: int, columns: Columns, cells: list[str]) -> Row:
+    image, label, captions, many = columns
+    picture = cells[image].strip()
+    if not picture:
         raise UserError(f"'{source}' line {line}: needs a picture and a label or a caption")
-    return Sample(source.parent / image, label, captions)
+    text = "" if captions is None else cells[captions]
+    texts: Iterable[str] = text.split(CAPTION_SEPARATOR) if many else (text,)
+    return (
+        line,
+        picture,
+        None if label is None else cells[label].strip() or None,
+        [stripped for t in texts if (stripped := t.strip())],
+    )
 
 
-def _within(source: Path, image: Path) -> PurePath:
+def _within(source: Path, image: str) -> PurePath:
     """Return a picture's path within its data set: the folders above that are the user's own business."""
-    if image.is_relative_to(source.parent):
-        return image.relative_to(source.parent)
-    return PurePath(image.name)
+    path = PurePath(image)
+    if not path.is_absolute():
+        return path
+    return path.relative_to(source.parent) if path.is_relative_to(source.parent) else PurePath(path.name)

@@ -21,11 +21,11 @@ WHOLE = Window(np.zeros(2, np.float32), np.ones(2, np.float32))
 
 
 def random_window(shape: tuple[int, int], sides: np.ndarray, place: np.ndarray) -> Window:
-    """Return the random crop of a picture of ``shape`` (height, width).
+    """Return the random crop of a picture of ``shape`` (height, width), at whole pixels.
 
     The crop is the first attempt that fits the picture, and where none does, as much of the picture as RATIO
-    allows. This is the distribution of torchvision's RandomResizedCrop, except that torchvision rounds to whole
-    pixels and centres a crop of the second kind.
+    allows. This is the distribution of torchvision's RandomResizedCrop, except that torchvision centres a crop of
+    the second kind. The edges lie between pixels, so that every decoder can cut out the same ones.
 
     Args:
         shape: height and width of the picture, in pixels.
@@ -39,23 +39,49 @@ def random_window(shape: tuple[int, int], sides: np.ndarray, place: np.ndarray) 
     fitting = np.flatnonzero(attempts.max(0) <= 1)
     assert sides.shape == (2, ATTEMPTS)
     size = attempts[:, fitting[0]] if len(fitting) else np.minimum(np.float32(RATIO) * unit * unit, 1)
-    start = place * (1 - size)
-    return Window(start.astype(np.float32), (start + size).astype(np.float32))
+    whole = np.array(shape, np.float64)
+    pixels = np.clip(np.rint(size * whole), 1, whole)
+    start = np.rint(place * (whole - pixels))
+    return Window((start / whole).astype(np.float32), ((start + pixels) / whole).astype(np.float32))
+
+
+def pixels_of(shape: tuple[int, int], window: Window) -> tuple[int, int, int, int]:
+    """Return the window in whole pixels of a picture of ``shape``: top, left, height, width, each side ≥ 1."""
+    (top, bottom), (left, right) = (
+        (int(np.rint(window.start[axis] * shape[axis])), int(np.rint(window.end[axis] * shape[axis])))
+        for axis in (0, 1)
+    )
+    top, left = min(top, shape[0] - 1), min(left, shape[1] - 1)
+    return top, left, max(bottom - top, 1), max(right - left, 1)
+
+
+def resized_shape(shape: tuple[int, int], wanted: PictureFormat) -> tuple[int, int]:
+    """Return height and width of the whole picture as open_clip's transform for evaluation resizes it.
+
+    For ``shortest``, torchvision resizes the shorter side to the model's size and the longer one in proportion,
+    rounded down.
+    """
+    if wanted.resize_mode == "squash":
+        return wanted.size, wanted.size
+    height, width = (wanted.size * side // min(shape) for side in shape)
+    return height, width
+
+
+def margins(resized: tuple[int, int], wanted: PictureFormat) -> tuple[int, int]:
+    """Return how far above and left of the centre torchvision's CenterCrop begins: rounded half to even."""
+    return round((resized[0] - wanted.size) / 2.0), round((resized[1] - wanted.size) / 2.0)
 
 
 def centre_window(shape: tuple[int, int], wanted: PictureFormat) -> Window:
     """Return the part of a picture of ``shape`` (height, width) that open_clip's transform for evaluation shows.
 
-    That is all of it for ``squash``. For ``shortest``, torchvision resizes the shorter side to the model's size
-    and the longer one in proportion, rounded down. It then cuts out the centre, with margins rounded half to
-    even. The window is that square, carried back to the original picture. So no picture is ever resized as a
-    whole, and an oblong one (20000×2) costs no more than a square one.
+    That is all of it for ``squash``. For ``shortest`` it is the centre of the resized picture, carried back to
+    the original one. So no picture is ever resized as a whole where that would be costly: an oblong one
+    (20000×2) costs no more than a square one.
     """
     if wanted.resize_mode == "squash":
         return WHOLE
-    shorter = min(shape)
-    resized = [wanted.size * side // shorter for side in shape]
-    margins = [round((side - wanted.size) / 2.0) for side in resized]
-    start = np.array([margin / side for margin, side in zip(margins, resized, strict=True)])
+    resized = resized_shape(shape, wanted)
+    start = np.array([margin / side for margin, side in zip(margins(resized, wanted), resized, strict=True)])
     size = np.array([wanted.size / side for side in resized])
     return Window(start.astype(np.float32), (start + size).astype(np.float32))

@@ -12,20 +12,20 @@ from typing import Any
 
 import yaml
 
-from tracer.data.index import Index, read_index
+from tracer.data.index import Index
 from tracer.demo.benchmark import prepare
 from tracer.demo.config import ICONS, DemoConfig
 from tracer.demo.judge import Judge, Rows, choose_examples, finished_run, scored_row
 from tracer.demo.methods import METHODS, TRAINED_VARIANTS, Runs, train_all
 from tracer.evaluation.evaluate import evaluation_sets
-from tracer.evaluation.prompts import class_prompts, classes_of
+from tracer.evaluation.prompts import class_prompts, classes_of, names_of
 from tracer.files import check_folder, claim_folder, whole_file, write_json
 from tracer.machine import machine, versions
 from tracer.models.clip import Clip, load_clip
 from tracer.report.page import write_report
 from tracer.report.results import read_results
 from tracer.report.terminal import print_results
-from tracer.train.run import adapt
+from tracer.train.run import adapt, training_index
 
 
 def demo(config: DemoConfig) -> Path:
@@ -91,9 +91,9 @@ def prepare_data(config: DemoConfig) -> tuple[DemoConfig, list[Index], dict[str,
     if config.train_data == ICONS / "train.csv":
         config = _with_icons(config)
         config.validate()  # again, now that the sets have names
-    sets = evaluation_sets(config.eval_data)
-    pictures = read_index(config.train_data)
-    prompts = class_prompts(config.classes, classes_of(pictures, sets))
+    sets = evaluation_sets(config.eval_data, config)
+    pictures = training_index(config)
+    prompts = class_prompts(config.classes, classes_of(pictures, sets), names_of(pictures, sets))
     return config.resolve(len(pictures)), sets, prompts
 
 

@@ -53,6 +53,7 @@ class Judge:
     prompts: dict[str, list[str]]
     workers: int
     decoded: DecodedPictures = field(default_factory=DecodedPictures)  # small sets stay for the next model
+    max_bad: float = 0.0
 
     @classmethod
     def of(cls, config: DemoConfig, sets: list[Index], prompts: dict[str, list[str]]) -> Judge:
@@ -60,13 +61,20 @@ class Judge:
         clip = load_clip(config.model, config.pretrained)
         start = {name: value.clone() for name, value in clip.model.state_dict().items()}
         clip.model.to(compute_device())
-        return cls(clip, start, sets, prompts, config.workers)
+        return cls(
+            clip, start, sets, prompts, config.workers, DecodedPictures(loading=config), config.max_bad
+        )
 
     def scores(self, weights: Weights) -> Scores:
         """Return the scores of the model with these weights."""
         self.clip.model.load_state_dict(weights)
         return evaluate_zero_shot(
-            self.clip, self.sets, self.prompts, workers=self.workers, decoded=self.decoded
+            self.clip,
+            self.sets,
+            self.prompts,
+            workers=self.workers,
+            decoded=self.decoded,
+            max_bad=self.max_bad,
         )
 
     def rows(self, title: str, weights: Callable[[Path], Weights], folders: list[Path]) -> Rows:

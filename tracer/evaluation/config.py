@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tracer.settings import check_ranges, check_set_names
+from tracer.data.config import LoadingSettings
+from tracer.settings import check_set_names
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(LoadingSettings):
     """Measure the zero-shot accuracy and calibration of any open_clip model on your own sets.
 
     Args:
-        eval_data: name → CSV or folder of each evaluation set. A name holds no dots.
+        eval_data: name → data of each evaluation set: a folder with a sub-folder per class, a CSV, TSV or Parquet
+            file, or WebDataset shards. A name holds no dots.
         classes: JSON file {class: [prompt, …]}; default: one prompt for each label, made of its name.
         model: open_clip model name, a model config (.json), local-dir:<folder>, hf-hub:<name>, or tracer-demo.
         pretrained: open_clip tag or local checkpoint file; null for a model that comes with its weights.
         output: JSON file for the results; replaces only an earlier one of this command. Default: the results are
             only printed.
-        workers: threads that decode pictures.
-        check_images: decode every picture once before the evaluation, so that a damaged one is named at once.
-        cache: folder that remembers which data sets have passed this check.
     """
 
-    eval_data: dict[str, Path]
+    eval_data: dict[str, Path] = field(default_factory=dict)
     classes: Path | None = None
     model: str = "ViT-B-16-quickgelu"
     pretrained: str | None = "openai"
     output: Path | None = None
-    workers: int = 2
-    check_images: bool = True
-    cache: Path = Path("runs/cache")
 
     def validate(self) -> None:
         """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
-        check_ranges(self, {"at least 1": "workers"})
+        super().validate()
         check_set_names("eval_data", self.eval_data)

@@ -5,11 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tracer.data.check import check_pictures
-from tracer.data.index import Index, read_index
+from tracer.data.build import read_index
+from tracer.data.config import LoadingSettings
+from tracer.data.decoded import DecodedPictures
+from tracer.data.index import Index
+from tracer.data.loader import announce, choose
+from tracer.data.text import sorted_ids
 from tracer.errors import UserError
 from tracer.evaluation.config import EvaluateConfig
-from tracer.evaluation.prompts import check_distinct, check_labelled, check_labels, class_prompts
+from tracer.evaluation.prompts import (
+    check_distinct,
+    check_labelled,
+    check_labels,
+    class_prompts,
+    named_alike,
+    names_of,
+)
 from tracer.evaluation.zero_shot import Score, Scores, evaluate_zero_shot
 from tracer.files import check_output, whole_file, write_json
 from tracer.machine import compute_device
@@ -25,17 +36,24 @@ def evaluate(config: EvaluateConfig) -> Scores:
     config.validate()
     if config.output and not _is_scores(config.output):
         check_output(config.output)  # before the work
-    sets = evaluation_sets(config.eval_data)
-    classes = sorted({label for index in sets for label in index.classes})
-    prompts = class_prompts(config.classes, classes)
+    choose(config, compute_device())  # refuses a loader that is missing
+    sets = evaluation_sets(config.eval_data, config)
+    classes = sorted_ids(list({label for index in sets for label in index.classes}))
+    prompts = class_prompts(config.classes, classes, names_of(sets[0], sets))
     check_labels(sets, prompts)
-    if config.check_images:
-        for index in sets:
-            check_pictures(index, config.cache, config.workers)
     clip = load_clip(config.model, config.pretrained)
-    check_distinct(prompts, clip.tokenizer)
+    check_distinct(prompts, clip.tokenizer, named_alike(*sets))
+    for index in sets:
+        announce(index, clip.picture_format, config, compute_device())
     clip.model.to(compute_device())
-    scores = evaluate_zero_shot(clip, sets, prompts, workers=config.workers)
+    scores = evaluate_zero_shot(
+        clip,
+        sets,
+        prompts,
+        workers=config.workers,
+        decoded=DecodedPictures(0, config),
+        max_bad=config.max_bad,
+    )
     if config.output:
         try:
             with whole_file(config.output, may_replace=_is_scores) as part:
@@ -55,7 +73,7 @@ def _is_scores(path: Path) -> bool:
         return False
 
 
-def evaluation_sets(eval_data: dict[str, Path]) -> list[Index]:
+def evaluation_sets(eval_data: dict[str, Path], loading: LoadingSettings) -> list[Index]:
     """Read the evaluation sets of a command that cannot do without them.
 
     Raises:
@@ -63,8 +81,8 @@ def evaluation_sets(eval_data: dict[str, Path]) -> list[Index]:
     """
     if not eval_data:
         raise UserError(
-            "there is nothing to evaluate on: give --eval_data.NAME=<csv or folder> at least once"
+            "there is nothing to evaluate on: give --eval_data.NAME=<folder, table or shards> at least once"
         )
-    sets = [read_index(path, name) for name, path in eval_data.items()]
+    sets = [read_index(path, name, loading) for name, path in eval_data.items()]
     check_labelled(sets)
     return sets

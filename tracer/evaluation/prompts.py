@@ -5,31 +5,57 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tracer.data.index import Index
-from tracer.data.text import default_caption
+from tracer.data.text import default_caption, sorted_ids
 from tracer.errors import UserError
 from tracer.models.registry import Tokenizer
 
 
 def classes_of(training: Index, sets: list[Index]) -> list[str]:
     """Return the classes of the training data, or of the evaluation ``sets`` where it has captions alone."""
-    return training.classes or sorted({label for index in sets for label in index.classes})
+    return training.classes or sorted_ids(list({label for index in sets for label in index.classes}))
 
 
-def class_prompts(path: Path | None, classes: list[str]) -> dict[str, list[str]]:
+def names_of(training: Index, sets: list[Index]) -> dict[str, str]:
+    """Return the display names of :func:`classes_of`'s classes, by their ids."""
+    known = {name: words for index in sets for name, words in index.names.items()}
+    return known | training.names
+
+
+def named_alike(*indexes: Index) -> set[str]:
+    """Return the ids of classes that a data set itself gives the name of another class, as ImageNet does twice."""
+    alike: set[str] = set()
+    for index in indexes:
+        counts = Counter(index.names.values())
+        alike |= {n for n, words in index.names.items() if index.about.named and counts[words] > 1}
+    return alike
+
+
+def class_prompts(
+    path: Path | None, classes: list[str], names: Mapping[str, str] | None = None
+) -> dict[str, list[str]]:
     """Return the prompts of each class, in the order of the class numbers.
 
     Args:
         path: JSON file {class: [prompt, …]}; None means one prompt for each of ``classes``, made of its name.
-        classes: names of the classes, not used where a file is given.
+        classes: ids of the classes, not used where a file is given.
+        names: display names of the classes; default: their ids in words.
 
     Raises:
         UserError: the file is missing or malformed, or there are fewer than two classes.
     """
-    prompts = {name: [default_caption(name)] for name in classes} if path is None else _read_prompts(path)
+    names = names or {}
+    prompts = (
+        {name: [default_caption(names.get(name, name))] for name in classes}
+        if path is None
+        else _read_prompts(path)
+    )
     where = f"classes file '{path}'" if path else "the data"
     if not prompts:
         raise UserError(f"{where} names no class: label the pictures, or give the classes in --classes")
@@ -73,18 +99,21 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def check_distinct(prompts: dict[str, list[str]], tokenizer: Tokenizer) -> None:
+def check_distinct(
+    prompts: dict[str, list[str]], tokenizer: Tokenizer, named_alike: Collection[str] = ()
+) -> None:
     """Raise UserError if two classes have the same prompts, so that one of them could never win.
 
     Prompts are the same if the model's tokenizer makes the same tokens of them: most ignore case and repeated
     spaces, and all ignore what lies beyond the context length. The order of a class's prompts does not matter.
+    Classes of ``named_alike`` may be the same: their data set says so, and published results keep them apart.
     """
     names: dict[frozenset, str] = {}
     for name, group in prompts.items():
         counts = Counter(tuple(tokens) for tokens in tokenizer(group).tolist())
         divisor = math.gcd(*counts.values())  # the mean of prompts that are all given twice is the same
         other = names.setdefault(frozenset((tokens, n // divisor) for tokens, n in counts.items()), name)
-        if other != name:
+        if other != name and not {other, name} <= set(named_alike):
             raise UserError(
                 f"the classes '{other}' and '{name}' have the same prompts, such as '{group[0]}', so that one of "
                 "them can never win: join them, or give them different prompts in --classes"
@@ -94,7 +123,7 @@ def check_distinct(prompts: dict[str, list[str]], tokenizer: Tokenizer) -> None:
 def check_labelled(sets: list[Index]) -> None:
     """Raise UserError if a set has pictures without a label, which belong to no class."""
     for index in sets:
-        missing = [path for path, label in zip(index.images, index.labels, strict=True) if label is None]
+        missing = [index.id(int(row)) for row in np.flatnonzero(index.columns.label < 0)]
         if missing:
             how_many = (
                 "no labels" if len(missing) == len(index) else f"{len(missing)} pictures without a label"

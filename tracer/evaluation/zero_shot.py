@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypedDict
 
 import torch
@@ -11,6 +12,8 @@ from tqdm import tqdm
 
 from tracer.data.decoded import DecodedPictures
 from tracer.data.index import Index
+from tracer.data.names import note
+from tracer.data.picture import UndecodableError
 from tracer.errors import UserError
 from tracer.evaluation.metrics import accuracy, calibration_error
 from tracer.evaluation.prompts import check_labels
@@ -37,6 +40,7 @@ def evaluate_zero_shot(
     *,
     workers: int = 2,
     decoded: DecodedPictures | None = None,
+    max_bad: float = 0.0,
 ) -> Scores:
     """Classify every picture of every set by the prompts that fit it best, and score the result.
 
@@ -46,24 +50,46 @@ def evaluate_zero_shot(
         prompts: {class: [prompt, …]}, from :func:`~tracer.evaluation.prompts.class_prompts`.
         workers: threads that decode pictures.
         decoded: where pictures stay decoded for the next model; default: nowhere.
+        max_bad: share of a set's pictures that may fail; they are named in a note and not scored.
 
     Raises:
-        UserError: a set has a label without prompts.
+        UserError: a set has a label without prompts, or more pictures fail.
     """
     check_labels(sets, prompts)
     weights = classifier(clip, prompts)
     number = {name: i for i, name in enumerate(prompts)}
     scores: Scores = {}
     for index in sets:
-        probabilities = class_probabilities(clip, index, weights, workers=workers, decoded=decoded)
-        # check_labels has refused pictures without a label; the condition is for the type checker.
-        truth = torch.tensor([number[label] for label in index.labels if label is not None])
+        probabilities, index = _of_good_pictures(
+            index,
+            max_bad,
+            lambda good: class_probabilities(clip, good, weights, workers=workers, decoded=decoded),
+        )
+        # check_labels has refused pictures without a label, whose number is −1.
+        numbers = torch.tensor([number.get(label, -1) for label in index.classes])
+        truth = numbers[torch.from_numpy(index.label_numbers)]
         scores[index.name] = {
             "accuracy": accuracy(probabilities, truth),
             "ece": calibration_error(probabilities, truth),
             "pictures": len(index),
         }
     return scores
+
+
+def _of_good_pictures(
+    index: Index, max_bad: float, probabilities: Callable[[Index], Tensor]
+) -> tuple[Tensor, Index]:
+    """Return the probabilities of the pictures that can be read, and the index of these."""
+    good, failed = index, 0
+    while True:
+        try:
+            return probabilities(good), good
+        except UndecodableError as error:
+            failed += 1
+            if error.row < 0 or failed > max_bad * len(index):
+                raise
+            note(f"'{index.name}': {error}; it is not scored")
+            good = good.take([row for row in range(len(good)) if row != error.row])
 
 
 @torch.inference_mode()
@@ -127,6 +153,6 @@ def class_probabilities(
     if len(bad):
         raise UserError(
             f"the model's probabilities for {len(bad)} of {len(index)} pictures of '{index.name}' are NaN, first "
-            f"'{index.images[int(bad[0])]}': its weights diverged in training"
+            f"'{index.id(int(bad[0]))}': its weights diverged in training"
         )
     return probabilities

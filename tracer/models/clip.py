@@ -99,6 +99,11 @@ def load_clip(name: str, pretrained: str | None) -> Clip:
     return Clip(name, model, tokenizer, _picture_format(name, wanted), config)
 
 
+def openai_templates() -> list[str]:
+    """Return open_clip's 80 ImageNet templates, in which ``{}`` stands for the name of the class."""
+    return [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+
+
 def weights_file(name: str, pretrained: str | None) -> Path | None:
     """Return the local file from which :func:`load_clip` reads the weights; None for a tag of open_clip.
 

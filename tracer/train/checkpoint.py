@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tracer.errors import UserError
-from tracer.files import aside, is_marked, remove_tree, sync, whole_folder, write_json
+from tracer.files import aside, is_marked, remove_tree, sync, whole_file, whole_folder, write_json
 from tracer.teacher import MovingAverageTeacher
 from tracer.train.ranks import ranks
 
@@ -37,7 +37,8 @@ class Checkpoints:
 
     A checkpoint is a folder: DeepSpeed's files under ``engine``, the moving averages and random generators of
     each rank in ``rank-R.pt``, and ``checkpoint.json`` with the step, the seconds so far, the settings, the
-    fingerprint and the number of ranks. All ranks write into the same folder, and read from it.
+    fingerprint, the number of ranks and the pictures that failed. These are also written to ``skipped.jsonl``
+    beside it. All ranks write into the same folder, and read from it.
 
     Args:
         folder: of the run, with or without a checkpoint of an earlier attempt.
@@ -47,6 +48,7 @@ class Checkpoints:
 
     Attributes:
         step: optimizer steps done in the newest checkpoint; 0 where there is none.
+        skipped: the pictures that had failed by then, a dictionary for each.
 
     Raises:
         UserError: the folder holds an unfinished run with another fingerprint or number of ranks, or a damaged
@@ -58,6 +60,7 @@ class Checkpoints:
         self._identity = {"fingerprint": fingerprint, "settings": dict(settings), "ranks": ranks().size}
         self._last = newest(folder)
         self.step, self._started = 0, started
+        self.skipped: list[dict[str, Any]] = []
         if self._last is None:
             return
         record = _read_record(self._last)
@@ -73,7 +76,7 @@ class Checkpoints:
                 f"'{folder}' holds an unfinished run of {before} rank{'s' * (before > 1)}, and this one has "
                 f"{ranks().size}: start as many again, choose another --output, or remove that folder"
             )
-        self.step = record["step"]
+        self.step, self.skipped = record["step"], record.get("skipped", [])
         self._started -= record["seconds"]
 
     @property
@@ -126,8 +129,16 @@ class Checkpoints:
         except Exception as error:  # zipfile raises several kinds too
             raise _damaged(self._last, error) from error
 
-    def save(self, step: int, engine: Any, averages: Mapping[str, MovingAverageTeacher]) -> None:
+    def save(
+        self,
+        step: int,
+        engine: Any,
+        averages: Mapping[str, MovingAverageTeacher],
+        skipped: Sequence[dict[str, Any]] = (),
+    ) -> None:
         """Write the checkpoint of ``step``; once it is whole and on the disk, remove the one before.
+
+        ``skipped`` holds the pictures that have failed in the steps so far, on all ranks.
 
         Raises:
             UserError: it could not be written; the one before is still there.
@@ -152,7 +163,11 @@ class Checkpoints:
                 if here.first:
                     for script in part.glob("zero_to_*.py"):  # DeepSpeed's own tools, not used here
                         script.unlink()
-                    record = self._identity | {"step": step, "seconds": self.seconds}
+                    record = self._identity | {
+                        "step": step,
+                        "seconds": self.seconds,
+                        "skipped": list(skipped),
+                    }
                     write_json(part / "checkpoint.json", record)
                     sync(part)
             if here.first:
@@ -165,7 +180,10 @@ class Checkpoints:
             ) from error
         if self._last is not None and here.first:
             remove_tree(self._last)
-        self._last, self.step = folder, step
+        self._last, self.step, self.skipped = folder, step, list(skipped)
+        if skipped and here.first:
+            with whole_file(self._folder / "skipped.jsonl") as part:
+                part.write_text("".join(json.dumps(row) + "\n" for row in skipped))
 
     def nbytes(self) -> int:
         """Return the size of the newest checkpoint's files in bytes."""

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import yaml
 
+from tracer.data.config import LoadingSettings
 from tracer.errors import UserError
 from tracer.recipes import EMA, R_ADAPTER, TRACER, WMA
 from tracer.settings import check_ranges, check_set_names
@@ -22,26 +23,31 @@ class DataSettings:
     """Say which pictures and texts train and evaluate the model.
 
     Args:
-        train_data: CSV with the columns image, label and/or captions (several divided by '|'), or a folder
-            with one sub-folder of pictures per class.
-        eval_data: name → CSV or folder of each evaluation set; the first is the in-distribution one. A name holds
-            no dots.
+        train_data: folder with one sub-folder of pictures per class; CSV, TSV or Parquet file with the columns
+            image or filepath, and label, captions (several divided by '|') or title; or WebDataset shards (a
+            folder of tar files, or a pattern such as shards/{000..099}.tar, also at an address).
+        eval_data: name → data of each evaluation set, as train_data; the first is the in-distribution one. A name
+            holds no dots.
         classes: JSON file {class: [prompt, …]} for zero-shot evaluation; default: a prompt per label.
-        workers: threads that decode pictures.
-        check_images: decode every picture once up front, so that a damaged one is named before training.
-        cache: folder that remembers which sets have passed the check of their pictures.
+        templates: captions of pictures that have a label alone: openai for open_clip's 80, or a file with one a
+            line, {} for the name; default: those of the data set, or "a photo of a {}".
+        flip: mirror half of the training pictures.
+        color_jitter: multiply brightness, contrast and saturation of training pictures by factors in 1 ± this.
+        shuffle_window: shuffle runs of neighbouring pictures, and pictures only within so many, for disks that
+            want long reads; 0 shuffles freely.
     """
 
     train_data: Path
     eval_data: dict[str, Path] = field(default_factory=dict)
     classes: Path | None = None
-    workers: int = 2
-    check_images: bool = True
-    cache: Path = Path("runs/cache")
+    templates: str | None = None
+    flip: bool = False
+    color_jitter: float = 0.0
+    shuffle_window: int = 0
 
     def validate(self) -> None:
         """Raise UserError for the first setting of this section that is out of range."""
-        check_ranges(self, {"at least 1": "workers"})
+        check_ranges(self, {"at least 0": "shuffle_window", "at least 0 and below 1": "color_jitter"})
         check_set_names("eval_data", self.eval_data)
 
 
@@ -330,6 +336,7 @@ class Config(
     FreezingSettings,
     MethodSettings,
     ModelSettings,
+    LoadingSettings,
     DataSettings,
 ):
     """Fine-tune an open_clip model; defaults are the published settings for ViT-B/16.
@@ -367,6 +374,7 @@ class Config(
         """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
         sections = (
             DataSettings,
+            LoadingSettings,
             MethodSettings,
             FreezingSettings,
             OptimisationSettings,

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,9 +16,10 @@ from tqdm import tqdm
 
 from tracer import recipes
 from tracer.adapters import Adapter, adapter_schedule, set_drops
-from tracer.data.batches import Batch, TrainingBatches
+from tracer.data.batches import Batch, TrainingBatches, Variation
 from tracer.data.index import Index
 from tracer.data.order import adapter_draws
+from tracer.data.skipped import Skipped
 from tracer.errors import Stopped, UserError
 from tracer.losses import TracerLoss
 from tracer.machine import resolve_precision
@@ -202,6 +202,7 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
     checkpoints.resume(engine, averages.by_name())
     done, total = checkpoints.step, config.total_steps
     here = ranks()
+    skipped = Skipped(len(index), config.max_bad, checkpoints.skipped)
     batches = iter(
         TrainingBatches(
             index,
@@ -215,6 +216,9 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
             device=engine.device,
             rank=here.rank,
             world_size=here.size,
+            loading=config,
+            variation=Variation(config.crop_scale, config.flip, config.color_jitter, config.shuffle_window),
+            skipped=skipped,
         )
     )
     steps = range(done + 1, total + 1)
@@ -226,19 +230,20 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
             if log.skipped:
                 bar.set_postfix(skipped=log.skipped)
             if log.skipped_in_a_row >= config.max_skipped:
-                pictures = [index.images[n] for n in trainer.pictures]
+                pictures = [index.id(n) for n in trainer.pictures]
                 raise _not_finite(config, step, log.skipped_in_a_row, pictures)
             stop = here.stop_step(step, request.signal)
             if step % config.save_every == 0 or step == total or stop:
                 log.sync()  # before the checkpoint, which relies on the log's rows
-                checkpoints.save(step, engine, averages.by_name())
+                rows = here.together(skipped.rows(step * config.accumulation))
+                checkpoints.save(step, engine, averages.by_name(), rows)
             if stop:
                 raise Stopped(
                     f"stopped after step {step} of {total}, which is saved; the same command goes on from there",
                     stop,
                 )
     if log.skipped == total:
-        raise _not_finite(config, total, total, [index.images[n] for n in trainer.pictures])
+        raise _not_finite(config, total, total, [index.id(n) for n in trainer.pictures])
     last = full_weights(engine)
     trained = Trained(
         student=averages.student.gather() if averages.student else last,
@@ -250,7 +255,7 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
     return trained
 
 
-def _not_finite(config: Config, step: int, skipped: int, pictures: list[Path]) -> UserError:
+def _not_finite(config: Config, step: int, skipped: int, pictures: list[str]) -> UserError:
     """Return the error for ``skipped`` steps in a row, the last of them on ``pictures``."""
     batches = f"batch {step}" if config.accumulation == 1 else f"the {config.accumulation} batches"
     named = ", ".join(f"'{picture}'" for picture in pictures[:3]) or "no pictures"

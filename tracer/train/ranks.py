@@ -85,6 +85,16 @@ class Ranks:
             raise Refused
         return result
 
+    def together(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the rows of all ranks, which every rank must ask for, without repeats and in one order."""
+        if self.size == 1:
+            return rows
+        key = self._next_key()
+        self._store.set(f"{key}/{self.rank}", json.dumps(rows))
+        everyones = [json.loads(self._wait(f"{key}/{rank}")) for rank in range(self.size)]
+        by_row = {json.dumps(row): row for rows in everyones for row in rows}
+        return sorted(by_row.values(), key=lambda row: (row["batch"], row["row"]))
+
     def leaders_first(self, work: Callable[[], T]) -> T:
         """Do ``work`` on every rank, on the first of each host before the others: it may download files.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,11 +18,20 @@ from torch import nn
 from tqdm import tqdm
 
 from tracer.adapters import TOWERS, Share, adapter_state, add_adapters, fold, save_adapters
-from tracer.data.check import check_pictures
+from tracer.data.build import read_index
 from tracer.data.decoded import DecodedPictures
-from tracer.data.index import Index, read_index
+from tracer.data.index import Index
+from tracer.data.loader import announce, choose
+from tracer.data.text import read_templates
 from tracer.errors import UserError
-from tracer.evaluation.prompts import check_distinct, check_labels, class_prompts, classes_of
+from tracer.evaluation.prompts import (
+    check_distinct,
+    check_labels,
+    class_prompts,
+    classes_of,
+    named_alike,
+    names_of,
+)
 from tracer.evaluation.zero_shot import Scores, evaluate_zero_shot
 from tracer.files import (
     aside,
@@ -35,7 +45,7 @@ from tracer.files import (
 )
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.architecture import Architecture
-from tracer.models.clip import load_clip, source_files
+from tracer.models.clip import load_clip, openai_templates, source_files
 from tracer.models.freezing import freeze, lock_batchnorm, locked_buffers, trained_batchnorm
 from tracer.models.towers import checkpoint_activations
 from tracer.models.weights import first_not_finite, save_weights
@@ -47,7 +57,7 @@ from tracer.train.loop import Trained, Weights, train
 from tracer.train.ranks import Ranks, check_batch_size, join, ranks
 
 # Settings that say where and how fast a run works, and change nothing in its result.
-WITHOUT_EFFECT = ("output", "save_every", "max_skipped", "cache", "workers", "check_images")
+WITHOUT_EFFECT = ("output", "save_every", "max_skipped", "max_bad", "cache", "cache_gb", "workers")
 
 
 @dataclass
@@ -90,14 +100,16 @@ def _finetune(config: Config, here: Ranks) -> Path:
     started = time.perf_counter()
     check_batch_size(config.batch_size, here.size)
     here.once(lambda: _check_folders(config.output))
-    index = here.agree(lambda: read_index(config.train_data))  # first: most mistakes are made in the data
+    choose(config, compute_device())  # refuses a loader that is missing
+    # The data first: most mistakes are made there. One rank builds an index, the others find it in the cache.
+    index = here.leaders_first(lambda: training_index(config))
     evaluation = here.agree(lambda: _read_evaluation(config, index) if here.first else None)
     here.agree(lambda: deepspeed_settings(config))
     config = config.resolve(len(index))
     torch.manual_seed(config.seed)  # for random initial weights, and for adapters of a given rank
     clip = here.leaders_first(lambda: load_clip(config.model, config.pretrained))
     if evaluation:
-        check_distinct(evaluation.prompts, clip.tokenizer)
+        check_distinct(evaluation.prompts, clip.tokenizer, named_alike(index, *evaluation.sets))
     start = clip.model.state_dict()  # stays float32, whatever the engine does to the model
     prepare(config, clip.model)
     identity = here.once(lambda: fingerprint(config))
@@ -106,10 +118,10 @@ def _finetune(config: Config, here: Ranks) -> Path:
         checkpoints = here.agree(lambda: Checkpoints(folder, decisive(config), identity, started))
         if checkpoints.step:
             tqdm.write(f"'{folder}': going on after step {checkpoints.step} of {config.steps}")
-        here.once(lambda: _check_pictures(config, index, evaluation))
         with here.agree(lambda: StepLog(folder if here.first else None, after=checkpoints.step)) as log:
             log.skipped, log.skipped_in_a_row = here.once(lambda: [log.skipped, log.skipped_in_a_row])
             if here.first:
+                announce(index, clip.picture_format, config, compute_device())
                 (folder / "config.yaml").write_text(config.to_yaml())
             trained = train(config, clip, index, log, checkpoints)
         if not here.first:
@@ -148,16 +160,21 @@ def _claim(output: Path, stack: ExitStack, here: Ranks) -> Path:
     return stack.enter_context(whole_folder(output, keep=WHOLE)) if here.first else aside(output)
 
 
-def _check_pictures(config: Config, index: Index, evaluation: Evaluation | None) -> None:
-    if config.check_images:
-        for data in (index, *(evaluation.sets if evaluation else ())):
-            check_pictures(data, config.cache, config.workers)
+def training_index(config: Config) -> Index:
+    """Return the index of the training data, with the templates that ``config`` names."""
+    index = read_index(config.train_data, None, config)
+    if config.templates:
+        templates = (
+            openai_templates() if config.templates == "openai" else read_templates(Path(config.templates))
+        )
+        index = dataclasses.replace(index, templates=templates)
+    return index
 
 
 def _read_evaluation(config: Config, index: Index) -> Evaluation:
     """Return the evaluation sets with the prompts of the classes, which --classes or else the data names."""
-    sets = [read_index(path, name) for name, path in config.eval_data.items()]
-    prompts = class_prompts(config.classes, classes_of(index, sets)) if sets else {}
+    sets = [read_index(path, name, config) for name, path in config.eval_data.items()]
+    prompts = class_prompts(config.classes, classes_of(index, sets), names_of(index, sets)) if sets else {}
     check_labels(sets, prompts)
     return Evaluation(sets, prompts)
 
@@ -267,7 +284,7 @@ def _evaluate(
         return {}
     clip = load_clip(config.model, config.pretrained)
     clip.model.to(compute_device())
-    scores, decoded = {}, DecodedPictures()
+    scores, decoded = {}, DecodedPictures(loading=config)
     for name, state in weights.items():
         clip.model.load_state_dict(state)
         scores[name] = evaluate_zero_shot(
@@ -287,19 +304,20 @@ def _print_sizes(sizes: dict[str, int]) -> None:
 def decisive(config: Config) -> dict[str, Any]:
     """Return the settings that decide a run's result."""
     settings = yaml.safe_load(config.to_yaml()) | {"precision": resolve_precision(config.precision)}
+    settings["loader"] = choose(config, compute_device())[0]
     return {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
 
 
 def fingerprint(config: Config) -> str:
     """Return a digest of all that decides a run's result: settings, versions, and the files that it reads."""
-    index = read_index(config.train_data)
+    index = training_index(config)
     settings = decisive(config.resolve(len(index)))
     files = [
         *source_files(config.model, config.pretrained),
         *filter(None, (config.classes, config.deepspeed)),
     ]
     content = [_digest(path) for path in files if path.is_file()]
-    data = [index.digest(), *(read_index(path).digest() for path in config.eval_data.values())]
+    data = [index.digest(), *(read_index(path, None, config).digest() for path in config.eval_data.values())]
     return hashlib.sha256(json.dumps([settings, content, data, versions()]).encode()).hexdigest()
 
 

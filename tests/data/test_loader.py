@@ -1,4 +1,4 @@
-"""What the DALI pipeline hands to the model, against PIL, open_clip and torchvision."""
+"""What both loaders hand to the model, against PIL, open_clip and torchvision."""
 
 from __future__ import annotations
 
@@ -6,21 +6,29 @@ import dataclasses
 from unittest import mock
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from picture_sets import CPU, LOADERS, index_of, levels, loaded
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
 from torchvision.transforms.functional import _compute_resized_output_size
 
-from tracer.data.dali import Pictures
-from tracer.data.index import Index, read_index
-from tracer.data.order import Crops, in_order, random_crops
+from benchmarks.pictures import drawing
+from tracer.data.build import read_index
+from tracer.data.config import LoadingSettings
+from tracer.data.loader import choose
+from tracer.data.order import Crops, random_crops
+from tracer.data.threads import effect_of_scaling
 from tracer.data.window import centre_window, random_window
+from tracer.errors import UserError
 from tracer.models.picture_format import PictureFormat
+
+CLIP = PictureFormat(224, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
 
 @pytest.fixture
@@ -28,34 +36,98 @@ def wanted(clip) -> PictureFormat:
     return clip.picture_format
 
 
-def levels(image: torch.Tensor, wanted: PictureFormat) -> torch.Tensor:
-    """Normalised pictures [..., 3, S, S] as levels from 0 to 255."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (wanted.mean, wanted.std))
-    return 255 * (image * std + mean)
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Drawings with the spectrum of photographs, in ImageNet's mean size and larger."""
+    folder = tmp_path_factory.mktemp("photographs")
+    sizes = [(500, 375)] * 4 + [(375, 500)] * 2 + [(1000, 750)] * 2
+    for i, (width, height) in enumerate(sizes):
+        drawing(i, width, height).save(folder / f"{i}.jpg", quality=92)
+    return [folder / f"{i}.jpg" for i in range(len(sizes))]
 
 
-def test_evaluation_pictures_are_what_pil_gives(drawings, wanted):
+def difference(got: torch.Tensor, paths, wanted=CLIP) -> tuple[float, float]:
+    """Mean and largest difference from open_clip's validation transform, in levels of 255."""
+    transform = open_clip.image_transform(wanted.size, False, wanted.mean, wanted.std)
+    expected = torch.stack([transform(Image.open(path)) for path in paths])
+    away = (levels(got, wanted) - levels(expected, wanted)).abs()
+    return float(away.mean()), float(away.max())
+
+
+@pytest.mark.parametrize(("loader", "mean", "largest"), [("torch", 0.01, 2), ("dali", 0.3, 4)])
+def test_photographs_have_the_pixels_of_open_clips_validation(photographs, loader, mean, largest):
+    got = difference(loaded(photographs, CLIP, loader), photographs)
+    assert got[0] <= mean
+    assert got[1] <= largest + 1e-3
+
+
+def test_scaled_decoding_is_close_and_its_effect_is_said(tmp_path):
+    """From 2000×1500 at a half, and from 3000×2000 at a quarter of their size."""
+    for n, size in enumerate([(2000, 1500), (3000, 2000), (500, 375)]):
+        drawing(n, *size).save(tmp_path / f"{n}.jpg", quality=90)
+    paths = [tmp_path / f"{n}.jpg" for n in range(3)]
+    exact, scaled = (loaded(paths, CLIP, "torch", jpeg=jpeg) for jpeg in ("exact", "scaled"))
+    assert difference(scaled, paths)[0] <= 0.7
+    assert not torch.equal(exact[:2], scaled[:2])
+    assert torch.equal(exact[2], scaled[2])  # its crop would be smaller than twice the model's input
+    said = effect_of_scaling(index_of(paths), CLIP, LoadingSettings(jpeg="scaled"))
+    assert "changes 2 of the first 3 pictures, by 0." in said
+    with pytest.raises(UserError, match="--jpeg scaled needs --loader torch"):
+        loaded(paths, CLIP, "dali", jpeg="scaled")
+
+
+def test_the_loaders_cut_the_same_crops(photographs):
+    crops = random_crops(len(photographs), 5, 0, 0.3)
+    one, other = (levels(loaded(photographs, CLIP, loader, crops), CLIP) for loader in LOADERS)
+    assert (one - other).abs().mean() < 0.3
+    assert (one - other).abs().max() <= 6
+    moved = levels(loaded(photographs, CLIP, "torch", random_crops(len(photographs), 6, 0, 0.3)), CLIP)
+    assert (one - moved).abs().mean() > 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "says"),
+    [
+        ({}, "cpu", ("torch", "there is no GPU")),
+        ({}, "cuda", ("dali", "there is a GPU")),
+        ({"jpeg": "scaled"}, "cuda", ("torch", "--jpeg scaled")),
+        ({"loader": "dali"}, "cpu", ("dali", "--loader dali")),
+        ({"loader": "torch"}, "cuda", ("torch", "--loader torch")),
+    ],
+)
+def test_the_loader_is_chosen_with_a_reason(settings, device, says):
+    assert choose(LoadingSettings(**settings), torch.device(device)) == says
+
+
+def test_a_missing_dali_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose(LoadingSettings(), torch.device("cuda")) == ("torch", "DALI is not installed")
+    with pytest.raises(UserError, match=r"--loader dali needs DALI: pip install"):
+        choose(LoadingSettings(loader="dali"), CPU)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_evaluation_pictures_are_what_pil_gives(drawings, wanted, loader):
     """Every picture once, in order, with the pixels of PIL's resampling up to rounding."""
     index = read_index(drawings / "test.csv")
-    images, rows = zip(*Pictures(index, wanted, in_order(len(index), 7), 7), strict=True)
-    assert torch.cat(rows).tolist() == list(range(len(index)))
-    for image, path in zip(levels(torch.cat(images), wanted), index.images, strict=True):
+    images = loaded(index, wanted, loader, batch_size=7)
+    for image, path in zip(levels(images, wanted), index.images, strict=True):
         pil = Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
         assert (image - torch.from_numpy(np.array(pil)).permute(2, 0, 1)).abs().mean() < 2
 
 
+@pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("size", [(64, 48), (48, 64)], ids=str)
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_an_oblong_picture_is_evaluated_as_open_clip_does(
-    tmp_path, wanted, write_csv, size, resize_mode, interpolation
+    tmp_path, wanted, size, resize_mode, interpolation, loader
 ):
     """With ``shortest`` the longer side becomes 42.67 pixels, rounded to 42: with 43 the centre would move."""
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
-    index = read_index(write_csv("a.csv", ["image", "label"], [["a.png", "x"]]))
     wanted = dataclasses.replace(wanted, resize_mode=resize_mode, interpolation=interpolation)
-    ((images, _),) = Pictures(index, wanted, in_order(1, 1), 1)
+    images = loaded([tmp_path / "a.png"], wanted, loader)
     transform = image_transform_v2(PreprocessCfg(**dataclasses.asdict(wanted)), is_train=False)
     expected = transform(Image.open(tmp_path / "a.png"))
     assert (levels(images[0], wanted) - levels(expected, wanted)).abs().mean() < 1
@@ -78,7 +150,9 @@ def test_crops_have_the_distribution_of_torchvision(size, smallest):
     picture = Image.new("L", size)
     crops = random_crops(n, 0, 0, smallest)
     start, end = windows(size[::-1], crops)
-    np.testing.assert_allclose(start, crops.place * (1 - (end - start)), atol=1e-6)
+    pixel = 1 / np.array(size[::-1])
+    assert (np.abs(start - crops.place * (1 - (end - start))) <= 0.5 * pixel + 1e-6).all()
+    np.testing.assert_allclose(start / pixel, np.rint(start / pixel), atol=1e-3)  # at whole pixels
     assert np.quantile(crops.place, [0, 0.25, 0.5, 0.75, 1]) == pytest.approx(
         np.arange(0, 1.1, 0.25), abs=0.02
     )
@@ -101,26 +175,30 @@ def test_crops_have_the_distribution_of_torchvision(size, smallest):
 @pytest.mark.parametrize(
     ("name", "turned"), [("a.png", 1), ("a.jpg", 1), ("a.jpg", 6), ("a.webp", 1), ("a.bmp", 1), ("a.tif", 1)]
 )
-def test_a_crop_is_what_pil_cuts_out(wanted, tmp_path, write_csv, name, turned):
-    """In every format; and from the upright picture where the file says that the camera was turned."""
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("exif", [False, True])
+def test_a_crop_is_what_pil_cuts_out(wanted, tmp_path, name, turned, loader, exif):
+    """In every format; and from the upright picture where the camera was turned and EXIF is asked for."""
     y, x = np.mgrid[:60, :90]
     picture = Image.fromarray(np.stack([x * 2, y * 4, (x + y) % 256], 2).astype(np.uint8))
-    exif = Image.Exif()
-    exif[0x0112] = turned
-    picture.save(tmp_path / name, quality=100, exif=exif)
-    index = read_index(write_csv("a.csv", ["image", "label"], [[name, "x"]] * 2))
+    about = Image.Exif()
+    about[0x0112] = turned
+    picture.save(tmp_path / name, quality=100, exif=about)
     crops = random_crops(2, 3, 0, 0.2)
-    ((images, _),) = Pictures(index, wanted, in_order(2, 2), 2, crops=iter([crops]))
-    upright = ImageOps.exif_transpose(Image.open(tmp_path / name))
+    images = loaded(index_of([tmp_path / name]).take([0, 0]).take([0, 1]), wanted, loader, crops, exif=exif)
+    upright = Image.open(tmp_path / name)
+    upright = ImageOps.exif_transpose(upright) if exif else upright
     start, end = windows(upright.size[::-1], crops)
-    assert upright.size == ((90, 60) if turned == 1 else (60, 90))
+    assert upright.size == ((60, 90) if exif and turned == 6 else (90, 60))
     for got, low, high in zip(levels(images, wanted), start, end, strict=True):
         (top, left), (bottom, right) = (corner * upright.size[::-1] for corner in (low, high))
-        cut = upright.resize((32, 32), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+        box = [round(float(edge)) for edge in (left, top, right, bottom)]
+        cut = upright.crop(box).resize((32, 32), Image.Resampling.BICUBIC)
         assert (got - torch.from_numpy(np.array(cut)).permute(2, 0, 1)).abs().mean() < 3
 
 
-def test_evaluation_shows_the_centre_that_open_clip_shows(tmp_path, wanted):
+@pytest.mark.parametrize("loader", LOADERS)
+def test_evaluation_shows_the_centre_that_open_clip_shows(tmp_path, wanted, loader):
     """Pixels of random noise, for sizes whose margins round in every way: one pixel off would differ by far."""
     sizes = [(w, h) for w in (33, 37, 40, 57, 64, 302) for h in (32, 43, 48, 61, 90, 240)]
     sizes += [(1, 7), (7, 1), (32, 32), (31, 95), (302, 240), (3, 300)]
@@ -128,8 +206,7 @@ def test_evaluation_shows_the_centre_that_open_clip_shows(tmp_path, wanted):
     for i, (width, height) in enumerate(sizes):
         Image.fromarray(noise.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / f"{i}.png")
     paths = [tmp_path / f"{i}.png" for i in range(len(sizes))]
-    index = Index("noise", paths, ["x"] * len(paths), [["x"]] * len(paths))
-    ((images, _),) = Pictures(index, wanted, in_order(len(paths), len(paths)), len(paths))
+    images = loaded(paths, wanted, loader)
     transform = image_transform_v2(PreprocessCfg(**dataclasses.asdict(wanted)), is_train=False)
     for size, path, image in zip(sizes, paths, images, strict=True):
         difference = levels(image, wanted) - levels(transform(Image.open(path)), wanted)

@@ -1,0 +1,43 @@
+"""The command ``index``: what a data set holds, in a few lines."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tracer.data.build import read_index
+from tracer.data.config import IndexConfig
+from tracer.data.index import Index
+
+SHOWN = 20  # faults that are named
+
+
+def describe_data(config: IndexConfig) -> str:
+    """Index a data set, and return its counts, formats, sizes and faults, a line each.
+
+    Raises:
+        UserError: it cannot be read, or holds no pictures.
+    """
+    return describe(read_index(config.data, None, config.loading, decode=config.decode))
+
+
+def describe(index: Index) -> str:
+    """Return the counts, formats, sizes and faults of a data set, a line each."""
+    about, columns = index.about, index.columns
+    labelled = int((columns.label >= 0).sum())
+    names = Counter(about.names)
+    shared = [name for name, count in names.items() if count > 1]
+    lines = [
+        f"{index.name}: {len(index)} pictures in {len(columns.files)} files, {about.bytes / 1e6:.1f} MB",
+        f"classes: {len(about.classes)}, {labelled} pictures with a label"
+        + (f"; names of several classes: {', '.join(shared[:5])}" if shared else ""),
+        f"captions: {len(columns.captions)} of {int((columns.count > 0).sum())} pictures, "
+        f"{len(columns.texts)} distinct; {len(index.templates)} templates for the others",
+        f"formats: {', '.join(f'{n} {name}' for name, n in sorted(about.formats.items())) or 'none'}",
+        f"with an EXIF rotation: {about.turned}; of 16 bits a channel: {about.sixteen}",
+        f"faults: {sum(about.reasons.values())} of {about.total}",
+    ]
+    lines += [f"  {count} × {reason}" for reason, count in Counter(about.reasons).most_common()]
+    lines += [f"  '{fault.id}': {fault.reason}" for fault in about.faults[:SHOWN]]
+    if len(about.faults) > SHOWN:
+        lines.append(f"  and {sum(about.reasons.values()) - SHOWN} more")
+    return "\n".join(lines)

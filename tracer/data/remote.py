@@ -1,0 +1,133 @@
+"""Shards at an address: whole files, copied into a bounded folder when they are first needed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tracer.errors import UserError
+from tracer.files import file_aside
+
+ATTEMPTS, PAUSE, TIMEOUT = 3, 0.2, 60  # tries of a download, seconds between them, seconds without a byte
+PIECE = 1 << 20
+
+
+def address_of(source: Path | str) -> str | None:
+    """Return the address in a setting, or None for a path. ``Path`` has merged the slashes behind ``:``."""
+    scheme, colon, rest = str(source).partition(":/")
+    if not colon or "/" in scheme or not re.fullmatch(r"[a-z][a-z0-9+.-]+", scheme):
+        return None
+    root = "/" if scheme in ("file", "local") else ""
+    return f"{scheme}://{root}{rest.lstrip('/')}"
+
+
+class ShardCache:
+    """Local copies of remote shards, the least recently used of which make room for others.
+
+    Args:
+        folder: of the copies.
+        limit: bytes that they may take; one shard is kept whatever its size.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self._guard, self._locks = threading.Lock(), defaultdict(threading.Lock)  # type: ignore[var-annotated]
+
+    def path(self, address: str) -> Path:
+        """Return the local copy of a shard, which is fetched if it is not there.
+
+        Raises:
+            UserError: the address cannot be read, after several tries; names the reason.
+        """
+        name = f"{hashlib.sha256(address.encode()).hexdigest()[:20]}-{address.rpartition('/')[2][:80]}"
+        copy = self.folder / name
+        with self._guard:
+            lock = self._locks[name]
+        with lock:
+            if not copy.is_file():
+                self._fetch(address, copy)
+                self._make_room(copy)
+            else:
+                os.utime(copy)  # used now
+        return copy
+
+    def _fetch(self, address: str, copy: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = file_aside(copy).with_name(f"{file_aside(copy).name}-{os.getpid()}")
+        try:
+            for attempt in range(1, ATTEMPTS + 1):
+                try:
+                    with part.open("wb") as file:
+                        download(address, file)
+                    part.replace(copy)
+                    return
+                except UserError:
+                    raise
+                except Exception as error:  # each protocol raises its own
+                    if attempt == ATTEMPTS:
+                        what = " ".join(str(error).split()) or type(error).__name__
+                        raise UserError(
+                            f"'{address}' could not be read in {ATTEMPTS} tries ({what}): check the address "
+                            "and the server"
+                        ) from error
+                    time.sleep(PAUSE * attempt)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _make_room(self, newest: Path) -> None:
+        copies = [p for p in self.folder.iterdir() if not p.name.startswith(".") and p != newest]
+        stats = {}
+        for copy in copies:
+            try:
+                stats[copy] = copy.stat()
+            except FileNotFoundError:  # another process made room
+                continue
+        used = newest.stat().st_size + sum(s.st_size for s in stats.values())
+        for copy in sorted(stats, key=lambda p: stats[p].st_mtime):
+            if used <= self.limit:
+                break
+            copy.unlink(missing_ok=True)  # who reads it keeps it open
+            used -= stats[copy].st_size
+
+
+def download(address: str, file: BinaryIO) -> None:
+    """Copy what is at an address into a file; HTTP by the standard library, other protocols by fsspec.
+
+    fsspec's own HTTP needs aiohttp, which this package does not.
+
+    Raises:
+        UserError: there is nothing at the address, or its protocol needs a package that is missing.
+        OSError: the connection failed or ended too early.
+    """
+    if address.startswith(("http://", "https://")):
+        try:
+            with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
+                shutil.copyfileobj(answer, file, PIECE)
+                expected = answer.headers.get("Content-Length")
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403, 404, 410):
+                raise UserError(
+                    f"'{address}' cannot be read: the server answers {error.code} ({error.reason}): "
+                    "check the address"
+                ) from error
+            raise
+        if expected is not None and file.tell() != int(expected):
+            raise OSError(f"the server stopped after {file.tell()} of {expected} bytes")
+        return
+    fsspec: Any = __import__("fsspec")
+    try:
+        with fsspec.open(address, "rb") as source:
+            shutil.copyfileobj(source, file, PIECE)
+    except FileNotFoundError as error:
+        raise UserError(f"'{address}' cannot be read: there is no such file: check the address") from error
+    except (ImportError, ValueError) as error:  # a protocol that is unknown, or whose package is missing
+        raise UserError(f"'{address}' cannot be read: {' '.join(str(error).split())}") from error
