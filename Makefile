@@ -13,7 +13,7 @@ READY  := $(VENV)/.ready
 
 help:
 	@echo "make demo [ARGS='--seeds 1']   compare the methods in runs/demo/report.html; all options: make demo ARGS=--help"
-	@echo "make test [ARGS='-k data']     run the tests; ARGS go to pytest"
+	@echo "make test [ARGS='-k data']     run the tests, a process per core; ARGS go to pytest"
 	@echo "make bench                     run the benchmarks and rewrite benchmarks/results and the README's tables"
 	@echo "make bench-check               compare with the committed results; ARGS=--exact leaves out times"
 	@echo "make setup                     create the virtual environment, as the commands above do when needed"
@@ -41,7 +41,7 @@ demo: $(READY)
 	$(BIN)/tracer demo $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -p no:benchmark -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -43,6 +43,7 @@ setup(
         "dali-cuda12": ["nvidia-dali-cuda120>=1.50"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "pandas>=2",  # these two for open_clip's own training script
             "webdataset>=0.2.86",

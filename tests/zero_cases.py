@@ -16,6 +16,8 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+import torch._dynamo  # these two would be imported by each rank, at its first engine
+import torch._inductor.compile_fx
 import torch.distributed as dist
 from torch import Tensor, nn
 from zero_run import (
@@ -35,6 +37,9 @@ from tracer._average_zero import OPTIMIZER_ATTRIBUTES, PARAMETER_ATTRIBUTES
 from tracer.teacher import WMA, MovingAverageTeacher, Uniform, build_teacher
 
 STAGES = (0, 1, 2, 3)
+
+# Otherwise compiled at the first start, for a minute; only inference uses it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 # ----------------------------------------------------------------------------------------------------------
