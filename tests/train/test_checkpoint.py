@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from cut_runs import content, cut
+from cut_runs import content, cut, kill
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tracer.errors import UserError
@@ -148,21 +144,8 @@ def test_a_run_that_was_cut_off_twice(config, tmp_path, monkeypatch):
 
 
 def test_a_process_that_was_killed(config, tmp_path):
-    """With SIGKILL, so that nothing of it can tidy up, and from the command line."""
     config = dataclasses.replace(config, steps=40, save_every=3, eval_data={"test": config.train_data})
-    (tmp_path / "settings.yaml").write_text(config.to_yaml())
-    command = [sys.executable, "-m", "tracer.cli", "finetune", "--config", str(tmp_path / "settings.yaml")]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    part, patience = aside(config.output), time.monotonic() + 60
-    while newest(part) is None:
-        assert run.poll() is None, run.communicate()[0].decode()
-        assert time.monotonic() < patience
-        time.sleep(0.002)
-    os.kill(run.pid, signal.SIGKILL)
-    run.communicate()
-    assert run.returncode == -signal.SIGKILL
-    assert part.exists()
-    assert not config.output.exists()
+    kill(config, tmp_path / "settings.yaml")
     time.sleep(1)  # TensorBoard orders its files by the second
     folder = finetune(config)
     assert_same(folder, uninterrupted(config, tmp_path))
