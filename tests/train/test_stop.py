@@ -72,7 +72,7 @@ def test_pretraining_is_saved_too(tmp_path, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(pretrain, "contrastive_loss", third)
-    config = PretrainConfig(output=tmp_path / "run", minutes=5.0, batch_size=16)
+    config = PretrainConfig(output=tmp_path / "run", minutes=5.0, batch_size=16, precision="fp32")
     with pytest.raises(Stopped, match="stopped after step 3, which is saved"):
         pretrain.fit(config, tiny_corpus())
     assert (config.output / "resume.pt").is_file()
