@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
@@ -76,7 +76,8 @@ def counting() -> Iterator[Work]:
 
     def run(launch: Any, self: Any, *arguments: Any, **options: Any) -> Any:
         work.launches += 1
-        return launch(self, *arguments, **options)
+        with _disable_current_modes():  # the interpreter copies every tensor, which a GPU does not
+            return launch(self, *arguments, **options)
 
     builder = interpreter.InterpreterBuilder
     wrapped: list[tuple[Any, str, Callable[..., Any]]] = [
@@ -138,9 +139,11 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not func.is_view and "empty" not in func.name():
-            read = {name: x for name, x in (kwargs or {}).items() if name != "out"}
-            self.bytes += _bytes(tree_leaves((args, read))) + _bytes(tree_leaves(out))
+        name = func.name()
+        if func.namespace == "aten" and not func.is_view and not any(x in name for x in ("view", "empty")):
+            read = {key: x for key, x in (kwargs or {}).items() if key != "out"}
+            made = name.endswith("_like") or "new_" in name  # these look at a tensor's shape alone
+            self.bytes += _bytes(tree_leaves(out)) + (0 if made else _bytes(tree_leaves((args, read))))
         return out
 
 

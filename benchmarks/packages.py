@@ -59,7 +59,9 @@ def siglip_kernel_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tens
     """
     from siglip_kernel import fused_siglip_loss
 
-    return fused_siglip_loss(_rounded(image), _rounded(text), logit_scale.log(), torch.zeros_like(logit_scale))
+    return fused_siglip_loss(
+        _rounded(image), _rounded(text), logit_scale.log(), torch.zeros_like(logit_scale)
+    )
 
 
 def _rounded(feature: Tensor) -> Tensor:
