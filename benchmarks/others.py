@@ -324,7 +324,7 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
         ProcessPoolExecutor(1, spawn) as interpreting,
         ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as compiling,
     ):
-        with patch.dict(os.environ, TRITON_INTERPRET="1"):  # its process starts with the task
+        with patch.dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""):  # its process starts here
             counted = interpreting.submit(count_all, sizes)
         codes = [compiling.submit(compiled, architecture, quick) for architecture in chosen]
         kernels = [row for task in codes for row in task.result()]
