@@ -4,11 +4,11 @@
     make gpu ARGS=--quick             the benchmarks in their quick form
     make gpu ARGS=--miniature         the same command without a GPU: in Triton's interpreter, in small sizes
 
-The command refuses to start where there is a GPU that torch cannot see. It ends with exit code 1 where a check or
-a benchmark failed, and the page names it. The checks are tests of this repository, which run on the GPU where there
-is one: every entry of the tile table against float64, two hundred equal repeats, captured graphs, other streams and
-devices, the teacher, DALI's decoder, and training at each ZeRO stage. docs/gpu.md says more, and how to install
-with ROCm and CUDA 12.
+The command refuses to start where there is a GPU that torch cannot see. It ends with exit code 1 where a check
+or a benchmark failed, and the page names it. The checks are tests of this repository, which run on the GPU where
+there is one: every entry of the tile table against float64, two hundred equal repeats, captured graphs, other
+streams and devices, the teacher, DALI's decoder, and training at each ZeRO stage. docs/gpu.md says more, and how to
+install with ROCm and CUDA 12.
 """
 
 from __future__ import annotations
