@@ -7,8 +7,8 @@
 The command refuses to start where there is a GPU that torch cannot see. It ends with exit code 1 where a check
 or a benchmark failed, and the page names it. The checks are tests of this repository, which run on the GPU where
 there is one: every entry of the tile table against float64, two hundred equal repeats, captured graphs, other
-streams and devices, the teacher, DALI's decoder, and training at each ZeRO stage. docs/gpu.md says more, and how to
-install with ROCm and CUDA 12.
+streams and devices, the teacher, DALI's decoder, and training at each ZeRO stage. docs/gpu.md says more, and how
+to install with ROCm and CUDA 12.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CHECKS = (
     "tests/train/test_on_a_device.py",
 )
 MINIATURE = ("tests/kernels/test_tile_table.py", "tests/kernels/test_devices.py", DALI)
-MINIATURE_PARTS, MINIATURE_OPTIONS = ("memory",), ("--width", "16")
+MINIATURE_PARTS, MINIATURE_OPTIONS = ("work",), ("--sizes", "[[64, 16]]")
 
 
 class Outcome(NamedTuple):
@@ -210,10 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         checks.remove(DALI)
         notes.append("DALI is not installed, so its decoder was not checked.")
     outcomes = run_checks(checks, small)
-    parts = PARTS if options.parts is None else options.parts
-    if small:
-        parts = MINIATURE_PARTS if options.parts is None else options.parts
-    measured, problem = benchmarked(parts, options.quick or small, options.output, small)
+    parts = tuple(options.parts) if options.parts is not None else MINIATURE_PARTS if small else PARTS
+    measured, problem = benchmarked(parts, options.quick or small, options.output)
     if problem:
         outcomes.append(Outcome("benchmarks", 0, 0.0, (problem,)))
     path = options.output / "page.md"
@@ -223,12 +221,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"{len(wrong)} failed: see {path}")
 
 
-def benchmarked(parts: Sequence[str], quick: bool, folder: Path, miniature: bool) -> tuple[str, str]:
+def benchmarked(parts: tuple[str, ...], quick: bool, folder: Path) -> tuple[str, str]:
     """Run parts of the benchmarks and return their page, and what failed in one line or ""."""
     path, problem = folder / f"{page.slug(machine())}.md", ""
+    options = MINIATURE_OPTIONS if quick and parts == MINIATURE_PARTS else ()
     try:
         if parts:
-            path = run(parts, quick, folder, MINIATURE_OPTIONS if miniature else ()).with_suffix(".md")
+            run(parts, quick, folder, options)
     except SystemExit as failed:  # the page of the other parts has been written
         problem = str(failed).replace("\n", "; ")
     return (path.read_text() if parts and path.is_file() else "# No benchmarks"), problem

@@ -23,7 +23,7 @@ REPORT = """<testsuites><testsuite>
 
 def test_the_command_in_miniature(tmp_path):
     """The real checks and a real part of the benchmarks, in the interpreter."""
-    checks = ["tests/kernels/test_devices.py", card.DALI]
+    checks = ["tests/kernels/test_devices.py::test_repeats_agree_bit_for_bit", card.DALI]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.card", "--miniature", "--output", str(tmp_path), "--checks", *checks],
         cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False,
@@ -32,10 +32,10 @@ def test_the_command_in_miniature(tmp_path):
     assert "card: none: Triton's interpreter" in done.stderr
     written = (tmp_path / "page.md").read_text()
     for words in (
-        "## Checks: 5 passed, 0 failed",
+        "## Checks: 2 passed, 0 failed",
         "| tests/kernels/test_devices.py",
-        "### memory",
-        "| CLIP loss",
+        "### work",
+        "| CLIP ",
     ):
         assert words in written
     assert f"page: {tmp_path / 'page.md'}" in done.stdout
@@ -87,12 +87,26 @@ def test_what_failed_is_on_the_page(tmp_path):
     assert "## Benchmarks\n\n### work" in written
 
 
-def test_checks_that_fail_or_do_not_run_end_the_command(tmp_path, monkeypatch):
+def test_a_check_that_fails_ends_the_command(tmp_path, monkeypatch):
     wrong = tmp_path / "test_wrong.py"
     wrong.write_text("def test_it():\n    assert 1 == 2\n")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(card, "require_card", lambda miniature: None)
-    for checks, said in ([str(wrong)], "test_it: failure"), (["tests/nothing.py"], "ended with exit code 4"):
-        with pytest.raises(SystemExit, match="1 failed: see"):
-            card.main(["--miniature", "--output", str(tmp_path), "--parts", "--checks", *checks])
-        assert said in (tmp_path / "page.md").read_text()
+    with pytest.raises(SystemExit, match="1 failed: see"):
+        card.main(["--miniature", "--output", str(tmp_path), "--parts", "--checks", str(wrong)])
+    assert "test_it: failure: assert 1 == 2" in (tmp_path / "page.md").read_text()
+
+
+def test_checks_that_do_not_run_have_failed(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    (outcome,) = card.run_checks(["tests/kernels"], miniature=True)
+    assert outcome.problems == ("pytest ended with exit code 1",)
+
+
+def test_a_benchmark_that_fails_is_on_the_page(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise SystemExit("part work failed\npart teacher failed")
+
+    monkeypatch.setattr(card, "run", fail)
+    assert card.benchmarked(("work", "teacher"), True, tmp_path) == (
+        "# No benchmarks", "part work failed; part teacher failed"
+    )  # fmt: skip

@@ -20,7 +20,7 @@ from tracer.kernels.contrastive import Inputs, Needs
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-PAIRS, WIDTH, REPEATS = (4096, 512, 200) if HAS_GPU else (40, 24, 2)
+PAIRS, WIDTH, REPEATS = (4096, 512, 200) if HAS_GPU else (20, 16, 2)
 CHOSEN = options(0.2, 0.1, stats=True)
 
 
