@@ -112,11 +112,11 @@ class RankProblem(Problem):
     def _gathered(self, case: str) -> Tensor:
         """Compute the published objective as it is written, on the features of all ranks."""
         image, text, scale = self.student
-        teacher_image, teacher_text, teacher_scale = self.teacher
+        teacher_image, teacher_text, teacher_logit_scale = self.teacher
         features = [image, text, teacher_image, teacher_text]
         if self.ranks > 1:
             features = [torch.cat(torch.distributed.nn.all_gather(x)) for x in features]
-        inputs = (*features[:2], scale, *features[2:], teacher_scale)
+        inputs = (*features[:2], scale, *features[2:], teacher_logit_scale)
         return published.tracer_loss(*inputs, **WEIGHTS)  # type: ignore[arg-type]
 
     def check(self, plan: Plan, competitor: str, result: Sequence[Tensor]) -> None:

@@ -74,8 +74,8 @@ def measure(
 
 
 def _competitors(case: str, world_size: int) -> list[str]:
-    theirs = OPEN_CLIP if case == "clip" else GATHERED
-    return [MESH, RING, theirs] if world_size > 1 else [MESH, theirs]
+    other = OPEN_CLIP if case == "clip" else GATHERED
+    return [MESH, RING, other] if world_size > 1 else [MESH, other]
 
 
 def _expected(case: str, pairs: int, width: int, folder: Path) -> str:
@@ -101,7 +101,7 @@ def _run(world_size: int, plans: list[Plan], folder: Path) -> list[dict[str, Any
 # Tables.
 
 
-def _theirs(row: dict[str, Any]) -> str:
+def _other(row: dict[str, Any]) -> str:
     return next(name for name in row["competitors"] if not name.startswith("ours"))
 
 
@@ -120,9 +120,9 @@ def report(results: dict[str, Any]) -> str:
     """Return the tables: what was measured and counted, and what others' code takes by reading it."""
     lines = []
     for row in results["rows"]:
-        theirs = _theirs(row)
+        other = _other(row)
         for name, entry in row["competitors"].items():
-            faster = f"{_median(row, theirs) / _median(row, name):.2f}×" if name != theirs else ""
+            faster = f"{_median(row, other) / _median(row, name):.2f}×" if name != other else ""
             lines.append([
                 CASES[row["case"]],
                 row["precision"],
@@ -167,14 +167,14 @@ def highlights(results: dict[str, Any]) -> list[Highlight]:
     rows = [row for row in results["rows"] if row["ranks"] == 2 and row["precision"] == "fp32"]
     lines = []
     for row in rows:
-        theirs, ours = row["competitors"][_theirs(row)], row["competitors"][MESH]
+        other, ours = row["competitors"][_other(row)], row["competitors"][MESH]
         what = f"{CASES[row['case']]} on 2 ranks, fp32, N {row['pairs']}, D {row['width']}"
         lines.append(
             Highlight(
                 what,
                 f"{1e3 * ours['time']['median']:.0f} ms",
-                f"{1e3 * theirs['time']['median']:.0f} ms, {_theirs(row)}",
-                f"{theirs['time']['median'] / ours['time']['median']:.1f}×",
+                f"{1e3 * other['time']['median']:.0f} ms, {_other(row)}",
+                f"{other['time']['median'] / ours['time']['median']:.1f}×",
             )
         )
         if row["case"] == "clip":
@@ -182,8 +182,8 @@ def highlights(results: dict[str, Any]) -> list[Highlight]:
                 Highlight(
                     f"received by a rank, {what}",
                     f"{ours['received'] / 2**20:.1f} MiB",
-                    f"{theirs['received'] / 2**20:.1f} MiB, {_theirs(row)}",
-                    f"{theirs['received'] / ours['received']:.1f}×",
+                    f"{other['received'] / 2**20:.1f} MiB, {_other(row)}",
+                    f"{other['received'] / ours['received']:.1f}×",
                 )
             )
     return lines
@@ -203,8 +203,8 @@ def exact(results: dict[str, Any]) -> dict[str, float]:
 def ratios(results: dict[str, Any]) -> dict[str, float]:
     """Return, by row, the time of the others divided by ours."""
     return {
-        f"{row['case']} {row['precision']}, {row['ranks']} ranks: {_theirs(row)} / {name}": (
-            _median(row, _theirs(row)) / _median(row, name)
+        f"{row['case']} {row['precision']}, {row['ranks']} ranks: {_other(row)} / {name}": (
+            _median(row, _other(row)) / _median(row, name)
         )
         for row in results["rows"]
         for name in row["competitors"]
