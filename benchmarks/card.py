@@ -156,8 +156,8 @@ def outcomes_of(report: Path) -> list[Outcome]:
 def _problem(case: ET.Element) -> str:
     """Return in one line why a test did not pass, "" if it did; one that was skipped did not."""
     for kind in ("failure", "error", "skipped"):
-        if (found := case.find(kind)) is not None:
-            said = (found.get("message") or kind).strip().splitlines()
+        if (verdict := case.find(kind)) is not None:
+            said = (verdict.get("message") or kind).strip().splitlines()
             return f"{kind}: {said[0][:300] if said else ''}"
     return ""
 

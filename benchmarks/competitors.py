@@ -178,7 +178,7 @@ class Step:
         self.backward()
 
     def result(self) -> list[Tensor]:
-        """Return the last call's loss and its gradients of image, text and logit scale, empty where it has none."""
+        """Return the last call's loss and its gradients of image, text and scale, empty where it has none."""
         grads = (torch.empty(0) if grad is None else grad / self.seed for grad in self.grads)
         return [self.value.detach(), *grads]
 

@@ -227,11 +227,11 @@ def compiled(architecture: str, half_only: bool) -> list[dict[str, Any]]:
 
 def _binaries(architecture: str, package: Package, dtype: torch.dtype) -> list[tuple[str, Any]]:
     """Return the compiled kernels of one call; an autotuned one in all its configurations."""
-    found: list[tuple[str, Any]] = []
+    codes: list[tuple[str, Any]] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        found.append((self.__name__, run(self, *arguments, grid=grid, warmup=True, **options)))
+        codes.append((self.__name__, run(self, *arguments, grid=grid, warmup=True, **options)))
 
     def every(self: Any, *arguments: Any, **options: Any) -> None:
         self.nargs = dict(zip(self.arg_names, arguments, strict=False))
@@ -247,7 +247,7 @@ def _binaries(architecture: str, package: Package, dtype: torch.dtype) -> list[t
     ):
         leaves = (image, text, torch.tensor(SCALE, requires_grad=True))
         torch.autograd.grad(package.loss(*leaves), leaves, allow_unused=not package.has_scale)
-    return found
+    return codes
 
 
 def _machine_code(architecture: str, who: str, bits: int, name: str, code: Any) -> dict[str, Any]:
