@@ -269,7 +269,10 @@ def shares(
     rows: Side, cols: Side, shift: Tensor, options: Options, whole: Whole, means: Counted
 ) -> tuple[Tensor, Tensor]:
     """Return what these whole rows and columns add to the terms and to the diagnostics of a matrix."""
-    sides = ((options.image_to_text, rows, whole.cols, means.rows), (options.text_to_image, cols, whole.rows, means.cols))
+    sides = (
+        (options.image_to_text, rows, whole.cols, means.rows),
+        (options.text_to_image, cols, whole.rows, means.cols),
+    )
     terms = shift.new_zeros(len(TERMS), dtype=rows["positives"].dtype)
     for weight, side, others, number in sides:
         if weight:

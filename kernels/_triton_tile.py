@@ -64,7 +64,7 @@ NUMBERS = [
 ]
 SMALL_OPERANDS = [
     "grad_terms_ptr", "logit_scale_ptr", "teacher_factor_ptr", "labels_ptr", "text_labels_ptr",
-    "d_logit_scale_ptr", "weights_ptr",
+    "d_logit_scale_ptr", "weights_ptr", "upstream_ptr", "logit_bias_ptr", "teacher_logit_bias_ptr", "outputs_ptr",
 ]
 # fmt: on
 

@@ -136,7 +136,9 @@ def contrastive_terms(
 
     def halves(values: Callable[[int], Tensor]) -> Tensor:
         weights = {1: options.image_to_text, 0: options.text_to_image}
-        parts = [weight * mean(values(dim), positives, options, dim) for dim, weight in weights.items() if weight]
+        parts = [
+            weight * mean(values(dim), positives, options, dim) for dim, weight in weights.items() if weight
+        ]
         return torch.stack(parts).sum()
 
     if options.sigmoid and biases is not None:

@@ -170,8 +170,13 @@ def _reweighted(sums: Tensor, saved: Saved, options: Options, whole: Whole) -> T
     terms = (of_terms[: len(sums)] * sums[:, : len(TERMS)]).masked_fill(of_terms[: len(sums)] == 0, 0.0)
     if not options.stats:
         return terms
-    numbers = [(stats[POSITIVES.value] >= 0).sum() if options.ignore else n for stats, n in zip(saved, whole, strict=True)]
-    lengths = torch.stack([weights[0].new_ones(()) * n / number for n, number in zip(whole, numbers, strict=True)])
+    numbers = [
+        (stats[POSITIVES.value] >= 0).sum() if options.ignore else n
+        for stats, n in zip(saved, whole, strict=True)
+    ]
+    lengths = torch.stack(
+        [weights[0].new_ones(()) * n / number for n, number in zip(whole, numbers, strict=True)]
+    )
     return torch.cat([terms, lengths[:, None] * sums[:, len(TERMS) :]], 1)
 
 

@@ -123,9 +123,7 @@ def _run_backward(impl: str, grad_terms: Tensor, *arguments: Any) -> list[Tensor
     if not (len(inputs.image) and len(inputs.text)):  # a rank without a batch
         return [torch.zeros_like(x) for x in _needed(inputs, needs)]
     with without_autocast(inputs.image.device.type):
-        gradients = implementation(impl).backward(
-            grad_terms, inputs, saved, options, needs, whole, weights
-        )
+        gradients = implementation(impl).backward(grad_terms, inputs, saved, options, needs, whole, weights)
     return [gradient for gradient, need in zip(gradients, needs, strict=True) if need]
 
 

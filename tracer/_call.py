@@ -85,7 +85,9 @@ def _biases(given: Given, scale: Tensor, has_teacher: bool) -> Biases:
     if not has_teacher:
         return Biases(bias)
     teacher_bias = bias if given.teacher_logit_bias is None else given.teacher_logit_bias
-    return Biases(bias, _checks.scalar("teacher_logit_bias", teacher_bias, scale.device, scale.dtype).detach())
+    return Biases(
+        bias, _checks.scalar("teacher_logit_bias", teacher_bias, scale.device, scale.dtype).detach()
+    )
 
 
 def prepare_on_ranks(

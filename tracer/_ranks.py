@@ -94,7 +94,9 @@ def _counted(rows: Side, cols: Side, options: Options, mesh: Mesh, whole: Whole)
     """Return over how many rows and columns of all ranks the means run."""
     if not options.ignore:
         return Counted(*whole)
-    own = [_statistics.counted(side, options) if side else 0 * rows["positives"].sum() for side in (rows, cols)]
+    own = [
+        _statistics.counted(side, options) if side else 0 * rows["positives"].sum() for side in (rows, cols)
+    ]
     numbers = torch.stack([x.double() for x in own if isinstance(x, Tensor)])
     return Counted(*gather(numbers[None], [1] * mesh.size, mesh.everyone).sum(0).unbind())
 
