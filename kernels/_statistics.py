@@ -225,14 +225,14 @@ def side_weights(options: Options, rows: Tensor | int, cols: Tensor | int, like:
 
 
 def weights_of(saved: Saved, options: Options, whole: Whole) -> Tensor | None:
-    """Return the :func:`side_weights` of a matrix whose rows and columns are all in ``saved``; None for ½/N, ½/M."""
+    """Return the :func:`side_weights` of a matrix whose rows and columns are all there; None for ½/N, ½/M."""
     if options.halved:
         return None
-    numbers = [
+    rows, cols = (
         (stats[-1] >= 0).sum() if options.ignore and len(stats) else size
         for stats, size in zip(saved, whole, strict=True)
-    ]
-    return side_weights(options, *numbers, saved.row_stats)
+    )
+    return side_weights(options, rows, cols, saved.row_stats)
 
 
 def diagnostic_sums(side: Side, options: Options) -> list[Tensor]:
@@ -291,6 +291,6 @@ def result(rows: Side, cols: Side, shift: Tensor, options: Options, whole: Whole
 
 
 def finals(rows: Side, cols: Side, options: Options, width: int) -> Saved:
-    """Return the final statistics of whole rows and of ``width`` whole columns, [0, width] if nothing is asked of them."""
+    """Return the final statistics of whole rows and of ``width`` whole columns, of which nothing may be asked."""
     of_rows = final_statistics(rows, options)
     return Saved(of_rows, final_statistics(cols, options) if cols else of_rows.new_empty(0, width))

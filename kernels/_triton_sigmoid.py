@@ -1,4 +1,4 @@
-"""The Triton kernel of the sigmoid form: one visit of each tile, for the terms and for the gradients of its logits.
+"""The Triton kernel of the sigmoid form: one visit of each tile, for the terms and the gradients of its logits.
 
 A program walks over its rectangle, adds up in registers what its pairs contribute, and leaves one number for each
 output: no atomics, so that two runs agree bit for bit. The gradients of the logits go, in the inputs' dtype, to a

@@ -100,8 +100,8 @@ class Statistics(NamedTuple):
 class Saved(NamedTuple):
     """Final statistics, one row of a matrix for each field of :class:`Statistics`.
 
-    A log-sum-exp that no enabled term needs may hold any number. A row that counts in no mean has infinite ones, and
-    −∞ positives.
+    A log-sum-exp that no enabled term needs may hold any number. A row that counts in no mean has infinite ones,
+    and −∞ positives.
     """
 
     row_stats: Tensor  # [len(Statistics), N]

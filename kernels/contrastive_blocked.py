@@ -71,8 +71,8 @@ def backward(
     """Return the gradients of ``grad_terms · terms``.
 
     ``saved`` are the final statistics of whole rows and columns of a matrix of size ``whole``, of which the inputs
-    may be a rectangle. ``weights`` [2] is what a row and a column weigh in a term, by default in the matrix that the
-    inputs are the whole of.
+    may be a rectangle. ``weights`` [2] is what a row and a column weigh in a term, by default in the matrix that
+    the inputs are the whole of.
     """
     logits, plan = Logits(inputs, options), Plan.of(options, inputs.has_teacher, stats=False)
     whole = Whole(logits.n, logits.m) if whole is None else whole

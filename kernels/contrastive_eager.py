@@ -96,7 +96,7 @@ def logit_matrices(inputs: Inputs, options: Options) -> Logits:
 def targets(positives: Tensor, options: Options, dim: int, smoothing: float = 0.0) -> Tensor:
     """Return the target distribution q along ``dim``: (1−ε) P/|P| + ε (1−P)/(M−|P|); without negatives P/|P|.
 
-    A row without any positive has no target: unless it is left out, it comes out as NaN (0/0), and so does the loss.
+    A row without any positive has no target: unless it is left out, it comes out as NaN (0/0), as does the loss.
     """
     count = positives.sum(dim, keepdim=True)
     hard = positives / (count.clamp(min=1) if options.ignore else count)

@@ -126,8 +126,9 @@ def walk(operands: Inputs, options: Options, partials: Partials) -> None:
         (*operands, partials.rows, partials.cols, partials.parked,
          float(options.margin), N, M, D, grid.rows, grid.cols),
         grid.tile, **partials.constants, D=D, LABELS=operands.labels is not None, MARGIN=options.margin != 0,
-        ONE_WAY=options.one_way, USE_S=slots[Z_MAX] >= 0 or slots[S_MAX] >= 0, USE_X=options.crossed, USE_T=slots[T_MAX] >= 0,
-        PRECISION=_tiles.precision(operands.image), BLOCK_D=grid.tile.block_d, MERGE=_tiles.MERGE,
+        ONE_WAY=options.one_way, USE_S=slots[Z_MAX] >= 0 or slots[S_MAX] >= 0, USE_X=options.crossed,
+        USE_T=slots[T_MAX] >= 0, PRECISION=_tiles.precision(operands.image),
+        BLOCK_D=grid.tile.block_d, MERGE=_tiles.MERGE,
     )  # fmt: skip
 
 
@@ -389,8 +390,9 @@ def backward(
         last = min(first + cut.height, N)
         _launch(
             backward_kernel, (triton.cdiv(last - first, grid.rows), grid.programs[1]),
-            (grad_terms, *operands, *saved, ds, da, db, cut.stride, None if d_scales is None else d_scales[i], weights,
-             float(options.margin), float(options.smoothing), N, M, D, *whole, first, last, grid.rows, grid.cols),
+            (grad_terms, *operands, *saved, ds, da, db, cut.stride, None if d_scales is None else d_scales[i],
+             weights, float(options.margin), float(options.smoothing), N, M, D, *whole, first, last, grid.rows,
+             grid.cols),
             tile, **_terms(options), D=D, LABELS=operands.labels is not None, MARGIN=options.margin != 0,
             SMOOTHING=options.smoothing != 0, USE_S=use.s, USE_A=use.a, USE_B=use.b, USE_T=use.t,
             ONE_WAY=options.one_way, D_LOGIT_SCALE=needs.logit_scale, PRECISION=_tiles.precision(image),

@@ -1,10 +1,10 @@
 """The sigmoid form tile by tile in torch operations: one product for the terms, two more for the gradients.
 
-The definition is ``contrastive_eager``. A tile yields its share of the terms and of the gradients and is forgotten,
-so that memory is O((N + M)·D) plus a few tiles and nothing has to be saved for a backward pass but the gradients.
+The definition is ``contrastive_eager``. A tile yields its share of the terms and of the gradients and is
+forgotten, so that memory is O((N + M)·D) plus a few tiles, and a backward pass needs nothing but the gradients.
 
-What makes it fast: three products for the CLIP-like case, no mask (positives are lists of positions, where a logit of
-−∞ takes a pair out of the sums over negatives), and four passes over a tile that lies in the cache.
+What makes it fast: three products, no mask (positives are lists of positions, where a logit of −∞ takes a pair out
+of the sums over negatives), and few passes over a tile that lies in the cache.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def walk(
 class _Walk:
     """The walk over all tiles, and what it has added up."""
 
-    # σ's gradient is Σ ds u·v, and δ more on the contrastive share of the negatives. The text's gradient before its
-    # factor σ, times v, has the first; where no text's gradient is asked for, the image's times u has it.
+    # σ's gradient is Σ ds u·v, and δ more on the contrastive share of the negatives. The text's gradient before
+    # its factor σ, times v, has the first; where no text's gradient is asked for, the image's times u has it.
 
     def __init__(
         self, inputs: Inputs, biases: Biases, options: Options, needs: PairNeeds, upstream: Tensor | None

@@ -1,9 +1,9 @@
 """Launchers of the Triton kernel of the sigmoid form.
 
 ``contrastive_eager`` defines what is computed. No N×M matrix reaches memory, except a strip of gradient rows of
-bounded size. One launch for each strip recomputes nothing: its pairs' terms, and the gradients of their logits, from
-which the vendor's matrix products take ∂L/∂u = σ ∂s V and ∂L/∂v = σ ∂sᵀ U in float32. Three products in all, one
-without gradients, and two where a tower is locked.
+bounded size. One launch for each strip yields its pairs' terms and the gradients of their logits, from which the
+vendor's matrix products take ∂L/∂u = σ ∂s V and ∂L/∂v = σ ∂sᵀ U in float32. That makes three products in all, two
+where a tower is locked, one without gradients.
 """
 
 from __future__ import annotations

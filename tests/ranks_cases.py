@@ -21,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracer._mesh import MeshShape
 from tracer.kernels.contrastive import Needs
-from tracer.losses import ClipLoss, MPMNCELoss, TracerLoss
+from tracer.losses import ClipLoss, MPMNCELoss, SigLipLoss, TracerLoss
 from tracer.ops import ContrastiveOutput, contrastive_loss
 
 ROWS = ("image", "teacher_image", "labels")
 COLUMNS = ("text", "teacher_text", "text_labels")
+DIFFERENTIABLE = (*Needs._fields, "logit_bias")
 # The single process's result is met to this in float64, relative to its norm.
 EXACT = 1e-12
 
@@ -64,12 +65,13 @@ def part_of(kwargs: dict[str, Any], rows: list[int], columns: list[int]) -> dict
 
 
 def call(
-    kwargs: dict[str, Any], needs: tuple[str, ...] = Needs._fields, **how: Any
+    kwargs: dict[str, Any], needs: tuple[str, ...] = DIFFERENTIABLE, **how: Any
 ) -> tuple[ContrastiveOutput, dict[str, Tensor]]:
     """Return the output of a call and the gradients of its loss by name."""
     kwargs = dict(kwargs)
-    leaves = {name: kwargs.pop(name).clone().requires_grad_(name in needs) for name in Needs._fields}
-    output = contrastive_loss(*leaves.values(), **kwargs, **how)
+    names = [name for name in DIFFERENTIABLE if name in kwargs]
+    leaves = {name: kwargs.pop(name).clone().requires_grad_(name in needs) for name in names}
+    output = contrastive_loss(**leaves, **kwargs, **how)
     if needs:
         (1.5 * output.loss).backward()
     return output, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
@@ -97,7 +99,7 @@ def compare(
     columns: list[int],
     mesh: MeshShape,
     impl: str,
-    needs: tuple[str, ...] = Needs._fields,
+    needs: tuple[str, ...] = DIFFERENTIABLE,
 ) -> None:
     """Assert that the ranks get what one process gets: in float64 to 1e-12, else with twice its error at most."""
     truth = expected(in_float64(kwargs), rows, columns, needs, impl="eager")
@@ -155,6 +157,47 @@ def uneven_pairs(mesh: MeshShape, impl: str) -> None:
 def no_texts_on_a_rank(mesh: MeshShape, impl: str) -> None:
     kwargs = without_teacher(whole_batch(36, 42)) | {"margin": 0.1, "smoothing": 0.1}
     compare(kwargs, unevenly(36), unevenly(42, empty=0), mesh, impl)
+
+
+def pairwise(n: int, m: int, **others: Any) -> dict[str, Any]:
+    """Return a call with a sigmoid of each pair."""
+    dtype = others.pop("dtype", torch.float64)
+    bias = torch.tensor(-4.0, dtype=torch.promote_types(dtype, torch.float32))
+    kwargs = whole_batch(n, m, dtype=dtype, **others)
+    return kwargs | {"contrast": "sigmoid", "logit_bias": bias, "margin": 0.1}
+
+
+def sigmoid(mesh: MeshShape, impl: str) -> None:
+    """SigLIP's loss, by labels and by place, with a rank that has no batch; any subset of gradients."""
+    dtype = torch.float32 if impl == "triton" else torch.float64
+    kwargs = without_teacher(pairwise(48, 66, dtype=dtype))
+    compare(kwargs, unevenly(48), unevenly(66)[::-1], mesh, impl)
+    kwargs = without_teacher(pairwise(50, 50, classes=0, dtype=dtype))
+    sizes = unevenly(50, empty=dist.get_world_size() // 2)
+    compare(kwargs, sizes, sizes, mesh, impl)
+    compare(kwargs, sizes, sizes, mesh, impl, ("text", "logit_bias"))
+    compare(kwargs, sizes, sizes, mesh, impl, ())
+
+
+def sigmoid_with_all_terms(mesh: MeshShape, impl: str) -> None:
+    """Labels without a partner, diagnostics, distillation: two walks, and softmaxes beside them."""
+    kwargs = pairwise(48, 66) | WEIGHTS | {"stats": True, "teacher_logit_bias": -3.0, "ignore_index": -1}
+    kwargs["labels"][5:9], kwargs["text_labels"][20:31] = -1, -1
+    compare(kwargs, unevenly(48), unevenly(66)[::-1], mesh, impl)
+
+
+def one_direction(mesh: MeshShape, impl: str) -> None:
+    for directions in ((1, 0), (0, 1), (0.3, 0.9)):
+        kwargs = whole_batch(48, 66, dtype=torch.float64) | OPTIONS["all"] | {"directions": directions}
+        compare(kwargs, unevenly(48), unevenly(66, empty=0), mesh, impl)
+
+
+def left_out(mesh: MeshShape, impl: str) -> None:
+    """Hard negatives: all texts of a rank may be without a partner, and images too."""
+    for form in ({"stats": True}, {"directions": (0, 1)}):
+        kwargs = whole_batch(48, 66, dtype=torch.float64) | OPTIONS["all"] | {"ignore_index": -1} | form
+        kwargs["labels"][:3], kwargs["text_labels"][60:], kwargs["text_labels"][7] = -1, -1, 99
+        compare(kwargs, unevenly(48), unevenly(66), mesh, impl)
 
 
 def in_float32(mesh: MeshShape, impl: str) -> None:
@@ -235,12 +278,13 @@ def under_ddp() -> None:
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(8 * ranks, 12, generator=generator, dtype=torch.float64)
     text = torch.randn(8 * ranks, 9, generator=generator, dtype=torch.float64)
-    one, ours = Towers(), DistributedDataParallel(Towers())
-    ClipLoss()(*one(image, text)).backward()
-    loss = ClipLoss(rank=dist.get_rank(), world_size=ranks)
-    loss(*ours(part(image, evenly(len(image))), part(text, evenly(len(text))))).backward()
-    for (name, want), got in zip(one.named_parameters(), ours.parameters(), strict=True):
-        assert error(got.grad, want.grad) < EXACT, name
+    for make in (ClipLoss, SigLipLoss):
+        one, ours = Towers(), DistributedDataParallel(Towers())
+        make()(*one(image, text)).backward()
+        loss = make(rank=dist.get_rank(), world_size=ranks)
+        loss(*ours(part(image, evenly(len(image))), part(text, evenly(len(text))))).backward()
+        for (name, want), got in zip(one.named_parameters(), ours.parameters(), strict=True):
+            assert error(got.grad, want.grad) < EXACT, name
 
 
 def modules() -> None:
@@ -248,7 +292,7 @@ def modules() -> None:
     ranks, kwargs = dist.get_world_size(), whole_batch(24, 24, dtype=torch.float64)
     mine, sizes = part_of(kwargs, evenly(24), evenly(24)), evenly(24)
     who = {"rank": dist.get_rank(), "world_size": ranks}
-    for make in (ClipLoss, MPMNCELoss):
+    for make in (ClipLoss, MPMNCELoss, SigLipLoss):
         arguments = [[of[name] for name in ("image", "text", "logit_scale")] for of in (kwargs, mine)]
         labels = [kwargs["labels"], mine["labels"]]
         want = make()(*arguments[0], labels=labels[0])
@@ -328,6 +372,18 @@ def bytes_received(mesh: tuple[int, int]) -> None:
     assert abs(received.bytes / formula - 1) < 0.01, (received.bytes, formula)
 
 
+def sigmoid_bytes_received(mesh: MeshShape) -> None:
+    """Texts and gradients alone, no statistics: a ring brings texts R − 1 times, and their gradients R times."""
+    ranks, D = dist.get_world_size(), 512
+    x = torch.randn(24, D, generator=torch.Generator().manual_seed(0))
+    kwargs = {"image": x, "text": x, "logit_scale": torch.tensor(10.0), "logit_bias": torch.tensor(-10.0)}
+    with Received() as received:
+        call(kwargs, group=dist.group.WORLD, mesh=mesh, contrast="sigmoid")
+    passes = 2 * ranks - 1 if mesh == "ring" else 2 * ranks * (1 / mesh[0] + 1 / mesh[1] - 2 / ranks)
+    formula = 4 * 24 * D * passes
+    assert abs(received.bytes / formula - 1) < 0.005, (received.bytes, formula)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Refusals: one line, the same on every rank, and nobody waits
 # ----------------------------------------------------------------------------------------------------------
@@ -362,6 +418,13 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "margin": (lambda mine: mine.update(margin=0.1), r"margin is 0.0 on rank 0 but 0.1 on rank \d"),
     "weight": (lambda mine: mine.update(cross=0.5), r"cross is 0.0 on rank 0 but 0.5 on rank \d"),
     "stats": (lambda mine: mine.update(stats=True), r"stats is False on rank 0 but True"),
+    "contrast": (lambda mine: mine.update(contrast="sigmoid"), r"contrast is softmax on rank 0 but sigmoid"),
+    "directions": (
+        lambda mine: mine.update(directions=(1, 0)),
+        r"directions is \(0.5, 0.5\) on rank 0 but \(1",
+    ),
+    "ignore_index": (lambda mine: mine.update(ignore_index=-1), r"ignore_index is None on rank 0 but -1"),
+    "one rank's contrast": (lambda mine: mine.update(contrast="hinge"), r"unknown contrast 'hinge'"),
     "impl": (lambda mine: mine.update(impl="eager"), r"impl is blocked on rank 0 but eager"),
     "mesh": (lambda mine: mine.update(mesh="ring"), r"mesh is \(\d, \d\) on rank 0 but ring"),
     "dtype": (halves(FEATURES, torch.float64), r"dtype is torch.float32 on rank 0 but torch.float64"),
@@ -421,15 +484,22 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
                 named[f"{at}-{case.__name__}-triton"] = partial(case, mesh, "triton")
             for case in (some_gradients, no_grad, missing_positive, autocast):
                 named[f"{at}-{case.__name__}-blocked"] = partial(case, mesh, "blocked")
+        for case in (sigmoid, one_direction, left_out)[: 3 if world_size in (2, 4) else 1]:
+            named[f"{at}-{case.__name__}-blocked"] = partial(case, mesh, "blocked")
         if mesh != "ring" and world_size in (2, 4, 6):
             named[f"{at}-bytes_received"] = partial(bytes_received, mesh)
-    for case in (everything, plain_clip, uneven_pairs, no_texts_on_a_rank, in_float32, some_gradients):
+        if world_size in (2, 4):
+            named[f"{at}-sigmoid_with_all_terms-blocked"] = partial(sigmoid_with_all_terms, mesh, "blocked")
+            named[f"{at}-sigmoid_bytes_received"] = partial(sigmoid_bytes_received, mesh)
+    eager = (everything, plain_clip, uneven_pairs, no_texts_on_a_rank, in_float32, some_gradients)
+    for case in (*eager, sigmoid, one_direction, left_out):
         named[f"{case.__name__}-eager"] = partial(case, None, "eager")
     named |= {
         case.__name__: case
         for case in (under_ddp, modules, wrong_rank, nobody_has_a_batch, other_errors_reach_all)
     }
     if world_size == 2:
+        named["1x2-sigmoid-triton"] = partial(sigmoid, (1, 2), "triton")
         named |= {f"compiled-{mesh}": partial(compiled, mesh) for mesh in ((2, 1), (1, 2), "ring")}
     if world_size in (2, 3):
         named |= {f"refused-{name}": partial(refused, *how) for name, how in REFUSALS.items()}

@@ -281,11 +281,14 @@ def test_left_out_rows_in_one_direction_compile():
     torch._dynamo.reset()
     kwargs = hard_negatives("triton", **OPTIONS["all"]) | {"directions": (0, 1)}
     leaves = [kwargs[name].clone().requires_grad_() for name in Needs._fields]
-    call = lambda *x: (
-        contrastive_loss(**(kwargs | dict(zip(Needs._fields, x, strict=True))), impl="blocked").loss
-    )  # noqa: E731
-    expected = torch.autograd.grad(call(*leaves), leaves)
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+
+    def loss(*leaves):
+        return contrastive_loss(
+            **(kwargs | dict(zip(Needs._fields, leaves, strict=True))), impl="blocked"
+        ).loss
+
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(*leaves), leaves), expected)
 
 

@@ -1,11 +1,11 @@
 """The sigmoid form inside torch: its custom operator, its gradients, and its walk over the ranks of a mesh.
 
-One walk yields the sums over pairs and, where they are the contrastive term's alone, its gradients: the backward pass
-multiplies them by the upstream gradient and needs nothing else. With the relational term, two upstream gradients
-meet in one walk, so that the backward pass walks once more.
+One walk yields the sums over pairs and, where they are the contrastive term's alone, its gradients: the backward
+pass multiplies them by the upstream gradient and needs nothing else. With the relational term, two upstream
+gradients meet in one walk, so that the backward pass walks once more.
 
-Over ranks, each walks over its rectangle, the sums are added up, and gradients go to the ranks that own the features.
-There are no statistics, so that a ring carries texts and their gradients alone.
+Over ranks, each walks over its rectangle, the sums are added up, and gradients go to the ranks that own the
+features. There are no statistics, so that a ring carries texts and their gradients alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Ranks(NamedTuple):
 def contrastive_terms(
     impl: str, inputs: Inputs, biases: Biases, options: Options, ranks: Ranks | None = None
 ) -> Tensor:
-    """Return the vector of terms, differentiable once: the contrastive one and the relational one, the others 0."""
+    """Return the vector of terms, differentiable once: contrastive and relational, the others 0."""
     tensors = (*inputs, *biases)
     asked = torch.is_grad_enabled()
     asked_of = {
@@ -169,7 +169,7 @@ def _walk(
 
 
 def _around_the_ring(pairs_of: Any, inputs: Inputs, mesh: Mesh, sizes: Sizes) -> Pairs:
-    """Return this rank's part of the sums, and the gradients of its features; texts' gradients follow the texts."""
+    """Return this rank's part of the sums and the gradients of its features; texts' gradients follow the texts."""
     total: dict[str, Tensor] = {}
     text: Tensor | None = None
     for owner, block in _ring.passing(_ring.columns(inputs), mesh, sizes):

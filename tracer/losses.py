@@ -126,16 +126,16 @@ class ClipLoss(_Loss):
 
 
 class SigLipLoss(_Loss):
-    """The SigLIP loss (arXiv 2303.15343): a sigmoid of each pair; with labels, pairs of equal labels are positives.
+    """The SigLIP loss (arXiv 2303.15343): a sigmoid of each pair; with labels, equal ones make positives.
 
     Constructor arguments are those of ``open_clip.loss.SigLipLoss`` in the same order. ``cache_labels``,
     ``dist_impl`` and ``chunk_size`` choose among ways to compute the same loss there; here they are accepted and
     change nothing, for no matrix of logits is stored.
 
-    With ``world_size`` > 1 the loss is that of the batches of all ranks of the default process group, divided by all
-    their rows. It is the same on every rank, where open_clip's divides what a rank's images add by the rank's rows;
-    the gradients that an averaging engine makes of both are equal. ``mesh="ring"`` sends texts and their gradients
-    round the ranks, as open_clip's does.
+    With ``world_size`` > 1 the loss is that of the batches of all ranks of the default process group, divided by
+    all their rows. It is the same on every rank, where open_clip's divides what a rank's images add by the rank's
+    rows; the gradients that an averaging engine makes of both are equal. ``mesh="ring"`` sends texts and their
+    gradients round the ranks, as open_clip's does.
 
     Raises:
         ValueError: an unknown ``dist_impl`` or a negative ``chunk_size``; when called, a ``rank`` or
@@ -254,8 +254,8 @@ class TracerLoss(nn.Module):
         projection_product, projection_orthogonal: λ_F, λ_O.
         margin, smoothing: δ, ε of the contrastive term (MPM-NCE).
         teacher_temperature: divides the teacher's logits.
-        contrast, directions, ignore_index: the form of the contrastive term, the weights of both directions, and the
-            label of what has no partner.
+        contrast, directions, ignore_index: the form of the contrastive term, the weights of both directions, and
+            the label of what has no partner.
         impl, group, mesh: see :func:`tracer.ops.contrastive_loss`. The penalties on the projections are the same
             on every rank, and their gradients carry no factor.
     """
@@ -324,8 +324,8 @@ class TracerLoss(nn.Module):
                 of open_clip's ``visual.proj`` and ``text_projection`` (of a Linear: its ``weight.T``).
                 Without them no penalty is taken.
             output_dict: return the *weighted* terms, named ``..._loss``, in a dictionary.
-            logit_bias, teacher_logit_bias: b and b' of the sigmoid; with softmaxes, which no bias changes, they are
-                accepted and have no part in the loss.
+            logit_bias, teacher_logit_bias: b and b' of the sigmoid; with softmaxes, which no bias changes, they
+                are accepted and have no part in the loss.
         """
         weights = self.distill_weights if teacher is not None else dict.fromkeys(self.distill_weights, 0.0)
         teacher_image, teacher_text, teacher_logit_scale = (
@@ -344,7 +344,7 @@ class TracerLoss(nn.Module):
             teacher_text=teacher_text,
             teacher_logit_scale=teacher_logit_scale,
             stats=stats,
-            **biases,
+            **biases,  # type: ignore[arg-type]
             **weights,  # type: ignore[arg-type]
             **self.options,  # type: ignore[arg-type]
         )

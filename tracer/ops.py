@@ -126,8 +126,9 @@ def contrastive_loss(
 
     Returns:
         :class:`ContrastiveOutput`. ``loss`` and each of ``terms`` can be differentiated once, with
-        respect to ``image``, ``text``, ``logit_scale`` and ``logit_bias``; ``impl="eager"`` without a group any number of
-        times and in forward mode. ``"auto"`` allows that only where it picks ``eager``: ask for it by name.
+        respect to ``image``, ``text``, ``logit_scale`` and ``logit_bias``; ``impl="eager"`` without a group any
+        number of times and in forward mode. ``"auto"`` allows that only where it picks ``eager``: ask for it by
+        name.
         The loss is NaN where a feature is NaN or infinite or, without ignore_index, the softmax of a row or
         column has no positive.
 
