@@ -6,130 +6,41 @@ single process's result on the concatenation: values as they are, features' grad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
+import ranks_forms
 import torch
 import torch.distributed as dist
-from loss_calls import OPTIONS, WEIGHTS, in_float64, problem, without_teacher
+from loss_calls import OPTIONS, WEIGHTS, without_teacher
+from ranks_batches import (
+    EXACT,
+    call,
+    compare,
+    evenly,
+    expected,
+    meshes,
+    named,
+    part,
+    part_of,
+    unevenly,
+    whole_batch,
+)
 from three_runs import error
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.rank_worker import products_taken, received
 from tracer._mesh import MeshShape
 from tracer.kernels.contrastive import Needs
 from tracer.losses import ClipLoss, MPMNCELoss, SigLipLoss, TracerLoss
-from tracer.ops import ContrastiveOutput, contrastive_loss
-
-ROWS = ("image", "teacher_image", "labels")
-COLUMNS = ("text", "teacher_text", "text_labels")
-DIFFERENTIABLE = (*Needs._fields, "logit_bias")
-# The single process's result is met to this in float64, relative to its norm.
-EXACT = 1e-12
-
-
-# ----------------------------------------------------------------------------------------------------------
-# A batch in parts
-# ----------------------------------------------------------------------------------------------------------
-
-
-def evenly(total: int) -> list[int]:
-    """Return the sizes of equal parts, the rank's rows, of so many rows."""
-    ranks = dist.get_world_size()
-    assert total % ranks == 0
-    return [total // ranks] * ranks
-
-
-def unevenly(total: int, empty: int | None = None) -> list[int]:
-    """Return unequal sizes; rank ``empty`` gets none."""
-    ranks = dist.get_world_size()
-    sizes = [0 if rank == empty else 1 + 2 * rank for rank in range(ranks)]
-    sizes[-1 if empty != ranks - 1 else 0] += total - sum(sizes)
-    assert min(sizes) >= 0
-    return sizes
-
-
-def part(x: Tensor, sizes: list[int]) -> Tensor:
-    """Return this rank's rows."""
-    return x.split(sizes)[dist.get_rank()]
-
-
-def part_of(kwargs: dict[str, Any], rows: list[int], columns: list[int]) -> dict[str, Any]:
-    """Return this rank's part of a call."""
-    mine = dict(kwargs)
-    mine |= {name: part(kwargs[name], rows) for name in ROWS if name in kwargs}
-    return mine | {name: part(kwargs[name], columns) for name in COLUMNS if name in kwargs}
-
-
-def call(
-    kwargs: dict[str, Any], needs: tuple[str, ...] = DIFFERENTIABLE, **how: Any
-) -> tuple[ContrastiveOutput, dict[str, Tensor]]:
-    """Return the output of a call and the gradients of its loss by name."""
-    kwargs = dict(kwargs)
-    names = [name for name in DIFFERENTIABLE if name in kwargs]
-    leaves = {name: kwargs.pop(name).clone().requires_grad_(name in needs) for name in names}
-    output = contrastive_loss(**leaves, **kwargs, **how)
-    if needs:
-        (1.5 * output.loss).backward()
-    return output, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-
-
-def named(output: ContrastiveOutput, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return everything that is compared."""
-    return {"loss": output.loss, **output.terms, **output.stats, **gradients}
-
-
-def expected(
-    kwargs: dict[str, Any], rows: list[int], columns: list[int], needs: tuple[str, ...], **how: Any
-) -> dict[str, Tensor]:
-    """Return what this rank must get, worked out in one process."""
-    output, gradients = call(kwargs, needs, **how)
-    ranks = dist.get_world_size()
-    sizes = {"image": rows, "text": columns}
-    mine = {name: ranks * part(g, sizes[name]) if name in sizes else g for name, g in gradients.items()}
-    return named(output, mine)
-
-
-def compare(
-    kwargs: dict[str, Any],
-    rows: list[int],
-    columns: list[int],
-    mesh: MeshShape,
-    impl: str,
-    needs: tuple[str, ...] = DIFFERENTIABLE,
-) -> None:
-    """Assert that the ranks get what one process gets: in float64 to 1e-12, else with twice its error at most."""
-    truth = expected(in_float64(kwargs), rows, columns, needs, impl="eager")
-    mine = part_of(kwargs, rows, columns)
-    got = named(*call(mine, needs, impl=impl, group=dist.group.WORLD, mesh=mesh))
-    again = named(*call(mine, needs, impl=impl, group=dist.group.WORLD, mesh=mesh))
-    assert got.keys() == truth.keys()
-    one = None
-    if kwargs["image"].dtype != torch.float64:
-        one = expected(kwargs, rows, columns, needs, impl=impl)
-    for name, exact in truth.items():
-        assert torch.equal(got[name], again[name]), f"{name} differs when the call is repeated"
-        allowed = EXACT if one is None else 2 * error(one[name], exact) + 1e-6
-        assert error(got[name], exact) <= allowed, f"{name}: {error(got[name], exact):.3g} > {allowed:.3g}"
-
-
-def whole_batch(n: int, m: int, classes: int = 7, **others: Any) -> dict[str, Any]:
-    """Return a call on a global batch, in which each image has a positive text and each text an image."""
-    return problem(n, m, d=16, classes=classes, **others)
-
+from tracer.ops import contrastive_loss
 
 # ----------------------------------------------------------------------------------------------------------
 # Values and gradients
 # ----------------------------------------------------------------------------------------------------------
-
-
-def meshes(ranks: int) -> Iterator[MeshShape]:
-    """Yield every shape of a mesh of so many ranks."""
-    yield from ((p, ranks // p) for p in range(1, ranks + 1) if ranks % p == 0)
-    yield "ring"
 
 
 def everything(mesh: MeshShape, impl: str) -> None:
@@ -157,47 +68,6 @@ def uneven_pairs(mesh: MeshShape, impl: str) -> None:
 def no_texts_on_a_rank(mesh: MeshShape, impl: str) -> None:
     kwargs = without_teacher(whole_batch(36, 42)) | {"margin": 0.1, "smoothing": 0.1}
     compare(kwargs, unevenly(36), unevenly(42, empty=0), mesh, impl)
-
-
-def pairwise(n: int, m: int, **others: Any) -> dict[str, Any]:
-    """Return a call with a sigmoid of each pair."""
-    dtype = others.pop("dtype", torch.float64)
-    bias = torch.tensor(-4.0, dtype=torch.promote_types(dtype, torch.float32))
-    kwargs = whole_batch(n, m, dtype=dtype, **others)
-    return kwargs | {"contrast": "sigmoid", "logit_bias": bias, "margin": 0.1}
-
-
-def sigmoid(mesh: MeshShape, impl: str) -> None:
-    """SigLIP's loss, by labels and by place, with a rank that has no batch; any subset of gradients."""
-    dtype = torch.float32 if impl == "triton" else torch.float64
-    kwargs = without_teacher(pairwise(48, 66, dtype=dtype))
-    compare(kwargs, unevenly(48), unevenly(66)[::-1], mesh, impl)
-    kwargs = without_teacher(pairwise(50, 50, classes=0, dtype=dtype))
-    sizes = unevenly(50, empty=dist.get_world_size() // 2)
-    compare(kwargs, sizes, sizes, mesh, impl)
-    compare(kwargs, sizes, sizes, mesh, impl, ("text", "logit_bias"))
-    compare(kwargs, sizes, sizes, mesh, impl, ())
-
-
-def sigmoid_with_all_terms(mesh: MeshShape, impl: str) -> None:
-    """Labels without a partner, diagnostics, distillation: two walks, and softmaxes beside them."""
-    kwargs = pairwise(48, 66) | WEIGHTS | {"stats": True, "teacher_logit_bias": -3.0, "ignore_index": -1}
-    kwargs["labels"][5:9], kwargs["text_labels"][20:31] = -1, -1
-    compare(kwargs, unevenly(48), unevenly(66)[::-1], mesh, impl)
-
-
-def one_direction(mesh: MeshShape, impl: str) -> None:
-    for directions in ((1, 0), (0, 1), (0.3, 0.9)):
-        kwargs = whole_batch(48, 66, dtype=torch.float64) | OPTIONS["all"] | {"directions": directions}
-        compare(kwargs, unevenly(48), unevenly(66, empty=0), mesh, impl)
-
-
-def left_out(mesh: MeshShape, impl: str) -> None:
-    """Hard negatives: all texts of a rank may be without a partner, and images too."""
-    for form in ({"stats": True}, {"directions": (0, 1)}):
-        kwargs = whole_batch(48, 66, dtype=torch.float64) | OPTIONS["all"] | {"ignore_index": -1} | form
-        kwargs["labels"][:3], kwargs["text_labels"][60:], kwargs["text_labels"][7] = -1, -1, 99
-        compare(kwargs, unevenly(48), unevenly(66), mesh, impl)
 
 
 def in_float32(mesh: MeshShape, impl: str) -> None:
@@ -342,46 +212,29 @@ def compiled(mesh: MeshShape) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-class Received(TorchDispatchMode):
-    """Counts the elements' bytes that this rank receives from others, by the collectives' own arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops._c10d_functional.all_gather_into_tensor.default:
-            self.bytes += args[0].nbytes * (args[1] - 1)
-        elif func is torch.ops._c10d_functional.all_to_all_single.default:
-            row = args[0].nbytes // max(1, len(args[0]))
-            mine = dist.get_rank(dist.distributed_c10d._resolve_process_group(args[3]))
-            self.bytes += row * (sum(args[1]) - args[1][mine])
-        return func(*args, **(kwargs or {}))
-
-
 def bytes_received(mesh: tuple[int, int]) -> None:
     """CLIP in float32: N·D·g forward and again backward, 3 + 5 statistics, g = 1/P + 1/Q − 2/R."""
     ranks, (rows, cols) = dist.get_world_size(), mesh
     N, D = 24 * ranks, 512
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(24, D, generator=generator)
-    with Received() as received:
-        call({"image": x, "text": x, "logit_scale": torch.tensor(10.0)}, group=dist.group.WORLD, mesh=mesh)
+    mine = {"image": x, "text": x, "logit_scale": torch.tensor(10.0)}
+    counted = received(partial(call, mine, group=dist.group.WORLD, mesh=mesh))
     g = 1 / rows + 1 / cols - 2 / ranks
     formula = 4 * N * g * (D + D + 3 + 5)
-    assert abs(received.bytes / formula - 1) < 0.01, (received.bytes, formula)
+    assert abs(counted / formula - 1) < 0.01, (counted, formula)
 
 
-def sigmoid_bytes_received(mesh: MeshShape) -> None:
-    """Texts and gradients alone, no statistics: a ring brings texts R − 1 times, and their gradients R times."""
-    ranks, D = dist.get_world_size(), 512
-    x = torch.randn(24, D, generator=torch.Generator().manual_seed(0))
-    kwargs = {"image": x, "text": x, "logit_scale": torch.tensor(10.0), "logit_bias": torch.tensor(-10.0)}
-    with Received() as received:
-        call(kwargs, group=dist.group.WORLD, mesh=mesh, contrast="sigmoid")
-    passes = 2 * ranks - 1 if mesh == "ring" else 2 * ranks * (1 / mesh[0] + 1 / mesh[1] - 2 / ranks)
-    formula = 4 * 24 * D * passes
-    assert abs(received.bytes / formula - 1) < 0.005, (received.bytes, formula)
+def products_of_the_rectangle(mesh: tuple[int, int]) -> None:
+    """The CLIP loss takes 4 products, the whole objective 12, over N·M/R logits: each pair is computed once."""
+    ranks = dist.get_world_size()
+    whole = whole_batch(24 * ranks, 24 * ranks, classes=0)
+    mine = part_of(whole, evenly(24 * ranks), evenly(24 * ranks)) | WEIGHTS
+    unit = 2 * 24 * 24 * ranks * mine["image"].shape[1]
+    plain = {name: mine[name] for name in ("image", "text", "logit_scale")}
+    for kwargs, units in ((plain, 4), (mine, 12)):
+        taken = products_taken(partial(call, kwargs, group=dist.group.WORLD, mesh=mesh, impl="blocked"))
+        assert taken == units * unit, taken / unit
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -484,23 +337,17 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
                 named[f"{at}-{case.__name__}-triton"] = partial(case, mesh, "triton")
             for case in (some_gradients, no_grad, missing_positive, autocast):
                 named[f"{at}-{case.__name__}-blocked"] = partial(case, mesh, "blocked")
-        for case in (sigmoid, one_direction, left_out)[: 3 if world_size in (2, 4) else 1]:
-            named[f"{at}-{case.__name__}-blocked"] = partial(case, mesh, "blocked")
         if mesh != "ring" and world_size in (2, 4, 6):
             named[f"{at}-bytes_received"] = partial(bytes_received, mesh)
-        if world_size in (2, 4):
-            named[f"{at}-sigmoid_with_all_terms-blocked"] = partial(sigmoid_with_all_terms, mesh, "blocked")
-            named[f"{at}-sigmoid_bytes_received"] = partial(sigmoid_bytes_received, mesh)
-    eager = (everything, plain_clip, uneven_pairs, no_texts_on_a_rank, in_float32, some_gradients)
-    for case in (*eager, sigmoid, one_direction, left_out):
+            named[f"{at}-products_of_the_rectangle"] = partial(products_of_the_rectangle, mesh)
+    for case in (everything, plain_clip, uneven_pairs, no_texts_on_a_rank, in_float32, some_gradients):
         named[f"{case.__name__}-eager"] = partial(case, None, "eager")
     named |= {
         case.__name__: case
         for case in (under_ddp, modules, wrong_rank, nobody_has_a_batch, other_errors_reach_all)
     }
     if world_size == 2:
-        named["1x2-sigmoid-triton"] = partial(sigmoid, (1, 2), "triton")
         named |= {f"compiled-{mesh}": partial(compiled, mesh) for mesh in ((2, 1), (1, 2), "ring")}
     if world_size in (2, 3):
         named |= {f"refused-{name}": partial(refused, *how) for name, how in REFUSALS.items()}
-    return named
+    return named | ranks_forms.cases(world_size)

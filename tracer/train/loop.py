@@ -177,12 +177,12 @@ class Trainer:
                 logit_bias=bias,
                 teacher_logit_bias=with_bias(teacher_output, config)[3] if teacher_output else None,
             )
+        logged = {"logit_scale": scale.detach()}
+        if isinstance(bias, Tensor):
+            logged["logit_bias"] = bias.detach().clone()  # the step moves the weight itself
         # A NaN in all gradients: the optimizer's own check then sees a loss that is not finite too.
         finite = torch.where(loss.detach().isfinite(), 1.0, math.nan)
         student.backward(loss * finite / config.accumulation)
-        logged = {"logit_scale": scale.detach()}
-        if isinstance(bias, Tensor):
-            logged["logit_bias"] = bias.detach()
         return {"loss": loss.detach(), **terms} | diagnostics | logged
 
 
