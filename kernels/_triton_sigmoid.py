@@ -70,11 +70,10 @@ def sigmoid_kernel(
     GRADIENTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # 1. The rectangle of this program within the strip, and its outputs.
+    # 1. The rectangle of this program within the strip.
     first_row = first + tl.program_id(0) * rows
     first_col = tl.program_id(1) * (cols // BLOCK_M) * BLOCK_M  # so the compiler knows that it starts a tile
     last_row, last_col = tl.minimum(first_row + rows, last), tl.minimum(first_col + cols, M)
-    outputs_ptr += (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 4
 
     # 2. Upstream gradients relative to the largest; scales and biases into base 2.
     g_contrastive, g_relational = gain, gain
@@ -95,7 +94,7 @@ def sigmoid_kernel(
 
     for row in range(first_row, last_row, BLOCK_N):
         offs_n = row + tl.arange(0, BLOCK_N)
-        for col in tl.range(first_col, last_col, BLOCK_M, disable_licm=True):
+        for col in range(first_col, last_col, BLOCK_M):
             offs_m = col + tl.arange(0, BLOCK_M)
 
             # 3. The dot products and the positives of a tile. Products stay unscaled: σ's gradient is Σ ∂L/∂s u·v.
@@ -140,6 +139,7 @@ def sigmoid_kernel(
                 _store_strip(ds_ptr, b_ds, stride, row - first, offs_m, row_inside)
 
     # 7. One number of each kind.
+    outputs_ptr += (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 4
     if SUMS:
         tl.store(outputs_ptr + SUM_CONTRASTIVE, tl.sum(contrastive, 0))
         tl.store(outputs_ptr + SUM_RELATIONAL, tl.sum(relational, 0))

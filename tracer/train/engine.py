@@ -153,8 +153,8 @@ class LogitScaleBound:
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self._parameter: Any = getattr(engine.module, "logit_scale", None)
-        bounded = self._parameter is not None and contrast_of(engine.module) == "softmax"
-        trained = bounded and self._parameter.requires_grad
+        trained = self._parameter is not None and self._parameter.requires_grad
+        trained = trained and contrast_of(engine.module) == "softmax"
         self._masters = _masters(engine) if trained else None
 
     def __call__(self) -> None:

@@ -186,7 +186,7 @@ def prepare(config: Config, model: nn.Module) -> None:
         UserError: the model does not allow what the settings ask for; names the settings.
     """
     if config.logit_bias is not None and contrast_of(model) == "sigmoid":
-        model.logit_bias.data.fill_(config.logit_bias)
+        nn.init.constant_(model.get_parameter("logit_bias"), config.logit_bias)
     if config.adapted:
         tqdm.write(str(adapt(config, model)))
         _warn_of_a_slow_average(config)
