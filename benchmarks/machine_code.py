@@ -38,7 +38,7 @@ from benchmarks import disassembly, roofline
 from benchmarks.harness import Highlight, command_line, progress, table
 from benchmarks.work import ARCHITECTURES, OBJECTIVES, Architecture
 from tracer.kernels import average_triton, contrastive_triton, sigmoid_triton
-from tracer.kernels._tiles import TABLES, Tile
+from tracer.kernels._tiles import LIKE, TABLES, Tile, tiles_of
 from tracer.kernels._triton import planning_for, recording
 from tracer.kernels.contrastive import Biases, Inputs, Needs, Options, Saved, Statistics
 from tracer.kernels.sigmoid import PairNeeds
@@ -51,7 +51,12 @@ TARGETS = {
 }
 FULL = OBJECTIVES["full objective"].options
 AVERAGE = "moving average"
-ONE_WAY, SIGMOID = FORMS = ("one direction, rows left out", "sigmoid")
+ONE_WAY, SIGMOID = "one direction, rows left out", "sigmoid"
+# By the kernel whose tiles they take unless they have their own: names in the tables, and forms.
+_FORMS_OF = {
+    "forward": (("forward, one way", ONE_WAY),),
+    "backward": (("backward, one way", ONE_WAY), ("sigmoid", SIGMOID)),
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Case:
     tile: Tile
     options: bool  # labels, margin and smoothing
     width: int = 512  # D
-    form: str = ""  # of the contrastive term, if it is not the softmax in both directions: one of FORMS
+    form: str = ""  # of the contrastive term, if it is not the softmax in both directions
 
     @property
     def name(self) -> str:
@@ -239,16 +244,16 @@ def shipped(architectures: list[str], quick: bool) -> list[Case]:
         Case(arch, kernel, many, bits, tile, options, width)
         for arch in architectures
         for (kernel, many, bits), tiles in TABLES[arch].items()
+        if kernel not in LIKE
         for tile in tiles
         for options, width in variants
     ]
     cases += [
         Case(arch, kernel, many, bits, tile, True, 512, form)
         for arch in architectures
-        for (kernel, many, bits), tiles in TABLES[arch].items()
-        for tile in tiles
-        for form in FORMS
-        if kernel == ("backward" if form == SIGMOID else kernel) and kernel != "forward with stats"
+        for kernel, many, bits in TABLES[arch]
+        for name, form in _FORMS_OF.get(kernel, ())
+        for tile in tiles_of(TABLES[arch], name, many, bits)
     ]
     if not quick:
         return cases

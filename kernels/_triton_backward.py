@@ -108,7 +108,7 @@ def backward_kernel(
     last_row, last_col = tl.minimum(first_row + rows, last), tl.minimum(first_col + cols, M)
     for row in range(first_row, last_row, BLOCK_N):
         offs_n = row + tl.arange(0, BLOCK_N)
-        for col in tl.range(first_col, last_col, BLOCK_M, disable_licm=not ONE_WAY):
+        for col in tl.range(first_col, last_col, BLOCK_M, disable_licm=True):
             offs_m = col + tl.arange(0, BLOCK_M)
 
             # 4. The dot products of a tile and what is known about its rows and columns.

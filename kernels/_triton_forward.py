@@ -115,7 +115,7 @@ def forward_kernel(
         else:
             park_ptr = parked_ptr
 
-        for col in tl.range(first_col, last_col, BLOCK_M, disable_licm=not ONE_WAY):
+        for col in tl.range(first_col, last_col, BLOCK_M, disable_licm=True):
             offs_m = col + tl.arange(0, BLOCK_M)
 
             # 3. The dot products and the positives of a tile.

@@ -94,7 +94,7 @@ def sigmoid_kernel(
 
     for row in range(first_row, last_row, BLOCK_N):
         offs_n = row + tl.arange(0, BLOCK_N)
-        for col in range(first_col, last_col, BLOCK_M):
+        for col in tl.range(first_col, last_col, BLOCK_M, disable_licm=True):
             offs_m = col + tl.arange(0, BLOCK_M)
 
             # 3. The dot products and the positives of a tile. Products stay unscaled: σ's gradient is Σ ∂L/∂s u·v.

@@ -204,7 +204,8 @@ def _forward_tile(inputs: Inputs, options: Options) -> Tile:
     slots = slots_of(inputs, options)
     crossed = options.crossed * (1 if options.one_way else 2)
     products = (slots[Z_MAX] >= 0 or slots[S_MAX] >= 0) + (slots[T_MAX] >= 0) + crossed
-    kernel = "forward with stats" if options.stats else "forward"
+    kernel = "forward, one way" if options.one_way else "forward"
+    kernel = "forward with stats" if options.stats else kernel
     return _tiles.choose(
         kernel, products, inputs.image, len(inputs.text), lambda tile: forward(inputs, options, tile=tile)
     )
@@ -348,7 +349,7 @@ def backward(
     use = _Matrices.of(options, needs)
     if tile is None:
         tile = _tiles.choose(
-            "backward", use.products, inputs.image, len(inputs.text),
+            "backward, one way" if options.one_way else "backward", use.products, inputs.image, len(inputs.text),
             lambda tile: backward(
                 grad_terms, inputs, saved, options, needs, whole, weights, tile=tile, strip_bytes=strip_bytes
             ),

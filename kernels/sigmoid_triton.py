@@ -51,7 +51,7 @@ def walk(
     """
     if tile is None:
         tile = _tiles.choose(
-            "backward", 1 + options.relational, inputs.image, len(inputs.text),
+            "sigmoid", 1 + options.relational, inputs.image, len(inputs.text),
             lambda tile: walk(inputs, biases, options, needs, upstream, tile=tile, strip_bytes=strip_bytes),
         )  # fmt: skip
     operands = _operands(inputs, options)
