@@ -29,7 +29,7 @@ from benchmarks.measure import Timing, interleaved, require_close
 from benchmarks.step_trainer import LENGTH, LR, WEIGHT_DECAY, Case, kept_bytes, problem
 from tracer.data.batches import Batch
 from tracer.machine import resolve_precision
-from tracer.models.clip import Features
+from tracer.models.clip import BiasedFeatures, Features
 from tracer.ops import contrastive_loss
 from tracer.train.cached import Cached, MicroBatch, OneShot, micro_batches
 from tracer.train.config import Config
@@ -117,7 +117,7 @@ def _measure_case(case: Case, count: int, precision: Any, repeats: int) -> dict[
     }
 
 
-def _encode(engine: Any, part: MicroBatch, precision: str) -> Features:
+def _encode(engine: Any, part: MicroBatch, precision: str) -> Features | BiasedFeatures:
     with mixed_precision(engine.device, precision):
         return part.encode(engine)
 

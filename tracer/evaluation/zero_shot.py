@@ -17,7 +17,7 @@ from tracer.data.picture import UndecodableError
 from tracer.errors import UserError
 from tracer.evaluation.metrics import accuracy, calibration_error
 from tracer.evaluation.prompts import check_labels
-from tracer.models.clip import MAX_LOGIT_SCALE, Clip
+from tracer.models.clip import Clip, probabilities_of
 
 TEXTS_AT_ONCE = 256
 
@@ -140,14 +140,13 @@ def class_probabilities(
         UserError: a probability is not finite; the largest of a row of NaN would be the first class.
     """
     clip.model.eval()
-    scale = clip.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
     decoded = DecodedPictures(limit=0) if decoded is None else decoded
     batches = decoded.batches(index, clip.picture_format, batch_size, workers, weights.device)
     total = -(-len(index) // batch_size)
     rows = []
     for image in tqdm(batches, desc=f"evaluating {index.name}", total=total, delay=3, leave=False):
         features = clip.model.encode_image(image, normalize=True)
-        rows.append((scale * features @ weights.T).softmax(-1).cpu())
+        rows.append(probabilities_of(clip.model, features @ weights.T).cpu())
     probabilities = torch.cat(rows)
     bad = (~probabilities.isfinite().all(1)).nonzero()
     if len(bad):

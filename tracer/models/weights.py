@@ -42,7 +42,8 @@ NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "n_averaged")
 def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a checkpoint that ``open_clip.create_model(name, pretrained=path)`` loads.
 
-    The logit scale is written with its bound, log ``MAX_LOGIT_SCALE``; all other tensors as they are.
+    The logit scale is written with its bound, log ``MAX_LOGIT_SCALE``, unless there is a logit bias beside it, as
+    in SigLIP models, which know no bound; all other tensors are written as they are.
 
     Args:
         state: state dict of the model.
@@ -53,7 +54,7 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, st
         OSError: the file cannot be written.
     """
     state = dict(state)
-    if "logit_scale" in state:
+    if "logit_scale" in state and "logit_bias" not in state:
         state["logit_scale"] = state["logit_scale"].detach().clamp(max=math.log(MAX_LOGIT_SCALE))
     write_tensors(path, state, metadata)
 

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from tracer.data.batches import Batch
 from tracer.errors import UserError
-from tracer.models.clip import Features, encode
+from tracer.models.clip import BiasedFeatures, Features, encode
 from tracer.train.engine import mixed_precision, whole_projections
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class MicroBatch(NamedTuple):
     text: Tensor
     rows: Tensor | None
 
-    def encode(self, forward: Callable[..., Any]) -> Features:
+    def encode(self, forward: Callable[..., Any]) -> Features | BiasedFeatures:
         """Return the features of the n pairs. A text's gradient is the sum over the rows that hold it."""
         features = encode(forward, self.image, self.text)
         return features if self.rows is None else features._replace(text=features.text[self.rows])
@@ -70,15 +70,16 @@ def micro_batches(batch: Batch, count: int, dtype: torch.dtype, distinct: bool) 
     return parts
 
 
-def encode_all(forward: Callable[..., Any], parts: Sequence[MicroBatch]) -> Features:
+def encode_all(forward: Callable[..., Any], parts: Sequence[MicroBatch]) -> Features | BiasedFeatures:
     """Return the features of all micro-batches, encoded one after the other."""
     return joined([part.encode(forward) for part in parts])
 
 
-def joined(parts: Sequence[Features]) -> Features:
+def joined(parts: Sequence[Features | BiasedFeatures]) -> Features | BiasedFeatures:
     """Return the features of several micro-batches as those of one batch."""
-    image, text, logit_scale = zip(*parts, strict=True)
-    return Features(torch.cat(image), torch.cat(text), logit_scale[0])
+    return parts[0]._replace(
+        image=torch.cat([part.image for part in parts]), text=torch.cat([part.text for part in parts])
+    )
 
 
 def refuse_batch_statistics(model: nn.Module) -> None:
@@ -145,7 +146,8 @@ class Cached:
             for part in parts:
                 self._random.append(RandomState(part.image))
                 features.append(part.encode(engine))
-        self.features = Features(*(x.requires_grad_() for x in joined(features)))
+        whole = joined(features)
+        self.features = type(whole)(*(x.requires_grad_() for x in whole))
         self.matrices: Matrices = None
         if penalised and (matrices := whole_projections(engine)):
             self.matrices = (matrices[0].detach().requires_grad_(), matrices[1].detach().requires_grad_())

@@ -69,6 +69,10 @@ class MethodSettings:
     """Choose the method: its loss, its teacher and its adapters.
 
     Args:
+        contrast: softmax over the batch (CLIP) or sigmoid of each pair (SigLIP); default: what the model was made
+            for, which is sigmoid for one with a logit bias.
+        logit_bias: b of the sigmoid. A model with a logit bias starts from this value instead of the checkpoint's;
+            for any other it is a fixed number; default: -10.
         method: tracer (contrastive + distillation from a moving teacher), flyp (contrastive only) or r-adapter
             (contrastive, linear adapters alone).
         teacher: moving average that teaches the student; only for method tracer.
@@ -96,6 +100,8 @@ class MethodSettings:
         projection_orthogonal: λ_O, weight of ‖Wvᵀ Wv − I‖_F.
     """
 
+    contrast: Literal["softmax", "sigmoid"] | None = None
+    logit_bias: float | None = None
     method: Literal["tracer", "flyp", "r-adapter"] = "tracer"
     teacher: Literal["wma", "ema", "uniform", "frozen"] = "wma"
     teacher_every: int | None = None
@@ -138,6 +144,7 @@ class MethodSettings:
         check_ranges(
             self,
             {
+                "a finite number": "logit_bias",
                 "at least 1": "teacher_every adapter_rank",
                 "above 0": "wma_beta",
                 "at least 0": "margin distill_weight relational feature interactive cross projection_product "

@@ -23,7 +23,7 @@ from tracer.data.skipped import Skipped
 from tracer.errors import Stopped, UserError
 from tracer.losses import TracerLoss
 from tracer.machine import resolve_precision
-from tracer.models.clip import Clip, texts_stand_alone
+from tracer.models.clip import BiasedFeatures, Clip, Features, contrast_of, texts_stand_alone
 from tracer.models.towers import compile_towers
 from tracer.ops import contrastive_loss
 from tracer.schedules import EMA, WMA, Frozen, Schedule, Uniform
@@ -93,7 +93,7 @@ class Trainer:
         self.config = config
         self.engine = start_engine(config, model)
         self.averages = moving_averages(config, self.engine)
-        self.loss = objective(config)
+        self.loss = objective(config, model)
         self.bound_logit_scale = LogitScaleBound(self.engine)
         self.precision = resolve_precision(config.precision)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
@@ -165,18 +165,25 @@ class Trainer:
             student = Cached(self.engine, parts, self.precision, penalised)
         with mixed_precision(self.engine.device, self.precision):
             teacher_output = encode_all(teacher.encode, parts) if teacher else None
+            u, v, scale, bias = with_bias(student.features, config)
             loss, terms, diagnostics = self.loss(
-                *student.features,
+                u,
+                v,
+                scale,
                 labels=label if config.positives else None,
-                teacher=teacher_output,
+                teacher=teacher_output[:3] if teacher_output else None,
                 projections=student.matrices,
                 stats=measure,
+                logit_bias=bias,
+                teacher_logit_bias=with_bias(teacher_output, config)[3] if teacher_output else None,
             )
+        logged = {"logit_scale": scale.detach()}
+        if isinstance(bias, Tensor):
+            logged["logit_bias"] = bias.detach().clone()  # the step moves the weight itself
         # A NaN in all gradients: the optimizer's own check then sees a loss that is not finite too.
         finite = torch.where(loss.detach().isfinite(), 1.0, math.nan)
         student.backward(loss * finite / config.accumulation)
-        scale = student.features.logit_scale.detach()
-        return {"loss": loss.detach(), **terms} | diagnostics | {"logit_scale": scale}
+        return {"loss": loss.detach(), **terms} | diagnostics | logged
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -287,8 +294,24 @@ def teacher_schedule(config: Config) -> Schedule:
     return Uniform(every) if config.teacher == "uniform" else Frozen()
 
 
-def objective(config: Config) -> TracerLoss:
-    """Return the loss that ``config`` describes; called without a teacher, it is the contrastive term alone."""
+def objective(config: Config, model: nn.Module) -> TracerLoss:
+    """Return the loss that ``config`` describes; called without a teacher, it is the contrastive term alone.
+
+    Raises:
+        UserError: settings that have no meaning for the model's form of the contrastive term.
+    """
+    contrast = config.contrast or contrast_of(model)
+    # What r-adapter publishes for its softmaxes stands in the settings that a run keeps.
+    published = recipes.R_ADAPTER.smoothing if config.method == "r-adapter" else 0.0
+    if contrast == "sigmoid" and config.smoothing not in (None, 0.0, published):
+        raise UserError(
+            f"--smoothing {config.smoothing} has no meaning for the sigmoid of each pair: leave it out, or give "
+            "--contrast softmax"
+        )
+    if contrast == "softmax" and config.logit_bias is not None:
+        raise UserError(
+            f"--logit_bias {config.logit_bias} changes no softmax: leave it out, or give --contrast sigmoid"
+        )
     return TracerLoss(
         **across_ranks(),
         distill_weight=config.distill_weight,
@@ -299,8 +322,18 @@ def objective(config: Config) -> TracerLoss:
         projection_product=config.projection_product,
         projection_orthogonal=config.projection_orthogonal,
         margin=config.recipe.margin,
-        smoothing=config.recipe.smoothing,
+        smoothing=0.0 if contrast == "sigmoid" else config.recipe.smoothing,
+        contrast=contrast,
     )
+
+
+def with_bias(
+    features: Features | BiasedFeatures, config: Config
+) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
+    """Return features, σ and the logit bias: the model's, or for a model that has none the settings'."""
+    u, v, scale, *bias = features
+    fixed = recipes.SIGLIP_BIAS if config.logit_bias is None else config.logit_bias
+    return u, v, scale, bias[0] if bias else fixed
 
 
 def across_ranks() -> dict[str, Any]:
@@ -317,8 +350,8 @@ def teacher_gap(
     The relational term of a mixed-precision step cannot show a gap below the rounding of its logits.
     """
     engine.eval()
-    student_output = encode_all(engine.module, parts)
-    teacher_image, teacher_text, teacher_logit_scale = encode_all(teacher.encode, parts)
+    student_output = encode_all(engine.module, parts)[:3]
+    teacher_image, teacher_text, teacher_logit_scale = encode_all(teacher.encode, parts)[:3]
     engine.train()
     return contrastive_loss(
         *student_output,

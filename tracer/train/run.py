@@ -45,7 +45,7 @@ from tracer.files import (
 )
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.architecture import Architecture
-from tracer.models.clip import load_clip, openai_templates, source_files
+from tracer.models.clip import contrast_of, load_clip, openai_templates, source_files
 from tracer.models.freezing import freeze, lock_batchnorm, locked_buffers, trained_batchnorm
 from tracer.models.towers import checkpoint_activations
 from tracer.models.weights import first_not_finite, save_weights
@@ -185,6 +185,8 @@ def prepare(config: Config, model: nn.Module) -> None:
     Raises:
         UserError: the model does not allow what the settings ask for; names the settings.
     """
+    if config.logit_bias is not None and contrast_of(model) == "sigmoid":
+        nn.init.constant_(model.get_parameter("logit_bias"), config.logit_bias)
     if config.adapted:
         tqdm.write(str(adapt(config, model)))
         _warn_of_a_slow_average(config)
