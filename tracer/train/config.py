@@ -305,17 +305,22 @@ class RunSettings:
     Args:
         output: folder of the run; must not exist, and appears only when the run is complete.
         save_every: optimizer steps between two checkpoints, from which the same command goes on after it was cut
-            off; one more follows the last step. Only the newest is kept, until the run is complete.
+            off; one more follows the last step.
+        keep: how many of the newest checkpoints are kept until the run is complete. Where one is damaged, the run
+            goes on from the one before.
+        restart: give up an unfinished run in the folder of output, with its checkpoints, and start anew.
         seed: seed of shuffling, crops and caption choice.
     """
 
     output: Path = Path("runs/finetune")
     save_every: int = 500
+    keep: int = 2
+    restart: bool = False
     seed: int = 0
 
     def validate(self) -> None:
         """Raise UserError for the first setting of this section that is out of range."""
-        check_ranges(self, {"at least 1": "save_every", "from 0 to 2147483647": "seed"})
+        check_ranges(self, {"at least 1": "save_every keep", "from 0 to 2147483647": "seed"})
 
 
 class Recipe(NamedTuple):

@@ -89,11 +89,16 @@ class Ranks:
         """Return the rows of all ranks, which every rank must ask for, without repeats and in one order."""
         if self.size == 1:
             return rows
-        key = self._next_key()
-        self._store.set(f"{key}/{self.rank}", json.dumps(rows))
-        everyones = [json.loads(self._wait(f"{key}/{rank}")) for rank in range(self.size)]
-        by_row = {json.dumps(row): row for rows in everyones for row in rows}
+        by_row = {json.dumps(row): row for rows in self.everyones(rows) for row in rows}
         return sorted(by_row.values(), key=lambda row: (row["batch"], row["row"]))
+
+    def everyones(self, value: T) -> list[T]:
+        """Return the values of all ranks, in their order; every rank must ask, with plain JSON."""
+        if self.size == 1:
+            return [value]
+        key = self._next_key()
+        self._store.set(f"{key}/{self.rank}", json.dumps(value))
+        return [json.loads(self._wait(f"{key}/{rank}")) for rank in range(self.size)]
 
     def leaders_first(self, work: Callable[[], T]) -> T:
         """Do ``work`` on every rank, on the first of each host before the others: it may download files.
