@@ -131,18 +131,26 @@ class OneShot:
 class Cached:
     """The student's two passes over a batch in micro-batches; used as :class:`OneShot` is.
 
+    ``point`` is called before each micro-batch: the run may stop there.
+
     Attributes:
         features: of the batch, cut off from the model.
         matrices: the projections that the loss penalises, cut off from the model.
     """
 
     def __init__(
-        self, engine: DeepSpeedEngine, parts: Sequence[MicroBatch], precision: str, penalised: bool
+        self,
+        engine: DeepSpeedEngine,
+        parts: Sequence[MicroBatch],
+        precision: str,
+        penalised: bool,
+        point: Callable[[], None],
     ) -> None:
-        self._engine, self._parts, self._precision = engine, parts, precision
+        self._engine, self._parts, self._precision, self._point = engine, parts, precision, point
         self._random, features = [], []
         with torch.no_grad(), mixed_precision(engine.device, precision):
             for part in parts:
+                point()
                 self._random.append(RandomState(part.image))
                 features.append(part.encode(engine))
         self.features = Features(*(x.requires_grad_() for x in joined(features)))
@@ -159,6 +167,7 @@ class Cached:
         shared = [gradient / count for gradient in shared]
         own = zip(image.tensor_split(count), text.tensor_split(count), strict=True)
         for part, random, gradients in zip(self._parts, self._random, own, strict=True):
+            self._point()
             with random.again(), mixed_precision(self._engine.device, self._precision):
                 outputs = list(part.encode(self._engine))
             if self.matrices:

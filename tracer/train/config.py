@@ -275,6 +275,8 @@ class EngineSettings:
         compile: compile both towers with torch.compile; not at ZeRO stage 3.
         deepspeed: JSON file with further settings of DeepSpeed. What an option here decides is refused there.
         timeout: seconds that a rank waits for the others within a step.
+        heartbeat: seconds without a sign of life from a rank after which all ranks end, and say which it was. A
+            rank that is only slow gives signs of life.
     """
 
     precision: Literal["auto", "fp32", "amp_bf16", "bf16", "fp16"] = "auto"
@@ -283,10 +285,11 @@ class EngineSettings:
     compile: bool = False
     deepspeed: Path | None = None
     timeout: float = 1800.0
+    heartbeat: float = 20.0
 
     def validate(self) -> None:
         """Raise UserError for the first setting of this section that makes no sense, naming the remedy."""
-        check_ranges(self, {"above 0": "timeout"})
+        check_ranges(self, {"above 0": "timeout heartbeat"})
         if self.precision in ("bf16", "fp16") and self.zero_stage == 0:
             raise UserError(
                 f"--precision {self.precision} needs --zero_stage 1 or more: stage 0 keeps no fp32 weights"

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from tracer.errors import Refused, UserError
+from tracer.errors import Refused, Stopped, UserError
+from tracer.train.watch import Watch
 
 T = TypeVar("T")
 
@@ -36,12 +37,15 @@ class Ranks:
 
     Attributes:
         first: whether this rank alone prints, logs, writes results and evaluates.
+        watch: looks after the other ranks within :meth:`watched`.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: Any = None) -> None:
         self.rank, self.size, self.local_rank, self._store = rank, size, local_rank, store
         self.first = rank == 0
-        self._calls = 0  # every rank makes the same calls in the same order
+        self._calls = self._runs = 0  # every rank makes the same calls in the same order
+        self._ended_together = False  # by an error of which all ranks know
+        self.watch = Watch(rank, size, local_rank, size, None, 0.0)
 
     def once(self, work: Callable[[], T]) -> T:
         """Return what ``work`` returns on the first rank, which alone does it; it must be plain JSON.
@@ -60,6 +64,7 @@ class Ranks:
         try:
             result = work()
         except BaseException:
+            self._ended_together = True
             self._store.set(key, "[]")
             raise
         self._store.set(key, json.dumps([result]))
@@ -77,6 +82,7 @@ class Ranks:
         try:
             result = work()
         except BaseException:
+            self._ended_together = True
             self._store.set(f"{key}/verdict", "failed")  # no rank waits for those that have not come so far
             raise
         if self._store.add(f"{key}/done", 1) == self.size:
@@ -123,20 +129,33 @@ class Ranks:
 
         return self.agree(in_turn)
 
-    def stop_step(self, step: int, signal: int | None) -> int | None:
-        """Return the signal at which all ranks stop after this step, None where they go on.
+    @contextmanager
+    def watched(self, limit: float) -> Iterator[None]:
+        """Watch within the block whether all ranks live; every rank enters and leaves it.
 
-        Ask after every step. A rank that has a signal after step n may be the first to have done that step. So it
-        asks all to stop after step n + 1: the others cannot finish that one without it.
-
-        Args:
-            step: the step that this rank has done.
-            signal: the number of a signal that this rank was sent.
+        A rank that is killed, stopped or cut off, or that an error ends by itself, ends all: within seconds or,
+        where nothing else tells of it, ``limit`` seconds without a sign of life. One line says which, and why.
         """
-        if self.size == 1 or (signal is None and not self._store.check(["stop"])):
-            return signal
-        last, number = json.loads(self._store.compare_set("stop", "", json.dumps([step + 1, signal])))
-        return number if step >= last else None
+        if self.size == 1:
+            yield
+            return
+        self._runs += 1
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.size)
+        store = dist.PrefixStore(f"watch {self._runs}", self._store.clone())
+        self.watch = Watch(self.rank, self.size, self.local_rank, local_size, store, limit)
+        self._ended_together = False
+        self.watch.start()
+        try:
+            yield
+        except BaseException as error:
+            together = self._ended_together or isinstance(error, (Refused, Stopped))
+            self.watch.leave(error, together)
+            if isinstance(error, Refused):
+                time.sleep(
+                    0.5
+                )  # the launcher may end all others once one has ended: another has to speak first
+            raise
+        self.watch.leave()
 
     def speaks(self) -> bool:
         """Return whether this rank is the first that has a last word to say; the others end without one."""

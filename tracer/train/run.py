@@ -86,8 +86,9 @@ def finetune(config: Config) -> Path:
         UserError: anything in the settings or the data that the user can mend.
     """
     config.validate()
-    with join(config.timeout).quiet():
-        return _finetune(config, ranks())
+    here = join(config.timeout)
+    with here.quiet(), here.watched(config.heartbeat):
+        return _finetune(config, here)
 
 
 def _finetune(config: Config, here: Ranks) -> Path:
