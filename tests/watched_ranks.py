@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from tracer.errors import Stopped
 from tracer.train.ranks import Ranks
-from tracer.train.stop import StopHere, stop_requests
+from tracer.train.stop import StopHere, StopRequest, stop_requests
 
 STEPS = 10**6
 
@@ -41,20 +41,25 @@ def rank_main(rank: int, size: int, port: int, folder: Path, heartbeat: float, f
                     befall(fault)
                 here.watch.at(step, "computes")
                 for part in range(3):
-                    request.point()
+                    pass_point(request)
                     if part == rank % 3:
                         time.sleep(0.02)
                 dist.all_reduce(torch.ones(1))
                 last = step
                 (folder / f"{rank}.step").write_text(str(step))
-    except StopHere:
-        code = 0
     except Stopped as stopped:
         code = stopped.code
     except Exception:
         code = 3
     (folder / f"{rank}.end").write_text(json.dumps({"step": last, "code": code}))
     os._exit(code)
+
+
+def pass_point(request: StopRequest) -> None:
+    try:
+        request.point()
+    except StopHere:
+        raise Stopped("stopped", request.signal or 0, saved=True) from None
 
 
 def befall(fault: str) -> None:

@@ -49,7 +49,7 @@ KILLED = "its process has ended without a word: it was killed, perhaps for want 
 )
 def test_a_lost_rank_ends_all_and_is_named_once(tmp_path, fault, reason, own):
     """Long before the collectives' own timeout; the limit here is 3 s instead of 20."""
-    codes = all_end(watched_ranks.start(3, tmp_path, 3.0, fault), within=30)
+    codes = all_end(watched_ranks.start(3, tmp_path, 3.0, fault), within=120)
     assert codes == [1, own, 1]
     assert len(said(tmp_path)) == 1
     assert re.fullmatch(LINE.format(1, 5, reason), said(tmp_path)[0])
@@ -59,13 +59,13 @@ def test_the_rank_that_holds_the_store_may_be_lost_too(tmp_path):
     ranks = watched_ranks.start(3, tmp_path, 3.0)
     wait_for_step(tmp_path, 3)
     os.kill(ranks[0].pid, signal.SIGKILL)
-    assert all_end(ranks, within=20) == [-signal.SIGKILL, 1, 1]
+    assert all_end(ranks, within=120) == [-signal.SIGKILL, 1, 1]
     (line,) = said(tmp_path)
     assert re.fullmatch(LINE.format(0, r"\d+", rf"{KILLED}( \(says rank 1 on host \S+\))?"), line)
 
 
 def wait_for_step(folder: Path, step: int) -> None:
-    patience = time.monotonic() + 30
+    patience = time.monotonic() + 120
     while time.monotonic() < patience:
         if (path := folder / "1.step").exists() and int(path.read_text() or 0) >= step:
             return
@@ -78,7 +78,7 @@ def test_a_slow_rank_is_reported_and_not_ended(tmp_path):
     wait_for_step(tmp_path, 20)
     for process in ranks:
         os.kill(process.pid, signal.SIGTERM)
-    assert all_end(ranks, within=20) == [0, 0, 0]
+    assert all_end(ranks, within=120) == [0, 0, 0]
     (line,) = said(tmp_path)
     assert re.fullmatch(
         r"tracer: warning: rank 1 on host \S+ is slow: it loads its pictures for \d s in .*", line
@@ -94,7 +94,7 @@ def test_all_ranks_stop_at_the_same_point_whoever_is_signalled(tmp_path, first):
     time.sleep(0.05)
     for process in ranks:
         os.kill(process.pid, signal.SIGTERM)
-    assert all_end(ranks, within=20) == [0, 0, 0]
+    assert all_end(ranks, within=120) == [0, 0, 0]
     ends = [json.loads((tmp_path / f"{rank}.end").read_text()) for rank in range(3)]
     assert len({end["step"] for end in ends}) == 1
     assert not said(tmp_path)

@@ -51,16 +51,17 @@ class Identity:
         """Return a digest of all of it."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-    def differences(self, before: dict[str, Any]) -> list[str]:
+    def differences(self, before: dict[str, Any], words: tuple[str, str] = ("then", "now")) -> list[str]:
         """Return in words what is not as in ``before``, which is another identity as a dictionary."""
+        once, here = words
         found = []
         for name, (was, now) in _changed(before["settings"], self.settings).items():
-            found.append(f"--{name} (then {_short(was)}, now {_short(now)})")
+            found.append(f"--{name} ({once} {_short(was)}, {here} {_short(now)})")
         for name, (was, now) in _changed(before["files"], self.files).items():
             if name.removeprefix("--") not in _changed(before["settings"], self.settings):
                 found.append(f"{name} (its content)" if was and now else name)
         for name, (was, now) in _changed(before["versions"], self.versions).items():
-            found.append(f"{name} (then {was}, now {now})")
+            found.append(f"{name} ({once} {was}, {here} {now})")
         return found
 
 

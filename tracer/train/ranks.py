@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from tracer.errors import Refused, Stopped, UserError
+from tracer.train.start import check_network, refused_by_the_network
 from tracer.train.watch import Watch
 
 T = TypeVar("T")
@@ -104,7 +105,10 @@ class Ranks:
             return [value]
         key = self._next_key()
         self._store.set(f"{key}/{self.rank}", json.dumps(value))
-        return [json.loads(self._wait(f"{key}/{rank}")) for rank in range(self.size)]
+        keys = [f"{key}/{rank}" for rank in range(self.size)]
+        for other in keys:
+            self._wait(other)
+        return [json.loads(value) for value in self._store.multi_get(keys)]
 
     def leaders_first(self, work: Callable[[], T]) -> T:
         """Do ``work`` on every rank, on the first of each host before the others: it may download files.
@@ -140,7 +144,7 @@ class Ranks:
             yield
             return
         self._runs += 1
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.size)
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or self.size)
         store = dist.PrefixStore(f"watch {self._runs}", self._store.clone())
         self.watch = Watch(self.rank, self.size, self.local_rank, local_size, store, limit)
         self._ended_together = False
@@ -230,13 +234,13 @@ def join(timeout: float) -> Ranks:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
         _joined.append(Ranks())
         return _joined[0]
+    if local_size := os.environ.get("LOCAL_SIZE"):  # DeepSpeed's name for it
+        os.environ.setdefault("LOCAL_WORLD_SIZE", local_size)
+    check_network()
     try:
         dist.init_process_group(backend, timeout=patience)  # reads RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
     except (ValueError, RuntimeError, dist.DistNetworkError) as error:
-        raise UserError(
-            f"rank {rank} of {size} cannot join the others ({str(error)[:200]}): start all ranks with torchrun or "
-            "deepspeed, which set MASTER_ADDR and MASTER_PORT"
-        ) from error
+        raise refused_by_the_network(error, rank, size) from error
     store = dist.PrefixStore("tracer", dist.distributed_c10d._get_default_store())
     _joined.append(Ranks(rank, size, local_rank, store))
     return _joined[0]

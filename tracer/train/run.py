@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -48,10 +49,11 @@ from tracer.models.weights import first_not_finite, save_weights
 from tracer.train.checkpoint import WHOLE, Checkpoints
 from tracer.train.config import Config
 from tracer.train.engine import deepspeed_settings
-from tracer.train.identity import IDENTITY, differences_from, identity_of, training_index
+from tracer.train.identity import IDENTITY, Identity, differences_from, identity_of, training_index
 from tracer.train.log import StepLog
 from tracer.train.loop import Trained, Weights, train
 from tracer.train.ranks import Ranks, check_batch_size, join, ranks
+from tracer.train.start import check_compiler, check_shared
 
 
 @dataclass
@@ -94,6 +96,7 @@ def finetune(config: Config) -> Path:
 def _finetune(config: Config, here: Ranks) -> Path:
     started = time.perf_counter()
     check_batch_size(config.batch_size, here.size)
+    here.agree(lambda: check_compiler(config))
     here.once(lambda: _check_folders(config))
     choose(config, compute_device())  # refuses a loader that is missing
     # The data first: most mistakes are made there. One rank builds an index, the others find it in the cache.
@@ -108,8 +111,12 @@ def _finetune(config: Config, here: Ranks) -> Path:
     start = clip.model.state_dict()  # stays float32, whatever the engine does to the model
     prepare(config, clip.model)
     with ExitStack() as stack:
-        identity = here.once(lambda: _claim(config, stack))
-        folder = aside(config.output)
+        own = here.leaders_first(lambda: identity_of(config))
+        here.once(lambda: _claim(config.output, own, stack))
+        first = Identity(**here.once(lambda: asdict(own)))
+        here.agree(lambda: _check_alike(own, first, here))
+        folder, identity = aside(config.output), own.digest()
+        here.agree(lambda: check_shared(folder / IDENTITY, here.rank))
         checkpoints = Checkpoints(folder, identity, started, config.keep)
         if checkpoints.step:
             tqdm.write(f"'{folder}': going on after step {checkpoints.step} of {config.steps}")
@@ -152,22 +159,30 @@ def _check_folders(config: Config) -> None:
             remove_folder(part)
 
 
-def _claim(config: Config, stack: ExitStack) -> str:
-    """Make and lock the folder in which the run is written until it is whole, and return the run's fingerprint.
+def _check_alike(own: Identity, first: Identity, here: Ranks) -> None:
+    """Refuse a rank that was started with other settings, data or versions than the first."""
+    if differences := own.differences(asdict(first), ("on rank 0", "here")):
+        raise UserError(
+            f"rank {here.rank} on host {socket.gethostname()} differs from rank 0 in {', '.join(differences)}: "
+            "start all ranks with the same command, data and versions"
+        )
+
+
+def _claim(output: Path, identity: Identity, stack: ExitStack) -> None:
+    """Make and lock the folder in which the run is written until it is whole.
 
     Raises:
         UserError: it holds an unfinished run with other settings, data or versions; names them.
     """
-    identity, part = identity_of(config), aside(config.output)
+    part = aside(output)
     if differences := differences_from(part, identity):
         raise UserError(
             f"'{part}' holds an unfinished run with other {', '.join(differences)}: give the same to go on, "
             "choose another --output, or add --restart true to give it up"
         )
-    stack.enter_context(whole_folder(config.output, keep=WHOLE))
+    stack.enter_context(whole_folder(output, keep=WHOLE))
     with whole_file(part / IDENTITY) as file:
         write_json(file, asdict(identity))
-    return identity.digest()
 
 
 def _read_evaluation(config: Config, index: Index) -> Evaluation:

@@ -27,7 +27,7 @@ from tracer.train.stop import StopRequest
 TICK = 0.25  # seconds between two looks at the store
 BEAT = 1.0  # seconds between two signs of life
 SUSPECTED = 6.0  # seconds without a sign of life that will do where a connection has just been lost
-SLOW_AFTER = 10.0  # seconds for which the others wait before a rank is reported
+LINGER = 5.0  # seconds that a rank waits at most for the others to read the last word
 SLOW_FACTOR, SLOW_LEAST = 1.5, 0.05  # a step's own work: times the median of all, and seconds beyond it
 SLOW_STEPS = 10  # steps over which that is measured
 REPORT_EVERY = 300.0  # seconds between two reports of the same kind about a rank
@@ -42,7 +42,7 @@ class Watch:
         rank, size, local_rank, local_size: of this process.
         store: key-value store of all ranks, which this object alone uses.
         limit: seconds without a sign of life after which a rank counts as lost.
-        end: ends the process; takes what is to be said first, "" where another rank says it.
+        end: ends the process.
         say: prints a line.
     """
 
@@ -54,7 +54,7 @@ class Watch:
         local_size: int,
         store: Any,
         limit: float,
-        end: Callable[[str], None] | None = None,
+        end: Callable[[], None] | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.rank, self.size, self._store, self._limit = rank, size, store, limit
@@ -62,6 +62,7 @@ class Watch:
         self._neighbours = [r for r in range(first, min(first + local_size, size)) if r != rank]
         self._end, self._say = end or _end, say or _say
         self._over = threading.Event()
+        self._threads: list[threading.Thread] = []
         self._where = (0, 0)  # step, number of the phase
         self._own: list[float] = []  # seconds of this rank's own work in the last steps
         self._began = time.monotonic()  # the present phase
@@ -100,7 +101,8 @@ class Watch:
         for other in {*self._neighbours, (self.rank + 1) % self.size, 0}:
             self._meet(other)
         for work in (self._run, self._mind_the_contact):
-            threading.Thread(target=work, name=f"tracer {work.__name__}", daemon=True).start()
+            self._threads.append(threading.Thread(target=work, name=f"tracer {work.__name__}", daemon=True))
+            self._threads[-1].start()
 
     def leave(self, error: BaseException | None = None, together: bool = False) -> None:
         """End the watch: this rank has done its work, or an error ends it.
@@ -110,7 +112,7 @@ class Watch:
             together: all ranks know of the error, and end by it; otherwise they are told to end.
         """
         if together:
-            self._over.set()
+            self._close()
             with suppress(Exception):
                 self._store.set(f"left {self.rank}", "")
             return
@@ -119,14 +121,15 @@ class Watch:
             line = self._lose(self.rank, f"{type(error).__name__}: {_first_line(error)}", spoken=True)
             if line and not isinstance(error, UserError):  # which the command line prints
                 self._say(line)
-        self._over.set()
+        self._close()
         with suppress(Exception):  # the store may be gone with the rank that held it
-            self._store.set(f"left {self.rank}", "")
-            if self.rank == 0:  # it may hold the store: let the others see that all is well, or why not
-                patience = time.monotonic() + (2.0 if error is not None else 10.0)
-                keys = [f"left {rank}" for rank in range(self.size)]
-                while time.monotonic() < patience and not self._store.check(keys):
-                    time.sleep(TICK)
+            self._wait_for_others()
+
+    def _close(self) -> None:
+        """End the threads: one in the midst of a call to the store would abort the process at its exit."""
+        self._over.set()
+        for thread in self._threads:
+            thread.join(2.0)
 
     def _give_way_to_a_lost_rank(self, error: BaseException) -> None:
         """Wait while another rank may turn out to have been lost, of which ``error`` is then the consequence."""
@@ -157,7 +160,7 @@ class Watch:
                     next_beat = now + BEAT
                 if self.rank == 0 and now >= next_survey:
                     self._survey()
-                    next_survey = now + 5 * BEAT
+                    next_survey = now + min(5 * BEAT, self._limit / 8)
                 self._contact = time.monotonic()
             except Exception as error:  # the store is gone, perhaps since all ranks are about to leave
                 if not self._over.wait(4 * TICK):
@@ -184,7 +187,10 @@ class Watch:
                 os.kill(
                     pid, signal.SIGKILL
                 )  # a stopped process obeys nothing else, and launchers wait for it
-            self._finish(lost["line"] if speaks else "")
+            if speaks:
+                self._say(lost["line"])
+            self._wait_for_others(lost["rank"])
+            self._finish()
 
     def _mind_the_neighbours(self) -> None:
         for other in self._neighbours:
@@ -217,19 +223,26 @@ class Watch:
             self._lose(other, f"no sign of life for {age:.0f} s: {why}")
 
     def _lose(self, other: int, reason: str, spoken: bool = False) -> str:
-        """Say that a rank is lost, so that all end; returns the line that says so."""
+        """Say that a rank is lost, so that all end; returns the line that says so, "" if another was faster."""
         line = ""
         with suppress(Exception):  # without a store each host ends by itself
-            step = (
-                json.loads(self._store.get(f"beat {other}"))[1] if self._store.check([f"beat {other}"]) else 0
-            )
-            line = _line(other, self._meet(other)["host"], step, reason)
-            self._store.compare_set("lost", "", json.dumps({"rank": other, "line": line, "spoken": spoken}))
+            # The ranks go in step, so this rank's is newer than the lost one's last sign of life.
+            line = _line(other, self._meet(other)["host"], self._where[0], reason)
+            lost = json.dumps({"rank": other, "line": line, "spoken": spoken})
+            return line if self._store.compare_set("lost", "", lost).decode() == lost else ""
         return line
 
-    def _finish(self, line: str) -> None:
+    def _finish(self) -> None:
         self._over.set()
-        self._end(line)
+        self._end()
+
+    def _wait_for_others(self, without: int = -1) -> None:
+        """Let the others read why all end, before this rank takes the store with it."""
+        self._store.set(f"left {self.rank}", "")
+        keys = [f"left {rank}" for rank in range(self.size) if rank != without]
+        patience = time.monotonic() + LINGER
+        while self.rank == 0 and time.monotonic() < patience and not self._store.check(keys):
+            time.sleep(TICK)
 
     def _end_without_store(self, reason: str) -> None:
         """End this rank; of each host the first rank that lives speaks."""
@@ -242,7 +255,10 @@ class Watch:
         line = _line(
             0, host, self._where[0], reason, seen_by=f"rank {self.rank} on host {socket.gethostname()}"
         )
-        self._finish(line if self.rank <= min(alive, default=self.rank) else "")
+        if self.rank <= min(alive, default=self.rank):
+            self._say(line)
+            time.sleep(LINGER)  # the others of this host are silent as long as this rank lives
+        self._finish()
 
     # --- what is known of others
 
@@ -285,7 +301,7 @@ class Watch:
         if len(late) < self.size / 2 and behind[1]:
             for r in late:
                 waited = now - self._reached[r][1]
-                if waited > SLOW_AFTER:
+                if waited > self._limit / 2:
                     what = f"{PHASES[behind[1]]} for {waited:.0f} s in step {behind[0]} while the others wait"
                     self._report(r, "waits", what)
         own = {r: beat[3] for r, beat in beats.items() if beat[3] is not None}
@@ -315,10 +331,8 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def _end(line: str) -> None:
+def _end() -> None:
     """End the process at once: its main thread may wait in a collective, where no exception reaches it."""
-    if line:
-        _say(line)
     sys.stderr.flush()
     os._exit(1)
 
