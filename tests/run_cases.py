@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tracer.data.batches import TrainingBatches
-from tracer.errors import UserError
+from tracer.errors import Refused, UserError
 from tracer.files import aside
 from tracer.models.clip import load_clip
 from tracer.models.weights import save_weights
@@ -217,6 +218,34 @@ def refused() -> None:
     assert finetune(dataclasses.replace(config, **resnet, lock_batchnorm=True, steps=2, warmup=0))
 
 
+def disagreeing() -> None:
+    """A rank with other settings is named before anything is trained, and later the pairs that are not finite."""
+    here = dist.get_rank()
+    config = dataclasses.replace(settings(), output=folder() / "disagreeing", lr=1e-4 * (1 + here))
+    with pytest.raises(UserError) as e:
+        finetune(config)
+    says = (
+        r"rank 1 on host \S+ differs from rank 0 in --lr \(on rank 0 0.0001, here 0.0002\): start all ranks"
+    )
+    assert isinstance(e.value, Refused) if here == 0 else re.match(says, str(e.value))
+    assert not aside(config.output).exists()
+    bad = "7.png"  # in the first batch of some rank
+    original = TrainingBatches.__iter__
+
+    def spoiled(self):
+        for batch in original(self):
+            numbers = batch.index.tolist()
+            rows = [n for n, i in enumerate(numbers) if self._index.id(i).endswith(f"/{bad}")]
+            batch.image[rows] = math.nan
+            yield batch
+
+    config = dataclasses.replace(config, lr=1e-4, batch_size=40, max_skipped=2, steps=4)
+    with mock.patch.object(TrainingBatches, "__iter__", spoiled), pytest.raises(UserError) as e:
+        finetune(config)
+    says = rf".*in 2 steps in a row; .* step 2, batch 2 with '.*/{bad}', whose features are not finite: lower"
+    assert isinstance(e.value, Refused) or re.match(says, str(e.value)), e.value
+
+
 TRACER: dict[str, object] = {}
 ADAPTERS: dict[str, object] = {"method": "r-adapter", "adapter_drop": 0.5, "lr": 1e-3}
 FROZEN: dict[str, object] = {"freeze": "image", "accumulation": 2, "steps": 6}
@@ -246,4 +275,5 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
         table[f"resumed-{name}"] = partial(cut_and_resumed, f"resumed-{name}", changes)
     for precision, stage in (("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2), ("fp16", 2), ("bf16", 3)):
         table[f"masters-{precision}-stage{stage}"] = partial(masters, precision, stage)
-    return table | {"refused": refused, "other-numbers-of-ranks": on_other_numbers_of_ranks}
+    table |= {"other-numbers-of-ranks": on_other_numbers_of_ranks, "disagreeing": disagreeing}
+    return table | {"refused": refused}

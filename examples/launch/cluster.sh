@@ -124,6 +124,7 @@ down() {
   done
   for host in $(hosts); do
     ip netns pids "$host" 2>/dev/null | xargs -r kill -9 2>/dev/null || true
+    ip link del "veth-$host" 2>/dev/null || true
     ip netns del "$host" 2>/dev/null || true
     rm -rf "/etc/netns/$host"
   done

@@ -133,6 +133,9 @@ class Watch:
 
     def _give_way_to_a_lost_rank(self, error: BaseException) -> None:
         """Wait while another rank may turn out to have been lost, of which ``error`` is then the consequence."""
+        if threading.current_thread() is threading.main_thread():
+            # The launcher ends all its ranks once one has died; this one has yet to say which.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         text = f"{type(error).__name__} {error}".lower()
         words = ("gloo", "nccl", "connection", "peer", "socket", "store", "timed out", "process group")
         if not isinstance(error, UserError) and any(word in text for word in words):
@@ -153,9 +156,9 @@ class Watch:
                 if self.request is not None:
                     self.request.tick(self._store)
                 self._mind_the_verdict()
+                self._mind_the_neighbours()
                 if (now := time.monotonic()) >= next_beat:
                     self._beat()
-                    self._mind_the_neighbours()
                     self._mind_the_next()
                     next_beat = now + BEAT
                 if self.rank == 0 and now >= next_survey:
