@@ -228,6 +228,7 @@ def disagreeing() -> None:
         r"rank 1 on host \S+ differs from rank 0 in --lr \(on rank 0 0.0001, here 0.0002\): start all ranks"
     )
     assert isinstance(e.value, Refused) if here == 0 else re.match(says, str(e.value))
+    dist.barrier()
     assert not aside(config.output).exists()
     bad = "7.png"  # in the first batch of some rank
     original = TrainingBatches.__iter__

@@ -261,7 +261,7 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
         rows = here.together(skipped.rows(step * config.accumulation))
         checkpoints.save(step, engine, averages.by_name(), rows)
 
-    with stop_requests(not here.first, here.rank, here.size) as request:
+    with bar, stop_requests(not here.first, here.rank, here.size) as request:
         here.watch.request = request
         try:
             for step in bar:
