@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tracer.errors import UserError
+from tracer.errors import Stopped, UserError
 from tracer.train.stop import StopRequest
 
 TICK = 0.25  # seconds between two looks at the store
@@ -114,7 +114,10 @@ class Watch:
         if together:
             self._close()
             with suppress(Exception):
-                self._store.set(f"left {self.rank}", "")
+                if isinstance(error, Stopped):
+                    self._wait_for_others()  # some may still be asking where to stop
+                else:
+                    self._store.set(f"left {self.rank}", "")
             return
         if error is not None:
             self._give_way_to_a_lost_rank(error)
