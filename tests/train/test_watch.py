@@ -60,6 +60,7 @@ def test_the_rank_that_holds_the_store_may_be_lost_too(tmp_path):
     wait_for_step(tmp_path, 3)
     os.kill(ranks[0].pid, signal.SIGKILL)
     assert all_end(ranks, within=120) == [-signal.SIGKILL, 1, 1]
+    assert len(said(tmp_path)) == 1, said(tmp_path)
     (line,) = said(tmp_path)
     assert re.fullmatch(LINE.format(0, r"\d+", rf"{KILLED}( \(says rank 1 on host \S+\))?"), line)
 

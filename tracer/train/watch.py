@@ -61,7 +61,7 @@ class Watch:
         first = rank - local_rank
         self._neighbours = [r for r in range(first, min(first + local_size, size)) if r != rank]
         self._end, self._say = end or _end, say or _say
-        self._over = threading.Event()
+        self._over, self._ending = threading.Event(), threading.Lock()
         self._threads: list[threading.Thread] = []
         self._where = (0, 0)  # step, number of the phase
         self._own: list[float] = []  # seconds of this rank's own work in the last steps
@@ -230,13 +230,12 @@ class Watch:
 
     def _lose(self, other: int, reason: str, spoken: bool = False) -> str:
         """Say that a rank is lost, so that all end; returns the line that says so, "" if another was faster."""
-        line = ""
         with suppress(Exception):  # without a store each host ends by itself
             # The ranks go in step, so this rank's is newer than the lost one's last sign of life.
             line = _line(other, self._meet(other)["host"], self._where[0], reason)
             lost = json.dumps({"rank": other, "line": line, "spoken": spoken})
             return line if self._store.compare_set("lost", "", lost).decode() == lost else ""
-        return line
+        return ""
 
     def _finish(self) -> None:
         self._over.set()
@@ -252,8 +251,10 @@ class Watch:
 
     def _end_without_store(self, reason: str) -> None:
         """End this rank; of each host the first rank that lives speaks."""
-        if self._over.is_set():
-            return
+        with self._ending:  # both threads may find it out
+            if self._over.is_set():
+                return
+            self._over.set()
         alive = [r for r in self._neighbours if self._about.get(r) and not self._is_gone(r) and r]
         host = self._about.get(0, {}).get("host", "?")
         if 0 in self._neighbours and self._is_gone(0):
