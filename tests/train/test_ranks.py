@@ -114,7 +114,7 @@ def test_other_commands_run_in_one_process(monkeypatch, capsys, tmp_path):
 def torchrun(*options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv = [*command, "-m", "tracer", "--local_rank=0", "finetune", *map(str, options)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    return subprocess.run(argv, capture_output=True, text=True, timeout=180)
 
 
 @pytest.mark.parametrize(
