@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tracer._average import Average, cast_rule, is_shared
-from tracer._masters import Masters, Place, all_gather
+from tracer._zero_masters import Masters, Place, all_gather
 
 _HUNG_ON_MODULES = {"_external_params", "_original_parameters", "all_parameters", "pre_bwd_fn", "post_bwd_fn"}
 

@@ -108,6 +108,10 @@ class RandomState:
             yield
 
 
+def nowhere() -> None:
+    """Pass a point at which a run does not stop."""
+
+
 class OneShot:
     """The student's pass over a batch that is encoded as a whole.
 
@@ -144,7 +148,7 @@ class Cached:
         parts: Sequence[MicroBatch],
         precision: str,
         penalised: bool,
-        point: Callable[[], None],
+        point: Callable[[], None] = nowhere,
     ) -> None:
         self._engine, self._parts, self._precision, self._point = engine, parts, precision, point
         self._random, features = [], []

@@ -73,10 +73,10 @@ class Checkpoints:
         self.skipped: list[dict[str, Any]] = []
         self._last: Path | None = None
         self._record: dict[str, Any] = {}
-        found = [path.name for path in whole_checkpoints(folder)]
+        names = [path.name for path in whole_checkpoints(folder)]
         here = ranks()
         problems = []
-        for path in (folder / name for name in here.once(lambda: found)):  # a shared folder may lag behind
+        for path in (folder / name for name in here.once(lambda: names)):  # a shared folder may lag behind
             problem = self._problem(path)
             if not problem:
                 self._go_on_from(path)
@@ -96,12 +96,12 @@ class Checkpoints:
     def _problem(self, path: Path) -> str:
         """Return what is wrong with a checkpoint, "" if it is whole; the ranks divide its files among them."""
         here = ranks()
-        found = _damage_of_record(path, self._fingerprint)
-        if not found:
+        damage = _damage_of_record(path, self._fingerprint)
+        if not damage:
             files = sorted(json.loads((path / RECORD).read_text())["files"].items())
             damages = (_damage_of_file(path / name, *about) for name, about in files[here.rank :: here.size])
-            found = next(filter(None, damages), "")
-        everyones = [said for said in here.everyones(found) if said]
+            damage = next(filter(None, damages), "")
+        everyones = [said for said in here.everyones(damage) if said]
         return f"checkpoint '{path}' is damaged: {everyones[0]}" if everyones else ""
 
     @property

@@ -54,15 +54,15 @@ class Identity:
     def differences(self, before: dict[str, Any], words: tuple[str, str] = ("then", "now")) -> list[str]:
         """Return in words what is not as in ``before``, which is another identity as a dictionary."""
         once, here = words
-        found = []
+        differences = []
         for name, (was, now) in _changed(before["settings"], self.settings).items():
-            found.append(f"--{name} ({once} {_short(was)}, {here} {_short(now)})")
+            differences.append(f"--{name} ({once} {_short(was)}, {here} {_short(now)})")
         for name, (was, now) in _changed(before["files"], self.files).items():
             if name.removeprefix("--") not in _changed(before["settings"], self.settings):
-                found.append(f"{name} (its content)" if was and now else name)
+                differences.append(f"{name} (its content)" if was and now else name)
         for name, (was, now) in _changed(before["versions"], self.versions).items():
-            found.append(f"{name} ({once} {was}, {here} {now})")
-        return found
+            differences.append(f"{name} ({once} {was}, {here} {now})")
+        return differences
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -35,6 +35,7 @@ from tracer.train.cached import (
     OneShot,
     encode_all,
     micro_batches,
+    nowhere,
     refuse_batch_statistics,
 )
 from tracer.train.checkpoint import Checkpoints
@@ -48,7 +49,7 @@ from tracer.train.engine import (
 )
 from tracer.train.log import StepLog
 from tracer.train.ranks import ranks
-from tracer.train.stop import StopHere, stop_requests
+from tracer.train.stop import StopHere, StopRequest, stop_requests
 
 if TYPE_CHECKING:
     from tracer.train.engine import DeepSpeedEngine
@@ -206,10 +207,6 @@ class Trainer:
         return {"loss": loss.detach(), **terms} | diagnostics | {"logit_scale": scale}
 
 
-def nowhere() -> None:
-    """Pass a point at which a run does not stop."""
-
-
 def step_seed(seed: int, step: int) -> int:
     """Return the seed of the random numbers that a training step draws, on every rank."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
@@ -278,15 +275,9 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
         except StopHere:
             if done > checkpoints.step:
                 save(done)
-            what = (
-                f"stopped after step {done} of {total}, which is saved"
-                if done
-                else "stopped in the first step"
-            )
-            assert request.signal is not None  # it asked
-            raise Stopped(
-                f"{what}; the same command goes on from there", request.signal, saved=True
-            ) from None
+            raise _stopped(request, done, total) from None
+    if request.signal is not None:  # it came after the last point
+        raise _stopped(request, done, total)
     if log.skipped == total:
         _end_not_finite(trainer, total, total, index)
     last = full_weights(engine)
@@ -298,6 +289,14 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
     )
     engine.destroy()  # its hooks would keep model and optimizer in memory, in a comparison for every run
     return trained
+
+
+def _stopped(request: StopRequest, done: int, total: int) -> Stopped:
+    assert request.signal is not None  # it asked
+    what = (
+        f"after step {done} of {total}, which is saved" if done else "in the first step; nothing is saved yet"
+    )
+    return Stopped(f"stopped {what}; the same command goes on from there", request.signal, saved=done > 0)
 
 
 def _end_not_finite(trainer: Trainer, step: int, skipped: int, index: Index) -> None:

@@ -75,12 +75,12 @@ class Parts:
         Raises:
             ValueError: the files do not hold all of them.
         """
-        first, last, found = piece.begin, piece.begin + piece.values.numel(), 0
+        first, last, held = piece.begin, piece.begin + piece.values.numel(), 0
         for file, begin, length in self._pieces.get(name, ()):
             start, stop = max(first, begin), min(last, begin + length)
             if start < stop:
                 values = file.get_slice(name)[start - begin : stop - begin]
                 piece.values[start - first : stop - first].copy_(values)
-                found += stop - start
-        if found != last - first:
-            raise ValueError(f"{last - first - found} elements of '{name}' are missing")
+                held += stop - start
+        if held != last - first:
+            raise ValueError(f"{last - first - held} elements of '{name}' are missing")

@@ -16,9 +16,7 @@ from tracer.train.parts import Parts, Piece
 from tracer.train.ranks import ranks
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-
-    from tracer._masters import Masters
+    from tracer._zero_masters import Masters
 
 
 class RunState:
@@ -32,8 +30,8 @@ class RunState:
         averages: its moving averages by name.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, averages: Mapping[str, MovingAverageTeacher]) -> None:
-        from tracer._masters import Masters  # imports DeepSpeed
+    def __init__(self, engine: Any, averages: Mapping[str, MovingAverageTeacher]) -> None:
+        from tracer._zero_masters import Masters  # imports DeepSpeed
 
         self._engine, self._averages = engine, averages
         self._masters: Masters = Masters(engine)
