@@ -108,15 +108,15 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    It is 0 for success, 2 for a mistake of the user, 130 for Ctrl-C and 143 for SIGTERM, which Slurm and
-    Kubernetes send. A training step that either of the two signals interrupts is finished and saved first.
+    It is 0 for success, 2 for a mistake of the user, 130 for Ctrl-C. Training that SIGTERM interrupts, which Slurm
+    and Kubernetes send, is saved and ends with 0; other work ends with 143. Ctrl-C saves first, too.
     """
     threading.excepthook = _thread_error
     try:
         with _sigterm_raises():
             run(*parse(_without_local_rank(sys.argv[1:] if argv is None else argv)))
     except Stopped as stopped:
-        return _end(f"tracer: {stopped}", 128 + stopped.signal)
+        return _end(f"tracer: {stopped}", stopped.code)
     except Refused:
         return 2
     except (UserError, argparse.ArgumentError, argparse.ArgumentTypeError) as error:

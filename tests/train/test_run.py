@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from tracer.adapters import fold, read_adapters
 from tracer.errors import UserError
 from tracer.files import aside
+from tracer.train.identity import fingerprint
 from tracer.train.log import read_log
-from tracer.train.run import finetune, fingerprint
+from tracer.train.run import finetune
 
 
 def test_a_run_is_whole_and_says_what_it_did(config, capsys):

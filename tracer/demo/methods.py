@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from tracer.demo.config import DemoConfig
 from tracer.files import aside, check_ours, remove_folder
-from tracer.train.checkpoint import belongs
 from tracer.train.config import Config
-from tracer.train.run import finetune, fingerprint, is_run_of
+from tracer.train.identity import differences_from, identity_of, is_run_of
+from tracer.train.run import finetune
 
 
 class TrainedMethod(NamedTuple):
@@ -83,6 +83,6 @@ def finetune_once(config: DemoConfig, key: str, changes: dict[str, Any], seed: i
         if part.exists():
             remove_folder(part)
         run.output.rename(part)  # so that it is never half deleted under its own name
-    if part.exists() and not belongs(part, fingerprint(run)):
+    if part.exists() and differences_from(part, identity_of(run)):
         remove_folder(part)
     return finetune(run)

@@ -109,6 +109,10 @@ class RandomState:
             yield
 
 
+def nowhere() -> None:
+    """Pass a point at which a run does not stop."""
+
+
 class OneShot:
     """The student's pass over a batch that is encoded as a whole.
 
@@ -132,18 +136,26 @@ class OneShot:
 class Cached:
     """The student's two passes over a batch in micro-batches; used as :class:`OneShot` is.
 
+    ``point`` is called before each micro-batch: the run may stop there.
+
     Attributes:
         features: of the batch, cut off from the model.
         matrices: the projections that the loss penalises, cut off from the model.
     """
 
     def __init__(
-        self, engine: DeepSpeedEngine, parts: Sequence[MicroBatch], precision: str, penalised: bool
+        self,
+        engine: DeepSpeedEngine,
+        parts: Sequence[MicroBatch],
+        precision: str,
+        penalised: bool,
+        point: Callable[[], None] = nowhere,
     ) -> None:
-        self._engine, self._parts, self._precision = engine, parts, precision
+        self._engine, self._parts, self._precision, self._point = engine, parts, precision, point
         self._random, features = [], []
         with torch.no_grad(), mixed_precision(engine.device, precision):
             for part in parts:
+                point()
                 self._random.append(RandomState(part.image))
                 features.append(part.encode(engine))
         whole = joined(features)
@@ -161,6 +173,7 @@ class Cached:
         shared = [gradient / count for gradient in shared]
         own = zip(image.tensor_split(count), text.tensor_split(count), strict=True)
         for part, random, gradients in zip(self._parts, self._random, own, strict=True):
+            self._point()
             with random.again(), mixed_precision(self._engine.device, self._precision):
                 outputs = list(part.encode(self._engine))
             if self.matrices:

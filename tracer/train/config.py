@@ -282,6 +282,8 @@ class EngineSettings:
         compile: compile both towers with torch.compile; not at ZeRO stage 3.
         deepspeed: JSON file with further settings of DeepSpeed. What an option here decides is refused there.
         timeout: seconds that a rank waits for the others within a step.
+        heartbeat: seconds without a sign of life from a rank after which all ranks end, and say which it was. A
+            rank that is only slow gives signs of life.
     """
 
     precision: Literal["auto", "fp32", "amp_bf16", "bf16", "fp16"] = "auto"
@@ -290,10 +292,11 @@ class EngineSettings:
     compile: bool = False
     deepspeed: Path | None = None
     timeout: float = 1800.0
+    heartbeat: float = 20.0
 
     def validate(self) -> None:
         """Raise UserError for the first setting of this section that makes no sense, naming the remedy."""
-        check_ranges(self, {"above 0": "timeout"})
+        check_ranges(self, {"above 0": "timeout heartbeat"})
         if self.precision in ("bf16", "fp16") and self.zero_stage == 0:
             raise UserError(
                 f"--precision {self.precision} needs --zero_stage 1 or more: stage 0 keeps no fp32 weights"
@@ -312,17 +315,22 @@ class RunSettings:
     Args:
         output: folder of the run; must not exist, and appears only when the run is complete.
         save_every: optimizer steps between two checkpoints, from which the same command goes on after it was cut
-            off; one more follows the last step. Only the newest is kept, until the run is complete.
+            off; one more follows the last step.
+        keep: how many of the newest checkpoints are kept until the run is complete. Where one is damaged, the run
+            goes on from the one before.
+        restart: give up an unfinished run in the folder of output, with its checkpoints, and start anew.
         seed: seed of shuffling, crops and caption choice.
     """
 
     output: Path = Path("runs/finetune")
     save_every: int = 500
+    keep: int = 2
+    restart: bool = False
     seed: int = 0
 
     def validate(self) -> None:
         """Raise UserError for the first setting of this section that is out of range."""
-        check_ranges(self, {"at least 1": "save_every", "from 0 to 2147483647": "seed"})
+        check_ranges(self, {"at least 1": "save_every keep", "from 0 to 2147483647": "seed"})
 
 
 class Recipe(NamedTuple):

@@ -125,7 +125,7 @@ def _allow_fp16(accelerator: Any) -> None:
 
 
 def _masters(engine: DeepSpeedEngine) -> Any:
-    from tracer._average_zero import Masters  # imports DeepSpeed
+    from tracer._zero_masters import Masters  # imports DeepSpeed
 
     return Masters(engine)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +24,7 @@ from tracer.errors import Stopped, UserError
 from tracer.losses import TracerLoss
 from tracer.machine import resolve_precision
 from tracer.models.clip import BiasedFeatures, Clip, Features, contrast_of, texts_stand_alone
+from tracer.models.freezing import trained_batchnorm
 from tracer.models.towers import compile_towers
 from tracer.ops import contrastive_loss
 from tracer.schedules import EMA, WMA, Frozen, Schedule, Uniform
@@ -34,6 +35,7 @@ from tracer.train.cached import (
     OneShot,
     encode_all,
     micro_batches,
+    nowhere,
     refuse_batch_statistics,
 )
 from tracer.train.checkpoint import Checkpoints
@@ -47,7 +49,7 @@ from tracer.train.engine import (
 )
 from tracer.train.log import StepLog
 from tracer.train.ranks import ranks
-from tracer.train.stop import stop_requests
+from tracer.train.stop import StopHere, StopRequest, stop_requests
 
 if TYPE_CHECKING:
     from tracer.train.engine import DeepSpeedEngine
@@ -102,6 +104,7 @@ class Trainer:
             if self.averages.teacher:
                 compile_towers(self.averages.teacher.module)
         self.pictures: list[int] = []  # of the last step, by their numbers in the data set
+        self._features: list[tuple[Tensor, Tensor]] = []  # of each of its batches
         self.engine.train()
         model = self.engine.module
         self.adapters = sum(isinstance(module, Adapter) for module in model.modules())
@@ -109,9 +112,17 @@ class Trainer:
         self.micro_batches = config.micro_batches(ranks().size)
         if self.micro_batches > 1:
             refuse_batch_statistics(model)
+        # The forward pass moves trained BatchNorm's statistics: half a step would stay in a checkpoint.
+        self._may_stop_within = trained_batchnorm(model) is None
+        self._point, self._own_seconds = nowhere, 0.0
 
-    def step(self, step: int, batches: Iterable[Batch], measure: bool) -> dict[str, Tensor | float]:
+    def step(
+        self, step: int, batches: Iterable[Batch], measure: bool, point: Callable[[], None] | None = None
+    ) -> dict[str, Tensor | float]:
         """Take optimizer step ``step`` (1, 2, …) and return the scalars to log.
+
+        ``point`` is called where the run may stop within the step: weights, averages and the optimizer are then
+        still as they were before it.
 
         The gradient is the mean over the batches, and so are the loss and its terms. ``skipped`` is 1 where the
         loss or the gradient was not finite: weights, averages and the learning rate's schedule then stay where
@@ -123,12 +134,20 @@ class Trainer:
         started, lr = time.perf_counter(), engine.get_lr()[0]
         torch.manual_seed(step_seed(config.seed, step))  # dropout: the same on every rank
         measured: list[dict[str, Tensor | float]] = []  # of each batch
-        self.pictures = []
+        self.pictures, self._features = [], []
+        watch, self._point = ranks().watch, (self._may_stop_within and point) or nowhere
+        self._own_seconds, idle = 0.0, time.perf_counter()
+        watch.at(step, "loads its pictures")
         for number, batch in enumerate(batches, (step - 1) * config.accumulation):
+            self._own_seconds += time.perf_counter() - idle
+            watch.at(step, "computes")
+            self._point()
             self.pictures += batch.index.tolist()
             set_drops(engine.module, adapter_draws(self.adapters, config.seed, number))
             parts = micro_batches(batch, self.micro_batches, self.dtype, self.distinct)
             measured.append(self._add_gradient(parts, batch.label, measure))
+            idle = time.perf_counter()
+        watch.own_work(self._own_seconds)
         self.bound_logit_scale()
         for average in self.averages.by_name().values():
             average.update(step)
@@ -137,6 +156,11 @@ class Trainer:
             scalars["kl"] = teacher_gap(engine, teacher, parts)
         scalars |= {"lr": lr} | self.skipped(scalars["loss"])
         return scalars | {"step_seconds": time.perf_counter() - started}
+
+    def not_finite(self) -> list[int]:
+        """Return the pictures of the last step for which this rank's features, or their text's, are not finite."""
+        finite = [(image + text).isfinite().all(-1) for image, text in self._features]
+        return [n for n, good in zip(self.pictures, torch.cat(finite).tolist(), strict=True) if not good]
 
     def skipped(self, loss: Tensor | float) -> dict[str, Tensor | float]:
         """Return the scalars that say whether the last step was skipped, and in fp16 why."""
@@ -158,11 +182,13 @@ class Trainer:
         The last batch of the step ends it: the weights move.
         """
         config, teacher = self.config, self.averages.teacher
-        penalised = config.penalised
+        penalised, started = config.penalised, time.perf_counter()
         if len(parts) == 1:
             student: OneShot | Cached = OneShot(self.engine, parts[0], self.precision, penalised)
         else:
-            student = Cached(self.engine, parts, self.precision, penalised)
+            student = Cached(self.engine, parts, self.precision, penalised, self._point)
+        if config.zero_stage < 3:  # there the forward pass waits for the weights of other ranks
+            self._own_seconds += time.perf_counter() - started
         with mixed_precision(self.engine.device, self.precision):
             teacher_output = encode_all(teacher.encode, parts) if teacher else None
             u, v, scale, bias = with_bias(student.features, config)
@@ -180,8 +206,10 @@ class Trainer:
         logged = {"logit_scale": scale.detach()}
         if isinstance(bias, Tensor):
             logged["logit_bias"] = bias.detach().clone()  # the step moves the weight itself
+        self._features.append((student.features.image.detach(), student.features.text.detach()))
         # A NaN in all gradients: the optimizer's own check then sees a loss that is not finite too.
         finite = torch.where(loss.detach().isfinite(), 1.0, math.nan)
+        self._point()
         student.backward(loss * finite / config.accumulation)
         return {"loss": loss.detach(), **terms} | diagnostics | logged
 
@@ -230,27 +258,35 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
     )
     steps = range(done + 1, total + 1)
     bar = tqdm(steps, desc=config.output.name, unit="step", initial=done, total=total, disable=not here.first)
-    with stop_requests(quiet=not here.first) as request:
-        for step in bar:
-            measure = step % MEASURE_EVERY == 0 or step == total
-            log.write(step, trainer.step(step, islice(batches, config.accumulation), measure))
-            if log.skipped:
-                bar.set_postfix(skipped=log.skipped)
-            if log.skipped_in_a_row >= config.max_skipped:
-                pictures = [index.id(n) for n in trainer.pictures]
-                raise _not_finite(config, step, log.skipped_in_a_row, pictures)
-            stop = here.stop_step(step, request.signal)
-            if step % config.save_every == 0 or step == total or stop:
-                log.sync()  # before the checkpoint, which relies on the log's rows
-                rows = here.together(skipped.rows(step * config.accumulation))
-                checkpoints.save(step, engine, averages.by_name(), rows)
-            if stop:
-                raise Stopped(
-                    f"stopped after step {step} of {total}, which is saved; the same command goes on from there",
-                    stop,
-                )
+
+    def save(step: int) -> None:
+        here.watch.at(step, "saves")
+        log.sync()  # before the checkpoint, which relies on the log's rows
+        rows = here.together(skipped.rows(step * config.accumulation))
+        checkpoints.save(step, engine, averages.by_name(), rows)
+
+    with bar, stop_requests(not here.first, here.rank, here.size) as request:
+        here.watch.request = request
+        try:
+            for step in bar:
+                measure = step % MEASURE_EVERY == 0 or step == total
+                scalars = trainer.step(step, islice(batches, config.accumulation), measure, request.point)
+                log.write(done := step, scalars)
+                if log.skipped:
+                    bar.set_postfix(skipped=log.skipped)
+                if log.skipped_in_a_row >= config.max_skipped:
+                    _end_not_finite(trainer, step, log.skipped_in_a_row, index)
+                if step % config.save_every == 0 or step == total:
+                    save(step)
+                request.point()
+        except StopHere:
+            if done > checkpoints.step:
+                save(done)
+            raise _stopped(request, done, total) from None
+    if request.signal is not None:  # it came after the last point
+        raise _stopped(request, done, total)
     if log.skipped == total:
-        raise _not_finite(config, total, total, [index.id(n) for n in trainer.pictures])
+        _end_not_finite(trainer, total, total, index)
     last = full_weights(engine)
     trained = Trained(
         student=averages.student.gather() if averages.student else last,
@@ -262,15 +298,36 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
     return trained
 
 
-def _not_finite(config: Config, step: int, skipped: int, pictures: list[str]) -> UserError:
-    """Return the error for ``skipped`` steps in a row, the last of them on ``pictures``."""
-    batches = f"batch {step}" if config.accumulation == 1 else f"the {config.accumulation} batches"
-    named = ", ".join(f"'{picture}'" for picture in pictures[:3]) or "no pictures"
-    return UserError(
-        f"the loss or its gradient was not finite in {skipped} steps in a row; the last is step {step}, {batches} "
-        f"with {named}{f' and {len(pictures) - 3} more' * (len(pictures) > 3)}: lower --lr, give a --clip_grad "
-        "above 0, or check the start's weights (--max_skipped sets the bound)"
+def _stopped(request: StopRequest, done: int, total: int) -> Stopped:
+    assert request.signal is not None  # it asked
+    what = (
+        f"after step {done} of {total}, which is saved" if done else "in the first step; nothing is saved yet"
     )
+    return Stopped(f"stopped {what}; the same command goes on from there", request.signal, saved=done > 0)
+
+
+def _end_not_finite(trainer: Trainer, step: int, skipped: int, index: Index) -> None:
+    """End the run on all ranks after ``skipped`` steps in a row; names the pairs without finite features, if any.
+
+    Raises:
+        UserError: always; names the pairs of all ranks.
+    """
+    here, config = ranks(), trainer.config
+    chosen = [n for rows in here.everyones(trainer.not_finite()) for n in rows]
+    whose = ", whose features are not finite" if chosen else ""
+    chosen = chosen or [n for rows in here.everyones(trainer.pictures) for n in rows]
+    named = ", ".join(f"'{index.id(n)}'" for n in chosen[:3]) or "no pictures"
+    more = f" and {len(chosen) - 3} more" * (len(chosen) > 3)
+    batches = f"batch {step}" if config.accumulation == 1 else f"the {config.accumulation} batches"
+
+    def end() -> None:
+        raise UserError(
+            f"the loss or its gradient was not finite in {skipped} steps in a row; the last is step {step}, "
+            f"{batches} with {named}{more}{whose}: lower --lr, give a --clip_grad above 0, or check the start's "
+            "weights (--max_skipped sets the bound)"
+        )
+
+    here.agree(end)
 
 
 def moving_averages(config: Config, engine: DeepSpeedEngine) -> Averages:

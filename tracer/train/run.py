@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import os
+import socket
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from tqdm import tqdm
 
@@ -22,7 +18,6 @@ from tracer.data.build import read_index
 from tracer.data.decoded import DecodedPictures
 from tracer.data.index import Index
 from tracer.data.loader import announce, choose
-from tracer.data.text import read_templates
 from tracer.errors import UserError
 from tracer.evaluation.prompts import (
     check_distinct,
@@ -38,26 +33,27 @@ from tracer.files import (
     check_ours,
     check_output,
     is_marked,
+    remove_folder,
     remove_tree,
     sync,
+    whole_file,
     whole_folder,
     write_json,
 )
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.architecture import Architecture
-from tracer.models.clip import contrast_of, load_clip, openai_templates, source_files
+from tracer.models.clip import contrast_of, load_clip
 from tracer.models.freezing import freeze, lock_batchnorm, locked_buffers, trained_batchnorm
 from tracer.models.towers import checkpoint_activations
 from tracer.models.weights import first_not_finite, save_weights
 from tracer.train.checkpoint import WHOLE, Checkpoints
 from tracer.train.config import Config
 from tracer.train.engine import deepspeed_settings
+from tracer.train.identity import IDENTITY, Identity, differences_from, identity_of, training_index
 from tracer.train.log import StepLog
 from tracer.train.loop import Trained, Weights, train
 from tracer.train.ranks import Ranks, check_batch_size, join, ranks
-
-# Settings that say where and how fast a run works, and change nothing in its result.
-WITHOUT_EFFECT = ("output", "save_every", "max_skipped", "max_bad", "cache", "cache_gb", "workers")
+from tracer.train.start import check_compiler, check_shared
 
 
 @dataclass
@@ -92,14 +88,16 @@ def finetune(config: Config) -> Path:
         UserError: anything in the settings or the data that the user can mend.
     """
     config.validate()
-    with join(config.timeout).quiet():
-        return _finetune(config, ranks())
+    here = join(config.timeout)
+    with here.quiet(), here.watched(config.heartbeat):
+        return _finetune(config, here)
 
 
 def _finetune(config: Config, here: Ranks) -> Path:
     started = time.perf_counter()
     check_batch_size(config.batch_size, here.size)
-    here.once(lambda: _check_folders(config.output))
+    here.agree(lambda: check_compiler(config))
+    here.once(lambda: _check_folders(config))
     choose(config, compute_device())  # refuses a loader that is missing
     # The data first: most mistakes are made there. One rank builds an index, the others find it in the cache.
     index = here.leaders_first(lambda: training_index(config))
@@ -112,10 +110,14 @@ def _finetune(config: Config, here: Ranks) -> Path:
         check_distinct(evaluation.prompts, clip.tokenizer, named_alike(index, *evaluation.sets))
     start = clip.model.state_dict()  # stays float32, whatever the engine does to the model
     prepare(config, clip.model)
-    identity = here.once(lambda: fingerprint(config))
     with ExitStack() as stack:
-        folder = here.agree(lambda: _claim(config.output, stack, here))
-        checkpoints = here.agree(lambda: Checkpoints(folder, decisive(config), identity, started))
+        own = here.leaders_first(lambda: identity_of(config))
+        here.once(lambda: _claim(config.output, own, stack))
+        first = Identity(**here.once(lambda: asdict(own)))
+        here.agree(lambda: _check_alike(own, first, here))
+        folder, identity = aside(config.output), own.digest()
+        here.agree(lambda: check_shared(folder / IDENTITY, here.rank))
+        checkpoints = Checkpoints(folder, identity, started, config.keep)
         if checkpoints.step:
             tqdm.write(f"'{folder}': going on after step {checkpoints.step} of {config.steps}")
         with here.agree(lambda: StepLog(folder if here.first else None, after=checkpoints.step)) as log:
@@ -148,27 +150,39 @@ def _finetune(config: Config, here: Ranks) -> Path:
     return config.output
 
 
-def _check_folders(output: Path) -> None:
-    """Refuse a run that could not be written, before the work."""
-    check_output(output)  # and what is beside it
-    if os.path.lexists(aside(output)):
-        check_ours(aside(output))
+def _check_folders(config: Config) -> None:
+    """Refuse a run that could not be written, before the work; remove an unfinished one if --restart says so."""
+    check_output(config.output)  # and what is beside it
+    if os.path.lexists(part := aside(config.output)):
+        check_ours(part)
+        if config.restart:
+            remove_folder(part)
 
 
-def _claim(output: Path, stack: ExitStack, here: Ranks) -> Path:
-    """Return the folder in which the run is written until it is whole; the first rank makes and locks it."""
-    return stack.enter_context(whole_folder(output, keep=WHOLE)) if here.first else aside(output)
-
-
-def training_index(config: Config) -> Index:
-    """Return the index of the training data, with the templates that ``config`` names."""
-    index = read_index(config.train_data, None, config)
-    if config.templates:
-        templates = (
-            openai_templates() if config.templates == "openai" else read_templates(Path(config.templates))
+def _check_alike(own: Identity, first: Identity, here: Ranks) -> None:
+    """Refuse a rank that was started with other settings, data or versions than the first."""
+    if differences := own.differences(asdict(first), ("on rank 0", "here")):
+        raise UserError(
+            f"rank {here.rank} on host {socket.gethostname()} differs from rank 0 in {', '.join(differences)}: "
+            "start all ranks with the same command, data and versions"
         )
-        index = dataclasses.replace(index, templates=templates)
-    return index
+
+
+def _claim(output: Path, identity: Identity, stack: ExitStack) -> None:
+    """Make and lock the folder in which the run is written until it is whole.
+
+    Raises:
+        UserError: it holds an unfinished run with other settings, data or versions; names them.
+    """
+    part = aside(output)
+    if differences := differences_from(part, identity):
+        raise UserError(
+            f"'{part}' holds an unfinished run with other {', '.join(differences)}: give the same to go on, "
+            "choose another --output, or add --restart true to give it up"
+        )
+    stack.enter_context(whole_folder(output, keep=WHOLE))
+    with whole_file(part / IDENTITY) as file:
+        write_json(file, asdict(identity))
 
 
 def _read_evaluation(config: Config, index: Index) -> Evaluation:
@@ -301,38 +315,3 @@ def _print_sizes(sizes: dict[str, int]) -> None:
     kept = {"optimizer state": sizes["optimizer_bytes"], "checkpoint": sizes["checkpoint_bytes"]}
     kept |= {f"{n}.safetensors": sizes[f"{n}_bytes"] for n in files if f"{n}_bytes" in sizes}
     tqdm.write(", ".join(f"{name} {size / 1e6:.3g} MB" for name, size in kept.items()))
-
-
-def decisive(config: Config) -> dict[str, Any]:
-    """Return the settings that decide a run's result."""
-    settings = yaml.safe_load(config.to_yaml()) | {"precision": resolve_precision(config.precision)}
-    settings["loader"] = choose(config, compute_device())[0]
-    return {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
-
-
-def fingerprint(config: Config) -> str:
-    """Return a digest of all that decides a run's result: settings, versions, and the files that it reads."""
-    index = training_index(config)
-    settings = decisive(config.resolve(len(index)))
-    files = [
-        *source_files(config.model, config.pretrained),
-        *filter(None, (config.classes, config.deepspeed)),
-    ]
-    content = [_digest(path) for path in files if path.is_file()]
-    data = [index.digest(), *(read_index(path, None, config).digest() for path in config.eval_data.values())]
-    return hashlib.sha256(json.dumps([settings, content, data, versions()]).encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    """Return the SHA-256 of a file, read in pieces: weights may be larger than the memory that is free."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def is_run_of(config: Config, folder: Path) -> bool:
-    """Return whether ``folder`` holds a whole run with the settings, data, start and versions of ``config``."""
-    whole = all((folder / name).is_file() for name in ("run.json", "metrics.json", "student.safetensors"))
-    return whole and json.loads((folder / "run.json").read_text()).get("fingerprint") == fingerprint(config)
