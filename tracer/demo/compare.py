@@ -12,13 +12,14 @@ from typing import Any
 
 import yaml
 
-from tracer.data.index import Index
 from tracer.demo.benchmark import prepare
 from tracer.demo.config import ICONS, DemoConfig
 from tracer.demo.judge import Judge, Rows, choose_examples, finished_run, scored_row
 from tracer.demo.methods import METHODS, TRAINED_VARIANTS, Runs, train_all
-from tracer.evaluation.evaluate import evaluation_sets
-from tracer.evaluation.prompts import class_prompts, classes_of, names_of
+from tracer.errors import UserError
+from tracer.evaluation.evaluate import refuse_nothing
+from tracer.evaluation.recognise import read_sets
+from tracer.evaluation.sets import EvaluationSet
 from tracer.files import check_folder, claim_folder, whole_file, write_json
 from tracer.machine import machine, versions
 from tracer.models.clip import Clip, load_clip
@@ -38,13 +39,13 @@ def demo(config: DemoConfig) -> Path:
     config.validate()
     command = command_line(config)
     check_folder(config.output)  # before the work, which takes long
-    config, sets, prompts = prepare_data(config)
+    config, sets = prepare_data(config)
     refuse_unadaptable(config)  # before the training, which takes long
     claim_folder(config.output)
     clock.lap("data")
     runs = train_all(config)
     clock.lap("training")
-    judge = Judge.of(config, sets, prompts)
+    judge = Judge.of(config, sets)
     methods, curves = score_all(config, runs, judge)
     examples = choose_examples(judge, {key: runs[key][0] for key in METHODS})
     clock.lap("evaluation")
@@ -52,7 +53,7 @@ def demo(config: DemoConfig) -> Path:
         "title": "Robust fine-tuning, compared",
         "command": command,
         "start": describe_start(config, judge.clip),
-        "domains": describe_domains(config, sets, prompts),
+        "domains": describe_domains(config, sets),
         "methods": methods,
         "curves": curves,
         "examples": examples,
@@ -82,19 +83,26 @@ def command_line(config: DemoConfig) -> str:
     return f'make demo ARGS="{" ".join(options)}"' if options else "make demo"
 
 
-def prepare_data(config: DemoConfig) -> tuple[DemoConfig, list[Index], dict[str, list[str]]]:
-    """Return the settings with every default filled in, the evaluation sets, and the prompts of each class.
+def prepare_data(config: DemoConfig) -> tuple[DemoConfig, list[EvaluationSet]]:
+    """Return the settings with every default filled in, and the evaluation sets with the prompts of their classes.
 
     Raises:
-        UserError: the settings name no evaluation set, or data that cannot be read.
+        UserError: the settings name no evaluation set, or data that cannot be read or classified.
     """
     if config.train_data == ICONS / "train.csv":
         config = _with_icons(config)
         config.validate()  # again, now that the sets have names
-    sets = evaluation_sets(config.eval_data, config)
+    refuse_nothing(config.eval_data)
     pictures = training_index(config)
-    prompts = class_prompts(config.classes, classes_of(pictures, sets), names_of(pictures, sets))
-    return config.resolve(len(pictures)), sets, prompts
+    sets = read_sets(config.eval_data, config, config.classes, pictures)
+    captioned = next((each.name for each in sets if each.retrieval), None)
+    if captioned:
+        raise UserError(
+            f"'{captioned}' has captions and no labels: the demo compares classification, so label its pictures "
+            f"or "
+            f"leave --eval_data.{captioned} out"
+        )
+    return config.resolve(len(pictures)), sets
 
 
 def _with_icons(config: DemoConfig) -> DemoConfig:
@@ -182,17 +190,18 @@ def describe_start(config: DemoConfig, clip: Clip) -> dict[str, Any]:
     }
 
 
-def describe_domains(config: DemoConfig, sets: list[Index], prompts: dict[str, list[str]]) -> Rows:
+def describe_domains(config: DemoConfig, sets: list[EvaluationSet]) -> Rows:
     """Return the evaluation sets with their roles; by default the first is in-distribution, the others shifted."""
     return [
         {
-            "name": index.name,
-            "kind": config.kinds.get(index.name, "shifted" if n else "in-distribution"),
-            "pictures": len(index),
-            "classes": len(index.classes),
-            "chance": 1 / len(prompts),
+            "name": each.name,
+            "kind": config.kinds.get(each.name, "shifted" if n else "in-distribution"),
+            "pictures": len(each.index),
+            "expected": each.expected,
+            "classes": len(each.index.classes),
+            "chance": 1 / len(each.class_ids),
         }
-        for n, index in enumerate(sets)
+        for n, each in enumerate(sets)
     ]
 
 
