@@ -130,7 +130,7 @@ CASES = {
     no_test_split: r"dataset_coco.json' has no pictures of the split test \(it has restval, train, val\)",
     captions_of_other_pictures: r"none of the 6 pictures that .* names is beside it, .* those of another split",
     damaged_captions: r"dataset_coco.json' is not JSON in UTF-8 .*: download it again",
-    a_picture_without_captions: r"has no caption for 'COCO_val2014_000000000003.jpg': download it again",
+    a_picture_without_captions: r"has no caption for 'COCO_val2014_000000000003.jpg': download",
     no_such_part: r"there is no split 'testing': the splits are train, val, test",
     another_json: r"split_zhou_Sorts.json' is not a split of CoOp's .*: it holds train, val and test",
 }

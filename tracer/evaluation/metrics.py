@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
@@ -47,13 +46,13 @@ class Predictions:
     @classmethod
     def of(cls, logits: Tensor, truth: Tensor) -> Predictions:
         """Return what is kept of logits [n, C] with their classes [n] int64."""
-        log_probability = F.log_softmax(logits.double(), dim=1)
-        own = log_probability.gather(1, truth[:, None])
-        # log_softmax of equal logits is equal, so that ties are those of the logits.
-        before = torch.arange(logits.shape[1], device=logits.device) < truth[:, None]
-        rank = (log_probability > own).sum(1) + ((log_probability == own) & before).sum(1)
-        best, predicted = log_probability.max(1)
-        values = (truth.int(), predicted.int(), rank.int(), best.exp().float(), -own[:, 0].float())
+        logits = logits.float()
+        own = logits.gather(1, truth[:, None])
+        first = torch.arange(logits.shape[1], device=logits.device) < truth[:, None]
+        rank = ((logits > own) | ((logits == own) & first)).sum(1)
+        best, predicted = logits.max(1)
+        total = logits.logsumexp(1)
+        values = (truth.int(), predicted.int(), rank.int(), (best - total).exp(), total - own[:, 0])
         return cls(*(value.cpu().numpy() for value in values))
 
     @classmethod

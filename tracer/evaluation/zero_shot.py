@@ -58,8 +58,8 @@ def evaluate_sets(
 
         def score(good: EvaluationSet) -> Scored:
             if good.retrieval:
-                found = retrieve(clip, good.index, workers=workers, decoded=decoded, precision=precision)
-                return score_retrieval(good, found)
+                ranked = retrieve(clip, good.index, workers=workers, decoded=decoded, precision=precision)
+                return score_retrieval(good, ranked)
             own = weights[id(good.prompts)]
             predictions = predict(clip, good, own, workers=workers, decoded=decoded, precision=precision)
             return score_classes(good, predictions)
@@ -130,7 +130,7 @@ def _text_features(clip: Clip, texts: list[str], precision: str) -> Iterator[Ten
     clip.model.eval()
     device = next(clip.model.parameters()).device
     parts = range(0, len(texts), TEXTS_AT_ONCE)
-    for start in tqdm(parts, desc="encoding prompts", leave=False, disable=len(parts) < 20):
+    for start in tqdm(parts, desc="encoding prompts", leave=False, delay=3):
         tokens = clip.tokenizer(texts[start : start + TEXTS_AT_ONCE]).to(device)
         with autocast(device, precision):
             features = clip.model.encode_text(tokens, normalize=True)
@@ -148,7 +148,7 @@ def _picture_features(
     store = DecodedPictures(0) if decoded is None else decoded
     batches = store.batches(index, clip.picture_format, PICTURES_AT_ONCE, workers, device)
     start = 0
-    with tqdm(total=len(index), desc=index.name, unit="image", leave=False) as bar:
+    with tqdm(total=len(index), desc=index.name, unit="image", leave=False, delay=3) as bar:
         for images in batches:
             with autocast(device, precision):
                 features = clip.model.encode_image(images, normalize=True)

@@ -33,8 +33,8 @@ def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     published = {score.get("measure") for *_, score in rows}
     shown = {key: title for key, title in special.items() if key in published}
     _print_table("Zero-shot evaluation", classified, classes | shown)
-    found = [row for row in rows if "accuracy" not in row[2]]
-    _print_table("Retrieval", found, dict(zip(recalls, titles, strict=True)))
+    captioned = [row for row in rows if "accuracy" not in row[2]]
+    _print_table("Retrieval", captioned, dict(zip(recalls, titles, strict=True)))
 
 
 def _print_table(title: str, rows: list[tuple[str, str, Mapping[str, Any]]], columns: dict[str, str]) -> None:
@@ -42,13 +42,17 @@ def _print_table(title: str, rows: list[tuple[str, str, Mapping[str, Any]]], col
         return
     table = Table(title=title)
     for column in ("model", "set", "pictures", *columns.values()):
-        table.add_column(column, justify="left" if column in ("model", "set") else "right")
+        left = column in ("model", "set")
+        table.add_column(column, justify="left" if left else "right", no_wrap=not left)
     for model, name, score in rows:
         pictures = str(int(score["pictures"]))
         if score.get("expected", score["pictures"]) != score["pictures"]:
-            pictures += f" of {int(score['expected'])}: incomplete"
+            pictures += f" of {int(score['expected'])}\nincomplete"
         table.add_row(model, name, pictures, *(_with_interval(score, key) for key in columns))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 140)  # in a log file the columns must not break
+    console.print(table)
 
 
 def _with_interval(score: Mapping[str, Any], key: str) -> str:

@@ -269,7 +269,7 @@ def _evaluate(config: Config, weights: dict[str, Weights], sets: list[Evaluation
     for name, state in weights.items():
         clip.model.load_state_dict(state)
         scored = evaluate_sets(clip, sets, workers=config.workers, decoded=decoded, max_bad=config.max_bad)
-        scores[name] = {each: found.score for each, found in scored.items()}
+        scores[name] = {each: result.score for each, result in scored.items()}
     return scores
 
 
