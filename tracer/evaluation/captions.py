@@ -20,8 +20,14 @@ from tracer.evaluation.sets import EvaluationSet
 SIZES = {"coco": ("COCO", 5_000), "flickr30k": ("Flickr30k", 1_000), "flickr8k": ("Flickr8k", 1_000)}
 FOLDERS = ("", "images", "Images", "flickr30k-images", "flickr30k_images", "val2014", "train2014", "val2017")
 OTHER_SPLITS = re.compile(r"(?<![a-z])(train|restval|val|dev)(?![a-z])")
-NAMES = ("dataset_coco.json", "dataset_flickr30k.json", "dataset_flickr8k.json", "coco_test_karpathy.json")
-NAMES += ("flickr30k_test_karpathy.txt", "flickr8k_test_karpathy.txt")
+NAMES = (
+    "dataset_coco.json",
+    "dataset_flickr30k.json",
+    "dataset_flickr8k.json",
+    "coco_test_karpathy.json",
+    "flickr30k_test_karpathy.txt",
+    "flickr8k_test_karpathy.txt",
+)
 
 Captioned = tuple[
     list[str], list[str]

@@ -82,8 +82,8 @@ def markdown(scores: Scores) -> str:
 def _cell(score: dict, key: str) -> str:
     if key not in score:
         return "–"
-    bounds = [score.get(f"{key}_{end}") for end in ("low", "high")]
-    known = f" ({100 * bounds[0]:.1f}–{100 * bounds[1]:.1f})" if None not in bounds else ""
+    low, high = score.get(f"{key}_low"), score.get(f"{key}_high")
+    known = "" if low is None or high is None else f" ({100 * low:.1f}–{100 * high:.1f})"
     return f"{100 * score[key]:.1f}{known}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,10 @@ def _of_wnids(path: Path, name: str, loading: LoadingSettings, folders: list[str
 
 
 def _known(
-    layout: str, path: Path, name: str, loading: LoadingSettings, classes: dict[str, tuple[str, ...]]
+    layout: str, path: Path, name: str, loading: LoadingSettings, classes: Mapping[str, tuple[str, ...]]
 ) -> EvaluationSet:
     return EvaluationSet(
-        read_index(path, name, loading), layout, SIZES.get(layout), prompts=prompts(), classes=classes
+        read_index(path, name, loading), layout, SIZES.get(layout), prompts=prompts(), classes=dict(classes)
     )
 
 
