@@ -44,7 +44,9 @@ def local_dimension(features: Tensor, neighbours: int) -> Tensor:
     """
     count = len(features)
     if count < 3 or neighbours < 2:
-        raise ValueError(f"{count} rows of features and {neighbours} neighbours: at least 3 rows and 2 neighbours")
+        raise ValueError(
+            f"{count} rows of features and {neighbours} neighbours: at least 3 rows and 2 neighbours"
+        )
     own = torch.eye(count, dtype=torch.bool, device=features.device)
     square = (features**2).sum(1)
     squared = square[:, None] + square - 2 * features @ features.T

@@ -28,6 +28,7 @@ from tracer.models.towers import compile_towers
 from tracer.ops import contrastive_loss
 from tracer.schedules import EMA, WMA, Frozen, Schedule, Uniform
 from tracer.teacher import MovingAverageTeacher, build_teacher
+from tracer.train.baselines import Extras
 from tracer.train.cached import (
     Cached,
     MicroBatch,
@@ -94,6 +95,7 @@ class Trainer:
         self.engine = start_engine(config, model)
         self.averages = moving_averages(config, self.engine)
         self.loss = objective(config)
+        self.extras = Extras(config, self.engine.module)
         self.bound_logit_scale = LogitScaleBound(self.engine)
         self.precision = resolve_precision(config.precision)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
@@ -165,13 +167,16 @@ class Trainer:
             student = Cached(self.engine, parts, self.precision, penalised)
         with mixed_precision(self.engine.device, self.precision):
             teacher_output = encode_all(teacher.encode, parts) if teacher else None
+            labels = label if config.positives else None
             loss, terms, diagnostics = self.loss(
                 *student.features,
-                labels=label if config.positives else None,
+                labels=labels,
                 teacher=teacher_output,
                 projections=student.matrices,
                 stats=measure,
             )
+            for name, (weight, value) in self.extras.terms(student.features, teacher_output, labels).items():
+                loss, terms = loss + weight * value, {**terms, name: value.detach()}
         # A NaN in all gradients: the optimizer's own check then sees a loss that is not finite too.
         finite = torch.where(loss.detach().isfinite(), 1.0, math.nan)
         student.backward(loss * finite / config.accumulation)
@@ -298,6 +303,7 @@ def objective(config: Config) -> TracerLoss:
         cross=config.cross,
         projection_product=config.projection_product,
         projection_orthogonal=config.projection_orthogonal,
+        teacher_temperature=config.teacher_temperature,
         margin=config.recipe.margin,
         smoothing=config.recipe.smoothing,
     )
