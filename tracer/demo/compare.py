@@ -8,12 +8,12 @@ import shlex
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from tracer.demo.benchmark import prepare
-from tracer.demo.config import ICONS, DemoConfig
+from tracer.demo.benchmark import HOME, prepare
+from tracer.demo.config import ICONS, DemoConfig, SweepConfig
 from tracer.demo.judge import Judge, Rows, choose_examples, finished_run, scored_row
 from tracer.demo.methods import METHODS, TRAINED_VARIANTS, Runs, train_all
 from tracer.errors import UserError
@@ -27,6 +27,8 @@ from tracer.report.page import write_report
 from tracer.report.results import read_results
 from tracer.report.terminal import print_results
 from tracer.train.run import adapt, training_index
+
+AnyDemo = TypeVar("AnyDemo", bound=DemoConfig)
 
 
 def demo(config: DemoConfig) -> Path:
@@ -83,7 +85,7 @@ def command_line(config: DemoConfig) -> str:
     return f'make demo ARGS="{" ".join(options)}"' if options else "make demo"
 
 
-def prepare_data(config: DemoConfig) -> tuple[DemoConfig, list[EvaluationSet]]:
+def prepare_data(config: AnyDemo) -> tuple[AnyDemo, list[EvaluationSet]]:
     """Return the settings with every default filled in, and the evaluation sets with the prompts of their classes.
 
     Raises:
@@ -105,14 +107,22 @@ def prepare_data(config: DemoConfig) -> tuple[DemoConfig, list[EvaluationSet]]:
     return config.resolve(len(pictures)), sets
 
 
-def _with_icons(config: DemoConfig) -> DemoConfig:
-    """Prepare the icon benchmark and fill in its sets, unless the user named others."""
+def _with_icons(config: AnyDemo) -> AnyDemo:
+    """Prepare the icon benchmark and fill in its sets, unless the user named others.
+
+    A sweep is validated on a part of the in-distribution test pictures, and tested on the rest of them.
+    """
     benchmark = prepare(ICONS, workers=config.workers)
+    sets, more = benchmark.eval_data, {}
+    if isinstance(config, SweepConfig):
+        sets = {name: benchmark.rest if name == HOME else path for name, path in sets.items()}
+        more = {"validation": config.validation or benchmark.validation}
     return dataclasses.replace(
         config,
-        eval_data=config.eval_data or benchmark.eval_data,
+        eval_data=config.eval_data or sets,
         kinds=config.kinds or benchmark.roles,
         classes=config.classes or benchmark.classes,
+        **more,
     )
 
 
@@ -138,10 +148,10 @@ def score_all(config: DemoConfig, runs: Runs, judge: Judge) -> tuple[Rows, Rows]
         weights = partial(judge.folded, alpha=alpha)
         scaled[alpha] = judge.rows(f"R-Adapter, α = {alpha:g}", weights, runs["r-adapter"])
 
-    methods = [_method("zero-shot", "Zero-shot", "no training", [scored_row(zero_shot)])]
-    methods += [_method(key, m.name, m.note, finished[key]) for key, m in METHODS.items()]
+    methods = [method_row("zero-shot", "Zero-shot", "no training", [scored_row(zero_shot)])]
+    methods += [method_row(key, m.name, m.note, finished[key]) for key, m in METHODS.items()]
     note = f"plain run and start averaged, α = {config.wise_alpha:g}"
-    wise_ft = _method("wise-ft", "WiSE-FT", note, wise[config.wise_alpha])
+    wise_ft = method_row("wise-ft", "WiSE-FT", note, wise[config.wise_alpha])
     methods.insert(-1, wise_ft)  # R-Adapter stays last, before its variants
     if config.ablate:
         methods += score_variants(config, runs, judge, finished, scaled[1.0])
@@ -158,18 +168,19 @@ def score_variants(
         unscaled: the full method's rows at α = 1.
     """
     variants = [
-        _method(key, m.name, m.note, finished[key], "r-adapter") for key, m in TRAINED_VARIANTS.items()
+        method_row(key, m.name, m.note, finished[key], "r-adapter") for key, m in TRAINED_VARIANTS.items()
     ]
     last = partial(judge.folded, alpha=config.adapter_alpha, file="adapters_last")
     rows = judge.rows("R-Adapter, last", last, runs["r-adapter"])
     return [
         *variants,
-        _method("r-adapter-no-average", "R-Adapter, no accumulation", "the last step", rows, "r-adapter"),
-        _method("r-adapter-no-scaling", "R-Adapter, no re-scaling", "α = 1", unscaled, "r-adapter"),
+        method_row("r-adapter-no-average", "R-Adapter, no accumulation", "the last step", rows, "r-adapter"),
+        method_row("r-adapter-no-scaling", "R-Adapter, no re-scaling", "α = 1", unscaled, "r-adapter"),
     ]
 
 
-def _method(key: str, name: str, note: str, runs: Rows, variant_of: str | None = None) -> dict[str, Any]:
+def method_row(key: str, name: str, note: str, runs: Rows, variant_of: str | None = None) -> dict[str, Any]:
+    """Return a method as results.json holds it."""
     return {"key": key, "name": name, "note": note, "runs": runs, "variant_of": variant_of}
 
 
