@@ -106,7 +106,8 @@ def test_a_sweep_goes_on_and_refuses_another_grid(config, capsys):
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
     other = dataclasses.replace(config, grid={"lr": [1e-2]})
     with pytest.raises(
-        UserError, match=r"the grid of '.*run' was .*0.001.* and is now .*0.01.*: all methods must get the same"
+        UserError,
+        match=r"the grid of '.*run' was .*0.001.* and is now .*0.01.*: all methods must get the same",
     ):
         sweep(other)
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())

@@ -113,16 +113,15 @@ def _with_icons(config: AnyDemo) -> AnyDemo:
     A sweep is validated on a part of the in-distribution test pictures, and tested on the rest of them.
     """
     benchmark = prepare(ICONS, workers=config.workers)
-    sets, more = benchmark.eval_data, {}
+    sets = benchmark.eval_data
     if isinstance(config, SweepConfig):
         sets = {name: benchmark.rest if name == HOME else path for name, path in sets.items()}
-        more = {"validation": config.validation or benchmark.validation}
+        config = dataclasses.replace(config, validation=config.validation or benchmark.validation)
     return dataclasses.replace(
         config,
         eval_data=config.eval_data or sets,
         kinds=config.kinds or benchmark.roles,
         classes=config.classes or benchmark.classes,
-        **more,
     )
 
 

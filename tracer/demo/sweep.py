@@ -245,15 +245,15 @@ class Tested:
                 for role, names in columns.items() if one != other else ():
                     a, b = ([s[name] for s in self._at[k] for name in names] for k in (one, other))
                     for measure in MEASURES if names else ():
-                        found = difference(a, b, measure)
-                        if found:
+                        result = difference(a, b, measure)
+                        if result:
                             pair = {
                                 "one": keys[one],
                                 "other": keys[other],
                                 "column": role,
                                 "measure": measure,
                             }
-                            pairs.append(pair | found._asdict())
+                            pairs.append(pair | result._asdict())
         return pairs
 
 
