@@ -110,7 +110,7 @@ def test_corpus_holds_neither_test_nor_training_pictures_nor_their_copies(small_
 
 
 def test_validation_and_test_divide_the_home_set(small_world):
-    prepared = prepare(small_world / "icons", workers=1)
+    prepared = benchmark.prepare(small_world / "icons", workers=1)
     paths = (prepared.eval_data["shaded"], prepared.validation, prepared.rest)
     whole, validation, rest = ([row["image"] for row in rows_of(path)] for path in paths)
     assert validation
@@ -120,7 +120,7 @@ def test_validation_and_test_divide_the_home_set(small_world):
 
 def test_a_group_is_validated_as_a_whole():
     home, group = np.arange(60) % 5 > 0, np.arange(60) // 4
-    chosen = validated(home, group, [f"icon {n}" for n in range(60)])
+    chosen = split.validated(home, group, [f"icon {n}" for n in range(60)])
     assert not (chosen & ~home).any()
     for number in range(15):
         assert len(set(chosen[home & (group == number)].tolist())) == 1

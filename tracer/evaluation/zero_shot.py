@@ -207,7 +207,7 @@ def _choice(each: EvaluationSet, device: torch.device) -> Callable[[Tensor], Ten
 
     def choose(logits: Tensor) -> Tensor:
         start = logits.new_full((len(logits), len(members)), -torch.inf)
-        return start.scatter_reduce(1, columns.expand(len(logits), -1), logits[:, rows], "amin")
+        return start.scatter_reduce(1, columns.expand(len(logits), -1), logits[:, rows], "amax")
 
     return choose
 
