@@ -1,4 +1,4 @@
-"""The ``tracer`` command: demo, pretrain, finetune, evaluate, index.
+"""The ``tracer`` command: demo, sweep, pretrain, finetune, evaluate, index.
 
 Every option of a command is a field of its settings dataclass; ``--config FILE.yaml`` reads them from a file,
 and options after it override the file. A mistake that the user can mend ends with one line on stderr and exit
@@ -26,7 +26,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from tracer import __version__
 from tracer.data.config import IndexConfig
-from tracer.demo.config import DemoConfig, PretrainConfig
+from tracer.demo.config import DemoConfig, PretrainConfig, SweepConfig
 from tracer.errors import Refused, Stopped, UserError
 from tracer.evaluation.config import EvaluateConfig
 from tracer.settings import check_set_names
@@ -39,6 +39,12 @@ def _demo(config: DemoConfig) -> None:
     from tracer.demo.compare import demo
 
     print(f"report: {demo(config)}")
+
+
+def _sweep(config: SweepConfig) -> None:
+    from tracer.demo.sweep import sweep
+
+    print(f"report: {sweep(config)}")
 
 
 def _finetune(config: Config) -> None:
@@ -89,6 +95,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command(
         DemoConfig, "fine-tune a small CLIP in several ways on real pictures and compare them", _demo
+    ),
+    "sweep": Command(
+        SweepConfig, "compare methods, each at the setting of a grid that validation chooses", _sweep
     ),
     "finetune": Command(Config, "fine-tune an open_clip model on your own pictures", _finetune),
     "evaluate": Command(

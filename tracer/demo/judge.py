@@ -9,16 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from tracer.adapters import fold, read_adapters
 from tracer.data.decoded import DecodedPictures
-from tracer.data.index import Index
 from tracer.demo.config import DemoConfig
 from tracer.errors import UserError
-from tracer.evaluation.zero_shot import Scores, class_probabilities, classifier, evaluate_zero_shot
+from tracer.evaluation.scores import Scored, Scores
+from tracer.evaluation.sets import EvaluationSet
+from tracer.evaluation.zero_shot import classifier, evaluate_sets, predict
 from tracer.machine import compute_device
 from tracer.models.clip import Clip, load_clip
 from tracer.models.soups import interpolate
@@ -49,33 +51,29 @@ class Judge:
 
     clip: Clip
     start: Weights
-    sets: list[Index]
-    prompts: dict[str, list[str]]
+    sets: list[EvaluationSet]
     workers: int
     decoded: DecodedPictures = field(default_factory=DecodedPictures)  # small sets stay for the next model
     max_bad: float = 0.0
 
     @classmethod
-    def of(cls, config: DemoConfig, sets: list[Index], prompts: dict[str, list[str]]) -> Judge:
+    def of(cls, config: DemoConfig, sets: list[EvaluationSet]) -> Judge:
         """Load the start, and return a judge that keeps a copy of its weights."""
         clip = load_clip(config.model, config.pretrained)
         start = {name: value.clone() for name, value in clip.model.state_dict().items()}
         clip.model.to(compute_device())
-        return cls(
-            clip, start, sets, prompts, config.workers, DecodedPictures(loading=config), config.max_bad
+        return cls(clip, start, sets, config.workers, DecodedPictures(loading=config), config.max_bad)
+
+    def scored(self, weights: Weights) -> dict[str, Scored]:
+        """Return the scores of the model with these weights, and what they were made of."""
+        self.clip.model.load_state_dict(weights)
+        return evaluate_sets(
+            self.clip, self.sets, workers=self.workers, decoded=self.decoded, max_bad=self.max_bad
         )
 
     def scores(self, weights: Weights) -> Scores:
         """Return the scores of the model with these weights."""
-        self.clip.model.load_state_dict(weights)
-        return evaluate_zero_shot(
-            self.clip,
-            self.sets,
-            self.prompts,
-            workers=self.workers,
-            decoded=self.decoded,
-            max_bad=self.max_bad,
-        )
+        return {name: each.score for name, each in self.scored(weights).items()}
 
     def rows(self, title: str, weights: Callable[[Path], Weights], folders: list[Path]) -> Rows:
         """Return a row for each seed: the scores of the weights that are made of the run's folder."""
@@ -100,11 +98,12 @@ def choose_examples(judge: Judge, runs: dict[str, Path], per_set: int = 4) -> Ro
     states |= {key: load_file(folder / "student.safetensors") for key, folder in runs.items()}
     draw = random.Random(0)
     samples = [
-        index.take(sorted(draw.sample(range(len(index)), min(64, len(index))))) for index in judge.sets
+        each.take(np.array(sorted(draw.sample(range(len(each.index)), min(64, len(each.index))))))
+        for each in judge.sets
     ]
     predictions = {key: _predictions(judge, state, samples) for key, state in states.items()}
     examples = []
-    for n, index in enumerate(samples):
+    for n, index in enumerate(each.index for each in samples):
         rows = draw.sample(range(len(index)), len(index))
         differ = [r for r in rows if len({p[n][r][0] for p in predictions.values()}) > 1]
         for r in list(dict.fromkeys(differ[: per_set // 2] + rows))[:per_set]:
@@ -119,12 +118,16 @@ def choose_examples(judge: Judge, runs: dict[str, Path], per_set: int = 4) -> Ro
     return examples
 
 
-def _predictions(judge: Judge, state: Weights, samples: list[Index]) -> list[list[tuple[str, float]]]:
+def _predictions(judge: Judge, state: Weights, samples: list[EvaluationSet]) -> list[list[tuple[str, float]]]:
     """Return the most probable class and its probability, for each picture of each sample."""
     judge.clip.model.load_state_dict(state)
-    names, weights = list(judge.prompts), classifier(judge.clip, judge.prompts)
+    weights = {id(each.prompts): classifier(judge.clip, each.prompts) for each in samples}
     predictions = []
-    for index in samples:
-        probability, best = class_probabilities(judge.clip, index, weights, decoded=judge.decoded).max(1)
-        predictions.append([(names[c], float(p)) for c, p in zip(best, probability, strict=True)])
+    for each in samples:
+        kept, names = (
+            predict(judge.clip, each, weights[id(each.prompts)], decoded=judge.decoded),
+            each.class_ids,
+        )
+        chosen = zip(kept.predicted.tolist(), kept.confidence.tolist(), strict=True)
+        predictions.append([(names[number], confidence) for number, confidence in chosen])
     return predictions

@@ -64,15 +64,20 @@ def train_all(config: DemoConfig) -> Runs:
 
 
 def finetune_once(config: DemoConfig, key: str, changes: dict[str, Any], seed: int) -> Path:
-    """Return the folder of one run; train it unless it is there with the same settings, data, start and version.
-
-    An unfinished run with the same settings is resumed. A run with other settings, finished or not, is
-    replaced.
-    """
+    """Return the folder of one run of a method; see :func:`run_once`."""
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)} | changes
     run = Config(**settings | {"seed": seed, "output": config.output / f"{key}-{seed}"})
     if run.adapted:
         run.lr = config.adapter_lr
+    return run_once(run)
+
+
+def run_once(run: Config) -> Path:
+    """Return the folder of a run; train it unless it is there with the same settings, data, start and version.
+
+    An unfinished run with the same settings is resumed. A run with other settings, finished or not, is
+    replaced.
+    """
     part = aside(run.output)
     for folder in (run.output, part):
         if os.path.lexists(folder):

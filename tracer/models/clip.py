@@ -110,16 +110,6 @@ def bounded_logit_scale(model: Any) -> Tensor:
     return scale if contrast_of(model) == "sigmoid" else scale.clamp(max=MAX_LOGIT_SCALE)
 
 
-def probabilities_of(model: Any, similarity: Tensor) -> Tensor:
-    """Return the probabilities [N, C] of the classes from cosines [N, C] of pictures and classes.
-
-    The softmax over the classes; for a model with a logit bias the probability of each pair by itself,
-    sigmoid(σ cosine + b), of which a row sums to anything.
-    """
-    logits = bounded_logit_scale(model) * similarity
-    return logits.softmax(-1) if contrast_of(model) == "softmax" else (logits + model.logit_bias).sigmoid()
-
-
 def openai_templates() -> list[str]:
     """Return open_clip's 80 ImageNet templates, in which ``{}`` stands for the name of the class."""
     return [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]

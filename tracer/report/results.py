@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,22 @@ class Stat:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A measure of the method ``one`` minus that of ``other`` on the same pictures, with its paired 95 % interval.
+
+    ``column`` is in-distribution or shifted, the mean over the sets of that role.
+    """
+
+    one: str
+    other: str
+    column: str
+    measure: str
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Results:
     """All results of a comparison, as ``results.json`` holds them, and how they are arranged for reading.
 
@@ -173,6 +189,8 @@ class Results:
     versions: dict[str, Any]
     machine: dict[str, Any]
     times: dict[str, float]
+    pairs: list[Pair] = field(default_factory=list)
+    choices: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Results:
@@ -198,6 +216,8 @@ class Results:
             versions=content.get("versions") or {},
             machine=content.get("machine") or {},
             times=content.get("times") or {},
+            pairs=[Pair(**pair) for pair in content.get("pairs") or []],
+            choices=content.get("choices") or {},
         )
 
     @cached_property

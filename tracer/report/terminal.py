@@ -17,19 +17,51 @@ from tracer.report.tables import Row, table_rows
 
 
 def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    """Print one row for each model and set: number of pictures, top-1 accuracy and calibration error.
+    """Print a row for each model and set, in one table for classification and one for retrieval.
+
+    A published set with another number of pictures than it should have is marked as incomplete.
 
     Args:
-        scores: model → set → {accuracy and ece as fractions, pictures}.
+        scores: model → set → its measures as fractions, with the number of pictures.
     """
-    table = Table(title="Zero-shot evaluation")
-    for column in ("model", "set", "pictures", "accuracy %", "ECE %"):
-        table.add_column(column, justify="left" if column in ("model", "set") else "right")
-    for model, sets in scores.items():
-        for name, score in sets.items():
-            values = (f"{100 * score['accuracy']:.1f}", f"{100 * score['ece']:.1f}")
-            table.add_row(model, name, str(int(score["pictures"])), *values)
-    Console().print(table)
+    recalls = [f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+    titles = ["image→text R@1", "R@5", "R@10", "text→image R@1", "R@5", "R@10"]
+    classes = {"accuracy": "accuracy %", "ece": "ECE %", "ece_perfect": "ECE if perfect %"}
+    special = {"macro_f1": "macro-F1 %", "worst_region": "worst region %"}
+    rows = [(model, name, score) for model, sets in scores.items() for name, score in sets.items()]
+    classified = [row for row in rows if "accuracy" in row[2]]
+    published = {score.get("measure") for *_, score in rows}
+    shown = {key: title for key, title in special.items() if key in published}
+    _print_table("Zero-shot evaluation", classified, classes | shown)
+    captioned = [row for row in rows if "accuracy" not in row[2]]
+    _print_table("Retrieval", captioned, dict(zip(recalls, titles, strict=True)))
+
+
+def _print_table(title: str, rows: list[tuple[str, str, Mapping[str, Any]]], columns: dict[str, str]) -> None:
+    if not rows:
+        return
+    table = Table(title=title)
+    for column in ("model", "set", "pictures", *columns.values()):
+        left = column in ("model", "set")
+        table.add_column(column, justify="left" if left else "right", no_wrap=not left)
+    for model, name, score in rows:
+        pictures = str(int(score["pictures"]))
+        if score.get("expected", score["pictures"]) != score["pictures"]:
+            pictures += f" of {int(score['expected'])}\nincomplete"
+        table.add_row(model, name, pictures, *(_with_interval(score, key) for key in columns))
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 140)  # in a log file the columns must not break
+    console.print(table)
+
+
+def _with_interval(score: Mapping[str, Any], key: str) -> str:
+    """Return a measure in per cent, with its 95 % interval below it where there is one."""
+    if score.get(key) is None:
+        return ""
+    low, high = score.get(f"{key}_low"), score.get(f"{key}_high")
+    text = f"{100 * score[key]:.1f}"
+    return text if low is None or high is None else f"{text}\n{100 * low:.1f}–{100 * high:.1f}"
 
 
 def print_results(results: Results) -> None:

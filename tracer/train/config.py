@@ -14,6 +14,7 @@ from tracer.data.config import LoadingSettings
 from tracer.errors import UserError
 from tracer.recipes import EMA, R_ADAPTER, TRACER, WMA
 from tracer.settings import check_ranges, check_set_names
+from tracer.train.baselines import BaselineSettings
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
@@ -345,6 +346,7 @@ class Recipe(NamedTuple):
 # A dataclass takes the fields of its last base first.
 @dataclass
 class Config(
+    BaselineSettings,
     RunSettings,
     EngineSettings,
     OptimisationSettings,
@@ -395,6 +397,7 @@ class Config(
             OptimisationSettings,
             EngineSettings,
             RunSettings,
+            BaselineSettings,
         )
         for section in sections:
             section.validate(self)

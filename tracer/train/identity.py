@@ -16,6 +16,7 @@ from tracer.data.content import content
 from tracer.data.index import Index
 from tracer.data.loader import choose
 from tracer.data.text import read_templates
+from tracer.evaluation.recognise import read_sets
 from tracer.files import digest_of
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.clip import openai_templates, source_files
@@ -104,8 +105,8 @@ def identity_of(config: Config) -> Identity:
     settings["loader"] = choose(config, compute_device())[0]
     settings = {n: v for n, v in settings.items() if n not in (*WITHOUT_EFFECT, *PLACES)}
     files = {"--train_data": content(index, config.cache)}
-    for name, path in config.eval_data.items():
-        files[f"--eval_data.{name}"] = content(read_index(path, name, config), config.cache)
+    for each in read_sets(config.eval_data, config, config.classes, index):
+        files[f"--eval_data.{each.name}"] = content(each.index, config.cache)
     for option, given in (("--classes", config.classes), ("--deepspeed", config.deepspeed)):
         if given is not None and given.is_file():
             files[option] = digest_of(given)

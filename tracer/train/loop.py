@@ -29,6 +29,7 @@ from tracer.models.towers import compile_towers
 from tracer.ops import contrastive_loss
 from tracer.schedules import EMA, WMA, Frozen, Schedule, Uniform
 from tracer.teacher import MovingAverageTeacher, build_teacher
+from tracer.train.baselines import Extras
 from tracer.train.cached import (
     Cached,
     MicroBatch,
@@ -96,6 +97,7 @@ class Trainer:
         self.engine = start_engine(config, model)
         self.averages = moving_averages(config, self.engine)
         self.loss = objective(config, model)
+        self.extras = Extras(config, self.engine.module)
         self.bound_logit_scale = LogitScaleBound(self.engine)
         self.precision = resolve_precision(config.precision)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
@@ -192,17 +194,20 @@ class Trainer:
         with mixed_precision(self.engine.device, self.precision):
             teacher_output = encode_all(teacher.encode, parts) if teacher else None
             u, v, scale, bias = with_bias(student.features, config)
+            labels = label if config.positives else None
             loss, terms, diagnostics = self.loss(
                 u,
                 v,
                 scale,
-                labels=label if config.positives else None,
+                labels=labels,
                 teacher=teacher_output[:3] if teacher_output else None,
                 projections=student.matrices,
                 stats=measure,
                 logit_bias=bias,
                 teacher_logit_bias=with_bias(teacher_output, config)[3] if teacher_output else None,
             )
+            for name, (weight, value) in self.extras.terms(student.features, teacher_output, labels).items():
+                loss, terms = loss + weight * value, {**terms, name: value.detach()}
         logged = {"logit_scale": scale.detach()}
         if isinstance(bias, Tensor):
             logged["logit_bias"] = bias.detach().clone()  # the step moves the weight itself
@@ -378,6 +383,7 @@ def objective(config: Config, model: nn.Module) -> TracerLoss:
         cross=config.cross,
         projection_product=config.projection_product,
         projection_orthogonal=config.projection_orthogonal,
+        teacher_temperature=config.teacher_temperature,
         margin=config.recipe.margin,
         smoothing=0.0 if contrast == "sigmoid" else config.recipe.smoothing,
         contrast=contrast,

@@ -14,20 +14,14 @@ from torch import nn
 from tqdm import tqdm
 
 from tracer.adapters import TOWERS, Share, adapter_state, add_adapters, fold, save_adapters
-from tracer.data.build import read_index
 from tracer.data.decoded import DecodedPictures
 from tracer.data.index import Index
 from tracer.data.loader import announce, choose
 from tracer.errors import UserError
-from tracer.evaluation.prompts import (
-    check_distinct,
-    check_labels,
-    class_prompts,
-    classes_of,
-    named_alike,
-    names_of,
-)
-from tracer.evaluation.zero_shot import Scores, evaluate_zero_shot
+from tracer.evaluation.recognise import check_prompts, read_sets
+from tracer.evaluation.scores import Scores
+from tracer.evaluation.sets import EvaluationSet
+from tracer.evaluation.zero_shot import evaluate_sets
 from tracer.files import (
     aside,
     check_ours,
@@ -71,14 +65,6 @@ class RunRecord:
     fingerprint: str
 
 
-@dataclass
-class Evaluation:
-    """The evaluation sets of a run, and the prompts of their classes."""
-
-    sets: list[Index]
-    prompts: dict[str, list[str]]
-
-
 def finetune(config: Config) -> Path:
     """Fine-tune as ``config`` says, evaluate, and return the folder of the run.
 
@@ -101,13 +87,12 @@ def _finetune(config: Config, here: Ranks) -> Path:
     choose(config, compute_device())  # refuses a loader that is missing
     # The data first: most mistakes are made there. One rank builds an index, the others find it in the cache.
     index = here.leaders_first(lambda: training_index(config))
-    evaluation = here.agree(lambda: _read_evaluation(config, index) if here.first else None)
+    sets = here.agree(lambda: _read_evaluation(config, index) if here.first else [])
     here.agree(lambda: deepspeed_settings(config))
     config = config.resolve(len(index))
     torch.manual_seed(config.seed)  # for random initial weights, and for adapters of a given rank
     clip = here.leaders_first(lambda: load_clip(config.model, config.pretrained))
-    if evaluation:
-        check_distinct(evaluation.prompts, clip.tokenizer, named_alike(index, *evaluation.sets))
+    check_prompts(sets, clip.tokenizer)
     start = clip.model.state_dict()  # stays float32, whatever the engine does to the model
     prepare(config, clip.model)
     with ExitStack() as stack:
@@ -132,7 +117,7 @@ def _finetune(config: Config, here: Ranks) -> Path:
         name, architecture = clip.name, clip.architecture
         del clip  # frees the engine's weights, to which its model is tied
         weights = _export(config, _exact(trained, frozen), start, folder, name, architecture)
-        write_json(folder / "metrics.json", _evaluate(config, weights, evaluation))
+        write_json(folder / "metrics.json", _evaluate(config, weights, sets))
         record = RunRecord(
             seconds=checkpoints.seconds,
             precision=resolve_precision(config.precision),
@@ -185,12 +170,9 @@ def _claim(output: Path, identity: Identity, stack: ExitStack) -> None:
         write_json(file, asdict(identity))
 
 
-def _read_evaluation(config: Config, index: Index) -> Evaluation:
-    """Return the evaluation sets with the prompts of the classes, which --classes or else the data names."""
-    sets = [read_index(path, name, config) for name, path in config.eval_data.items()]
-    prompts = class_prompts(config.classes, classes_of(index, sets), names_of(index, sets)) if sets else {}
-    check_labels(sets, prompts)
-    return Evaluation(sets, prompts)
+def _read_evaluation(config: Config, index: Index) -> list[EvaluationSet]:
+    """Return the evaluation sets; those of the user's own have the classes of --classes or the training data."""
+    return read_sets(config.eval_data, config, config.classes, index)
 
 
 def prepare(config: Config, model: nn.Module) -> None:
@@ -292,20 +274,17 @@ def _export(
     return weights
 
 
-def _evaluate(
-    config: Config, weights: dict[str, Weights], evaluation: Evaluation | None
-) -> dict[str, Scores]:
+def _evaluate(config: Config, weights: dict[str, Weights], sets: list[EvaluationSet]) -> dict[str, Scores]:
     """Return the scores of each model on every set, in a fresh copy of the architecture."""
-    if not evaluation or not evaluation.sets:
+    if not sets:
         return {}
     clip = load_clip(config.model, config.pretrained)
     clip.model.to(compute_device())
     scores, decoded = {}, DecodedPictures(loading=config)
     for name, state in weights.items():
         clip.model.load_state_dict(state)
-        scores[name] = evaluate_zero_shot(
-            clip, evaluation.sets, evaluation.prompts, workers=config.workers, decoded=decoded
-        )
+        scored = evaluate_sets(clip, sets, workers=config.workers, decoded=decoded, max_bad=config.max_bad)
+        scores[name] = {each: result.score for each, result in scored.items()}
     return scores
 
 
