@@ -4,8 +4,8 @@
 
 The packages are memeff, which computes the CLIP loss, and siglip-kernel, whose loss is another one: a sigmoid for
 each pair, which needs no statistics. Both come from the package index, at the versions of the lock file, and are
-called as their users call them; TRACER's CLIP loss and its sigmoid stand beside them. Nothing is counted before loss
-and gradients agree with the definition.
+called as their users call them; TRACER's CLIP loss and its sigmoid stand beside them. Nothing is counted before
+loss and gradients agree with the definition.
 
 **Counted**, in Triton's interpreter and by torch's dispatcher: products in units of 2·N²·D operations, those of
 torch included; bytes that the kernels load and store; bytes that torch's own operations read and write, matrix
