@@ -13,6 +13,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from tracer.data.header import PNG
 from tracer.data.picture import Picture, decode_scaled, reason_of, resized, scale_of, what_pil_says
+from tracer.data.png import quickly
 from tracer.data.window import WHOLE, Window, centre_window, margins, pixels_of, random_window, resized_shape
 from tracer.errors import UserError
 from tracer.models.picture_format import PictureFormat
@@ -34,8 +35,9 @@ def exact(picture: Picture, exif: bool) -> Tensor:
         return torch.from_numpy(picture.pixels).permute(2, 0, 1)
     try:
         if picture.content[:8] == PNG:  # torchvision 0.29 writes outside its memory where a PNG is damaged
-            with Image.open(io.BytesIO(picture.content)) as image:
-                return _from_pil(np.array(image.convert("RGB")))
+            if (image := quickly(picture.content)) is None:
+                image = Image.open(io.BytesIO(picture.content))
+            return _from_pil(np.array(image.convert("RGB")))
         content = torch.frombuffer(bytearray(picture.content), dtype=torch.uint8)
         return decode_image(content, ImageReadMode.RGB, apply_exif_orientation=exif)
     except (RuntimeError, OSError, SyntaxError, ValueError) as error:
