@@ -46,7 +46,12 @@ def quickly(content: bytes) -> Image.Image | None:
         if not inflating.eof or len(rows) != length or (palette is None) == (colour == 3):
             return None
         stream = b"".join(
-            (b"\x78\1\1", struct.pack("<HH", length, length ^ SMALL), rows, struct.pack(">I", zlib.adler32(rows)))
+            (
+                b"\x78\1\1",
+                struct.pack("<HH", length, length ^ SMALL),
+                rows,
+                struct.pack(">I", zlib.adler32(rows)),
+            )
         )
         image = Image.frombytes(layout.partition(";")[0], (width, height), stream, "zip", layout, 0)
     except (LookupError, ValueError, struct.error, zlib.error):  # ValueError: PIL refuses the rows

@@ -37,15 +37,16 @@ def random_window(shape: tuple[int, int], sides: np.ndarray, place: np.ndarray) 
     # Scalars: NumPy's arrays take twice as long for so few numbers.
     area_side = np.sqrt(np.float32(height) * np.float32(width))  # of the square that has the picture's area
     tall, wide = area_side / np.float32(height), area_side / np.float32(width)
-    for down, across in zip(*sides, strict=True):
-        tallness, wideness = down * tall, across * wide
-        if tallness <= 1 and wideness <= 1:
+    for high, broad in zip(*sides, strict=True):
+        share_high, share_broad = high * tall, broad * wide
+        if share_high <= 1 and share_broad <= 1:
             break
     else:
-        ratio, whole = np.float32(RATIO), np.float32(1)
-        tallness, wideness = min(ratio * tall * tall, whole), min(ratio * wide * wide, whole)
-    rows = min(max(round(float(tallness) * height), 1), height)
-    columns = min(max(round(float(wideness) * width), 1), width)
+        ratio, all_of_it = np.float32(RATIO), np.float32(1)
+        share_high = min(ratio * tall * tall, all_of_it)
+        share_broad = min(ratio * wide * wide, all_of_it)
+    rows = min(max(round(float(share_high) * height), 1), height)
+    columns = min(max(round(float(share_broad) * width), 1), width)
     down, across = place.tolist()
     top, left = round(down * (height - rows)), round(across * (width - columns))
     start, end = (top / height, left / width), ((top + rows) / height, (left + columns) / width)
