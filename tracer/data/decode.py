@@ -35,7 +35,7 @@ def exact(picture: Picture, exif: bool) -> np.ndarray:
         if picture.content[:8] == PNG:  # torchvision 0.29 writes outside its memory where a PNG is damaged
             if (image := quickly(picture.content)) is None:
                 image = Image.open(io.BytesIO(picture.content))
-            return np.array(image.convert("RGB"))
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
         content = torch.frombuffer(bytearray(picture.content), dtype=torch.uint8)
         levels = decode_image(content, ImageReadMode.RGB, apply_exif_orientation=exif)
         return levels.numpy().transpose(1, 2, 0)

@@ -1,8 +1,8 @@
-"""Small PNG files decoded faster: inflated in one piece, after which PIL's decoder undoes the filters of their rows.
+"""Small PNG files decoded faster: inflated in one piece, then unfiltered by PIL's own decoder of rows.
 
 PIL and libpng inflate a picture row by row, and zlib takes twice as long for pieces that are shorter than a few
-hundred bytes. PIL's reader of the file adds a fifth to that. Here zlib inflates the whole, and PIL gets the rows as
-a stream without compression, which costs it a copy. A file that is in any way unusual is left to PIL's reader.
+hundred bytes. PIL's reader of the file adds a fifth to that. Here zlib inflates the whole, and PIL gets the rows
+as a stream without compression, which costs a copy. A file that is in any way unusual is left to PIL's reader.
 """
 
 from __future__ import annotations
