@@ -1,4 +1,4 @@
-"""Decode, crop, resize and normalise one picture on the CPU: JPEG by torchvision, resized as bytes by torch."""
+"""Decode, crop, resize and normalise one picture on the CPU: JPEG by torchvision, PNG by PIL, resized by torch."""
 
 from __future__ import annotations
 
