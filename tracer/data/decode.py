@@ -92,8 +92,10 @@ def _resize(levels: np.ndarray, shape: tuple[int, int], wanted: PictureFormat) -
     planes = levels.transpose(2, 0, 1)
     if planes.shape[1:] == shape:
         return planes
-    kernel = {"mode": wanted.interpolation, "align_corners": False, "antialias": True}
-    return F.interpolate(torch.from_numpy(planes[None]), shape, **kernel).numpy()[0]
+    small = F.interpolate(
+        torch.from_numpy(planes[None]), shape, mode=wanted.interpolation, align_corners=False, antialias=True
+    )
+    return small.numpy()[0]
 
 
 class Normalise:
