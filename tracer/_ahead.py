@@ -36,8 +36,8 @@ class Ahead:
             loss = contrastive_loss(image, text, logit_scale, group=group, ahead=ahead).loss
 
     The loss and its gradients are the same as without it, bit for bit. In a group of one rank and with
-    ``mesh="ring"`` nothing begins ahead. What began is not used with ``impl="eager"`` or ``directions=(0, 1)``, which
-    gather other rows, and in a compiled loss. At the end of the block all gathers have ended.
+    ``mesh="ring"`` nothing begins ahead. What began is not used with ``impl="eager"`` or ``directions=(0, 1)``,
+    which gather other rows, and in a compiled loss. At the end of the block all gathers have ended.
 
     Args:
         group, mesh: as the loss will get them.

@@ -98,6 +98,7 @@ class Trainer:
         self.engine = start_engine(config, model)
         self.averages = moving_averages(config, self.engine)
         self.loss = objective(config, model)
+        self._compares_teacher = self.loss.compares_teacher
         self.extras = Extras(config, self.engine.module)
         self.bound_logit_scale = LogitScaleBound(self.engine)
         self.precision = resolve_precision(config.precision)
@@ -224,12 +225,15 @@ class Trainer:
             return None
         with mixed_precision(self.engine.device, self.precision):
             output = encode_all(self.averages.teacher.encode, parts)
-            if self.loss.compares_teacher(measure):
+            if self._compares_teacher(measure):
                 ahead.begin(teacher_image=output.image, teacher_text=output.text)
         return output
 
     def _student(self, parts: Sequence[MicroBatch], ahead: Ahead) -> OneShot | Cached:
-        """Return the student's pass over a batch; other ranks get the texts of one shot while images are encoded."""
+        """Return the student's pass over a batch; other ranks get its texts while the images are encoded.
+
+        In micro-batches the features are whole after the last of them alone, and the loss gathers them.
+        """
         engine, precision, penalised = self.engine, self.precision, self.config.penalised
         started, waited = time.perf_counter(), ahead.waited
         if len(parts) == 1:
