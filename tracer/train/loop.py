@@ -29,7 +29,6 @@ from tracer.models.towers import compile_towers, encode_text_first
 from tracer.ops import Ahead, contrastive_loss
 from tracer.schedules import EMA, WMA, Frozen, Schedule, Uniform
 from tracer.teacher import MovingAverageTeacher, build_teacher
-from tracer.train.baselines import Extras
 from tracer.train.cached import (
     Cached,
     MicroBatch,
@@ -48,6 +47,7 @@ from tracer.train.engine import (
     optimizer_sizes,
     start_engine,
 )
+from tracer.train.extras import Extras
 from tracer.train.log import StepLog
 from tracer.train.ranks import ranks
 from tracer.train.stop import StopHere, StopRequest, stop_requests
