@@ -1,6 +1,7 @@
 """The contrastive terms over the batches of all ranks of a mesh, and their gradients.
 
-1. Features are gathered in the rank's mesh row (images) and mesh column (texts), or texts travel a ring.
+1. Features are gathered in the rank's mesh row (images) and mesh column (texts), unless that began before
+   (``_ahead.py``), or texts travel a ring.
 2. The rank walks over its rectangle, which yields the statistics of its rows and columns over these logits alone.
 3. Each row's and column's statistics go to the rank that owns it, which merges them in rank order.
 4. The owner knows its whole rows and columns: its share of each term, and what the backward pass needs of them.
