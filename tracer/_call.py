@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from tracer import _checks
 from tracer._agreement import Sizes, agree
+from tracer._ahead import Ahead
 from tracer._mesh import Mesh, MeshShape, check_shape, mesh_of
 from tracer.kernels.contrastive import Biases, Inputs, Options, accumulation_dtype
 
@@ -64,10 +65,7 @@ def prepare(given: Given, options: Options, weights: dict[str, float], impl: str
     scale = _checks.scalar("logit_scale", given.logit_scale, image.device, accumulation_dtype(image))
     biases = _biases(given, scale, teacher is not None) if options.sigmoid else None
     _checks.refuse_forward_mode(impl, ranks, image, text, scale, *() if biases is None else biases[:1])
-    # The kernels see one dtype: autocast's if it is on, else the student's.
-    dtype = image.dtype
-    if dtype != torch.float64 and _checks.autocast_is_on(image):
-        dtype = torch.get_autocast_dtype(image.device.type)
+    dtype = _checks.products_dtype(image)  # the kernels see one
     inputs = Inputs(image.to(dtype), text.to(dtype), scale, labels=labels, text_labels=text_labels)
     if teacher is not None and (options.stats or options.relational or options.crossed):
         sigma = scale if given.teacher_logit_scale is None else given.teacher_logit_scale
@@ -96,6 +94,7 @@ def prepare_on_ranks(
     weights: dict[str, float],
     group: ProcessGroup,
     shape: MeshShape,
+    ahead: Ahead | None = None,
 ) -> tuple[Call, Mesh, Sizes]:
     """Return this rank's call, the mesh, and the sizes of all ranks' batches.
 
@@ -104,6 +103,7 @@ def prepare_on_ranks(
         given, weights: of this rank.
         group: of more than one rank.
         shape: of the mesh, as the user gave it.
+        ahead: gathers that have begun.
 
     Raises:
         ValueError: the ranks' calls differ, or one of them is refused; every rank raises.
@@ -119,9 +119,12 @@ def prepare_on_ranks(
     try:
         mesh = check_shape(shape, ranks)
         call = make(ranks)
+        if ahead is not None:
+            ahead.refuse_others(call.inputs, group, mesh)
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         refusal = error
     described = {} if call is None else _described(call, given, weights) | {"mesh": mesh}
+    described["ahead"] = tuple(ahead.begun) if ahead is not None else ()
     images, texts = (0, 0) if call is None else (len(call.inputs.image), len(call.inputs.text))
     sizes = agree(group, images, texts, described, refusal)
     assert call is not None  # else agree has raised

@@ -138,6 +138,13 @@ def autocast_is_on(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def products_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which products of features are taken: autocast's if it is on, else the student's own."""
+    if x.dtype != torch.float64 and autocast_is_on(x):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 def check_labels(
     image: Tensor, text: Tensor, labels: Tensor | None, text_labels: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:

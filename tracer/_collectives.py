@@ -30,14 +30,24 @@ def _all_gather(x: Tensor, group: str) -> Tensor:
 
 def gather(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
     """Return the rows [sizes[rank], …] of all ranks, one below the other."""
+    return end_gather(start_gather(x, sizes, group), sizes)
+
+
+def start_gather(x: Tensor, sizes: Sequence[int], group: str) -> Tensor:
+    """Return the rows of all ranks, under way, each rank's padded to the longest part: gloo gathers equal ones."""
     if len(sizes) == 1:
         return x
     longest = max(sizes)
-    if min(sizes) == longest:
-        return _all_gather(x.contiguous(), group)
-    # gloo gathers equal parts alone
-    padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
-    parts = _all_gather(padded, group).split(longest)
+    if min(sizes) != longest:
+        x = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
+    return _all_gather(x.contiguous(), group)
+
+
+def end_gather(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the rows that :func:`start_gather` has begun to gather, without padding."""
+    if min(sizes) == max(sizes):
+        return x
+    parts = x.split(max(sizes))
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 

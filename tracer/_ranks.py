@@ -1,6 +1,7 @@
 """The contrastive terms over the batches of all ranks of a mesh, and their gradients.
 
-1. Features are gathered in the rank's mesh row (images) and mesh column (texts), or texts travel a ring.
+1. Features are gathered in the rank's mesh row (images) and mesh column (texts), unless that began before
+   (``_ahead.py``), or texts travel a ring.
 2. The rank walks over its rectangle, which yields the statistics of its rows and columns over these logits alone.
 3. Each row's and column's statistics go to the rank that owns it, which merges them in rank order.
 4. The owner knows its whole rows and columns: its share of each term, and what the backward pass needs of them.
@@ -12,7 +13,7 @@ Collectives lie between the custom operators, not in them, so that the compiler 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,14 +29,15 @@ from tracer.kernels.contrastive import Biases, Inputs, Needs, Options, Saved, ac
 
 
 def contrastive_terms(
-    impl: str, inputs: Inputs, options: Options, mesh: Mesh, sizes: Sizes
+    impl: str, inputs: Inputs, options: Options, mesh: Mesh, sizes: Sizes, begun: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return the terms of the global batch, differentiable once, and the diagnostics, alike on all ranks.
 
-    ``inputs`` are this rank's. An engine averages gradients over the R ranks, so those of the features, which only
-    their rank has, carry the factor R; that of logit_scale, which every rank has whole, carries none.
+    ``inputs`` are this rank's, and ``begun`` the gathers of them that began before. An engine averages gradients
+    over the R ranks, so those of the features, which only their rank has, carry the factor R; that of logit_scale,
+    which every rank has whole, carries none.
     """
-    return _Terms.apply(impl, mesh, sizes, options, *inputs)
+    return _Terms.apply(impl, mesh, sizes, begun, options, *inputs)
 
 
 def by_definition(
@@ -54,11 +56,17 @@ def sum_over_ranks(x: Tensor, mesh: Mesh) -> Tensor:
 class _Terms(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, impl: str, mesh: Mesh, sizes: Sizes, options: Options, *tensors: Tensor | None
+        ctx: Any,
+        impl: str,
+        mesh: Mesh,
+        sizes: Sizes,
+        begun: Mapping[str, Tensor],
+        options: Options,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         inputs = Inputs(*tensors)  # type: ignore[arg-type]
         walk = _ring if mesh.ring else _rectangle
-        kept = walk.inputs_of(inputs, mesh, sizes)
+        kept = walk.inputs_of(inputs, mesh, sizes, begun)
         rows, cols = walk.statistics(impl, kept, options, mesh, sizes)
         whole = Whole(sum(sizes.images), sum(sizes.texts))
         means = _counted(rows, cols, options, mesh, whole)
@@ -77,7 +85,7 @@ class _Terms(torch.autograd.Function):
         impl, mesh, sizes, options, whole = ctx.call
         tensors, fields = ctx.saved_tensors, len(Inputs._fields)
         inputs, saved, weights = Inputs(*tensors[:fields]), Saved(*tensors[fields:-1]), tensors[-1]
-        asked = dict(zip(Inputs._fields, ctx.needs_input_grad[4:], strict=True))
+        asked = dict(zip(Inputs._fields, ctx.needs_input_grad[5:], strict=True))
         needs = Needs(*(asked[name] for name in Needs._fields))
         walk = _ring if mesh.ring else _rectangle
         own = walk.gradients(impl, grad_terms, inputs, saved, options, needs, mesh, sizes, whole, weights)
@@ -87,7 +95,7 @@ class _Terms(torch.autograd.Function):
         if own.logit_scale is not None:  # every rank learns the whole of it
             parts = gather(own.logit_scale[None], [1] * mesh.size, mesh.everyone)
             by_name["logit_scale"] = parts.sum(0)
-        return None, None, None, None, *(by_name.get(name) for name in Inputs._fields)
+        return None, None, None, None, None, *(by_name.get(name) for name in Inputs._fields)
 
 
 def _counted(rows: Side, cols: Side, options: Options, mesh: Mesh, whole: Whole) -> Counted:

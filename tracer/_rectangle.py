@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tracer._agreement import Sizes
 from tracer._autograd import rectangle_gradients, rectangle_statistics
-from tracer._collectives import arrived, gather, to_owners
+from tracer._collectives import arrived, end_gather, gather, to_owners
 from tracer._mesh import Mesh
 from tracer.kernels import _statistics
 from tracer.kernels._statistics import Side, Whole
@@ -30,32 +30,30 @@ def positions(sizes: Sequence[int], ranks: Sequence[int], device: torch.device) 
     return torch.cat(parts)
 
 
-def inputs_of(inputs: Inputs, mesh: Mesh, sizes: Sizes) -> Inputs:
+def inputs_of(inputs: Inputs, mesh: Mesh, sizes: Sizes, begun: Mapping[str, Tensor]) -> Inputs:
     """Return the features of the rank's mesh row and mesh column.
 
-    Without labels, a pair's label is its place in the global batch.
+    Without labels, a pair's label is its place in the global batch. ``begun`` has the gathers that began before,
+    by the names of the inputs.
     """
     n, m = _of(sizes.images, mesh.row_ranks), _of(sizes.texts, mesh.col_ranks)
     device = inputs.image.device
-
-    def row(x: Tensor | None) -> Tensor | None:
-        return None if x is None else gather(x, n, mesh.row)
-
-    def col(x: Tensor | None) -> Tensor | None:
-        return None if x is None else gather(x, m, mesh.col)
-
-    gathered = {
-        "image": row(inputs.image),
-        "text": col(inputs.text),
-        "teacher_image": row(inputs.teacher_image),
-        "teacher_text": col(inputs.teacher_text),
-        "labels": row(inputs.labels),
-        "text_labels": col(inputs.text_labels),
+    of = {
+        "image": (n, mesh.row),
+        "text": (m, mesh.col),
+        "teacher_image": (n, mesh.row),
+        "teacher_text": (m, mesh.col),
+        "labels": (n, mesh.row),
+        "text_labels": (m, mesh.col),
     }
+    gathered: dict[str, Tensor] = {}
+    for name, (rows, group) in of.items():
+        if (x := getattr(inputs, name)) is not None:
+            gathered[name] = end_gather(begun[name], rows) if name in begun else gather(x, rows, group)
     if inputs.labels is None:
         gathered["labels"] = positions(sizes.images, mesh.row_ranks, device)
         gathered["text_labels"] = positions(sizes.texts, mesh.col_ranks, device)
-    return inputs._replace(**{name: arrived(x) for name, x in gathered.items() if x is not None})
+    return inputs._replace(**{name: arrived(x) for name, x in gathered.items()})
 
 
 def statistics(impl: str, rectangle: Inputs, options: Options, mesh: Mesh, sizes: Sizes) -> tuple[Side, Side]:

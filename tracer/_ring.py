@@ -7,7 +7,7 @@ add up about a block, its statistics and then its gradients, follows it one step
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from tracer.kernels.contrastive import Gradients, Inputs, Needs, Options, Saved,
 Block = dict[str, Tensor]
 
 
-def inputs_of(inputs: Inputs, mesh: Mesh, sizes: Sizes) -> Inputs:
+def inputs_of(inputs: Inputs, mesh: Mesh, sizes: Sizes, _: Mapping[str, Tensor]) -> Inputs:
     """Return this rank's inputs with labels; without any, a pair's label is its place in the global batch."""
     if inputs.labels is not None:
         return inputs

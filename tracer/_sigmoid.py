@@ -10,6 +10,7 @@ features. There are no statistics, so that a ring carries texts and their gradie
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,14 +27,15 @@ _TENSORS = (*Inputs._fields, *Biases._fields)
 
 
 class Ranks(NamedTuple):
-    """The mesh of a call over several ranks, and the sizes of their batches."""
+    """The mesh of a call over several ranks, the sizes of their batches, and the gathers that began before."""
 
     mesh: Mesh
     sizes: Sizes
+    begun: Mapping[str, Tensor]
 
     def transposed(self) -> Ranks:
-        """Return the same with images and texts exchanged."""
-        return self._replace(sizes=Sizes(self.sizes.texts, self.sizes.images))
+        """Return the same with images and texts exchanged, whose gathers are yet to begin."""
+        return self._replace(sizes=Sizes(self.sizes.texts, self.sizes.images), begun={})
 
 
 def contrastive_terms(
@@ -61,6 +63,7 @@ class _Terms(torch.autograd.Function):
         rows = _rows(inputs, options, ranks)
         pairs = _walk(impl, kept, biases, options, needs if formed else PairNeeds(), None, ranks)
         ctx.save_for_backward(*(pairs[1:] if formed else (*kept, *biases)), *_tensor(rows))
+        ranks = ranks and ranks._replace(begun={})  # they have arrived
         ctx.call = impl, options, needs, ranks, formed, rows if isinstance(rows, int) else None
         ctx.dtypes = inputs.image.dtype, inputs.text.dtype
         assert pairs.sums is not None
@@ -118,7 +121,7 @@ def _rows(inputs: Inputs, options: Options, ranks: Ranks | None) -> Tensor | int
     """Return over how many rows of the whole matrix the means run."""
     if ranks is None:
         return rows_with_positives(inputs, options, inputs.text_labels)
-    mesh, sizes = ranks
+    mesh, sizes, _ = ranks
     if not options.ignore or inputs.text_labels is None:
         return sum(sizes.images)
     everyones = arrived(gather(inputs.text_labels, sizes.texts, mesh.everyone))
@@ -152,7 +155,7 @@ def _walk(
 
     if ranks is None:
         return pairs_of(inputs)
-    mesh, sizes = ranks
+    mesh, sizes, _ = ranks
     if mesh.ring:
         own = _around_the_ring(pairs_of, inputs, mesh, sizes)
     else:

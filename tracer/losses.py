@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from tracer._mesh import MeshShape
-from tracer.ops import ContrastiveOutput, contrastive_loss
+from tracer.ops import Ahead, ContrastiveOutput, contrastive_loss
 from tracer.recipes import R_ADAPTER, TRACER
 
 
@@ -313,6 +313,7 @@ class TracerLoss(nn.Module):
         output_dict: bool = False,
         logit_bias: Tensor | float | None = None,
         teacher_logit_bias: Tensor | float | None = None,
+        ahead: Ahead | None = None,
     ) -> ContrastiveOutput | dict[str, Tensor]:
         """Return the loss, its unweighted terms and, on request, diagnostics.
 
@@ -326,6 +327,7 @@ class TracerLoss(nn.Module):
             output_dict: return the *weighted* terms, named ``..._loss``, in a dictionary.
             logit_bias, teacher_logit_bias: b and b' of the sigmoid; with softmaxes, which no bias changes, they
                 are accepted and have no part in the loss.
+            ahead: gathers over ``group`` that have begun already, see :class:`tracer.ops.Ahead`.
         """
         weights = self.distill_weights if teacher is not None else dict.fromkeys(self.distill_weights, 0.0)
         teacher_image, teacher_text, teacher_logit_scale = (
@@ -344,6 +346,7 @@ class TracerLoss(nn.Module):
             teacher_text=teacher_text,
             teacher_logit_scale=teacher_logit_scale,
             stats=stats,
+            ahead=ahead,
             **biases,  # type: ignore[arg-type]
             **weights,  # type: ignore[arg-type]
             **self.options,  # type: ignore[arg-type]
@@ -363,6 +366,10 @@ class TracerLoss(nn.Module):
         if output_dict:
             return {f"{name}_loss": value for name, value in weighted.items()}
         return ContrastiveOutput(loss, terms, measured)
+
+    def compares_teacher(self, stats: bool) -> bool:
+        """Return whether the teacher's images are compared with its texts, on all ranks."""
+        return stats or any(self.distill_weights[name] for name in ("relational", "interactive", "cross"))
 
     @staticmethod
     def _projection_product(image: Tensor, text: Tensor) -> Tensor:

@@ -22,13 +22,21 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from tracer import _autograd, _mesh, _ranks, _sigmoid
+from tracer._ahead import Ahead
 from tracer._call import Call, Given, prepare, prepare_on_ranks
 from tracer.diagnostics import named_diagnostics, sampled_diagnostics
 from tracer.kernels import average_foreach, contrastive_eager
 from tracer.kernels._tensor_lists import Table as AverageTable
 from tracer.kernels.contrastive import TERMS, Options, transposed
 
-__all__ = ["AverageTable", "ContrastiveOutput", "average_", "contrastive_loss", "sampled_diagnostics"]
+__all__ = [
+    "Ahead",
+    "AverageTable",
+    "ContrastiveOutput",
+    "average_",
+    "contrastive_loss",
+    "sampled_diagnostics",
+]
 
 
 class ContrastiveOutput(NamedTuple):
@@ -70,6 +78,7 @@ def contrastive_loss(
     teacher_logit_bias: Tensor | float | None = None,
     directions: tuple[float, float] = (0.5, 0.5),
     ignore_index: int | None = None,
+    ahead: Ahead | None = None,
 ) -> ContrastiveOutput:
     """Return the multi-positive contrastive loss with optional margin and distillation.
 
@@ -123,6 +132,7 @@ def contrastive_loss(
             negatives of everything and have no softmax of their own: the means of the terms with softmaxes, and of
             the diagnostics, run over the rows (columns) that have a positive, whatever their label. The sums
             over a sigmoid's pairs are divided by the number of rows that have a positive.
+        ahead: gathers of the features over ``group`` that have begun already, see :class:`Ahead`.
 
     Returns:
         :class:`ContrastiveOutput`. ``loss`` and each of ``terms`` can be differentiated once, with
@@ -157,9 +167,10 @@ def contrastive_loss(
         call, N, M = make(), len(image), len(text)
         terms, measured = _terms_of(call)
     else:
-        call, layout, sizes = prepare_on_ranks(make, given, weights, ranks, mesh)
+        call, layout, sizes = prepare_on_ranks(make, given, weights, ranks, mesh, ahead)
+        begun = {} if ahead is None or torch.compiler.is_compiling() else ahead.begun
         N, M = sum(sizes.images), sum(sizes.texts)
-        terms, measured = _terms_of(call, _sigmoid.Ranks(layout, sizes))
+        terms, measured = _terms_of(call, _sigmoid.Ranks(layout, sizes, begun))
     distance = None
     if call.teacher is not None and feature:
         distance = contrastive_eager.feature_distance(image, call.teacher[0], N)
@@ -175,7 +186,7 @@ def _terms_of(call: Call, ranks: _sigmoid.Ranks | None = None) -> tuple[Tensor, 
     if impl == "eager" and ranks is None:
         return contrastive_eager.contrastive_terms(inputs, options, biases)
     if impl == "eager" and ranks is not None:
-        return _ranks.by_definition(inputs, options, biases, *ranks)
+        return _ranks.by_definition(inputs, options, biases, ranks.mesh, ranks.sizes)
     of_pairs = None
     if biases is not None:
         of_pairs = _sigmoid.contrastive_terms(impl, inputs, biases, options, ranks)

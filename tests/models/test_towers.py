@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+
 import open_clip
 import pytest
 import torch
+from adapter_models import build, inputs
 
 from tracer.adapters import add_adapters
-from tracer.models.towers import checkpoint_activations, compile_towers
+from tracer.models.towers import checkpoint_activations, compile_towers, encode_text_first
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 2}
 VIT = {"image_size": 32, "layers": 2, "width": 16, "head_width": 8, "patch_size": 16}
@@ -64,3 +68,74 @@ def test_compiled_towers_keep_their_keys_and_gradients(custom):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
     for name, value in plain.items():
         torch.testing.assert_close(fast[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["openai", "siglip"])
+@pytest.mark.parametrize("dictionary", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_texts_are_encoded_first_and_nothing_else_changes(kind, dictionary, bias):
+    """Output and keys stay what they are; the text features are handed out between the towers."""
+    model = build(kind)
+    model.output_dict = dictionary
+    model.logit_bias = torch.nn.Parameter(torch.tensor([-3.0])) if bias else None
+    pictures, tokens = inputs(model)
+    keys, want = list(model.state_dict()), model(pictures, tokens)
+    assert encode_text_first(model)
+    assert encode_text_first(model)  # once more changes nothing
+    events: list[object] = []
+    text = model.text if kind == "siglip" else model.transformer
+    for name, tower in (("text", text), ("image", model.visual)):
+        tower.register_forward_hook(lambda *_, name=name: events.append(name))
+    got = model(pictures, tokens, with_text=events.append)
+    assert events[0] == "text"
+    assert events[2] == "image"
+    assert list(model.state_dict()) == keys
+    assert type(got) is type(want)
+    got, want = (list(x.values()) if dictionary else x for x in (got, want))
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    assert events[1] is got[1]
+    assert torch.equal(model(pictures)["image_features"] if dictionary else model(pictures)[0], want[0])
+
+
+def test_a_copy_encodes_with_its_own_weights():
+    model = build()
+    assert encode_text_first(model)
+    pictures, tokens = inputs(model)
+    before, other = model(pictures, tokens), copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2.0)
+    assert all(torch.equal(x, y) for x, y in zip(model(pictures, tokens), before, strict=True))
+    assert not any(torch.equal(x, y) for x, y in zip(other(pictures, tokens), before, strict=True))
+
+
+def test_models_with_another_forward_pass_are_left_alone():
+    coca = build("coca")
+    assert not encode_text_first(coca)
+    assert "forward" not in vars(coca)
+
+    class Other(open_clip.CLIP):
+        def forward(self, image, text):
+            return super().forward(image, text)
+
+    assert not encode_text_first(Other(embed_dim=16, vision_cfg=dict(VIT), text_cfg=dict(TEXT)))
+    assert not encode_text_first(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("custom", [False, True])
+@pytest.mark.parametrize("change", [checkpoint_activations, partial(compile_towers, backend="aot_eager")])
+def test_towers_that_run_otherwise_encode_texts_first_too(custom, change):
+    torch._dynamo.reset()
+
+    def first(model):
+        assert encode_text_first(model)
+
+    def both(model):
+        first(model)
+        change(model)
+
+    plain, _ = gradients(first, custom)
+    other, _ = gradients(both, custom)
+    assert plain.keys() == other.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)

@@ -393,7 +393,12 @@ class BiasedFeatures(NamedTuple):
     logit_bias: Tensor
 
 
-def encode(forward: Callable[..., Any], image: Tensor, text: Tensor) -> Features | BiasedFeatures:
+def encode(
+    forward: Callable[..., Any],
+    image: Tensor,
+    text: Tensor,
+    with_text: Callable[[Tensor], None] | None = None,
+) -> Features | BiasedFeatures:
     """Return the features of pictures and texts, in float32, with σ bounded by ``MAX_LOGIT_SCALE``.
 
     The bound changes the value of σ and not its gradient, so that training can bring σ back below it (CLIP's
@@ -405,17 +410,24 @@ def encode(forward: Callable[..., Any], image: Tensor, text: Tensor) -> Features
             text features, logit scale and logit bias, if it has one, or a dictionary of them.
         image: pictures [N, 3, S, S].
         text: tokens [M, context].
+        with_text: called with the text features as they are returned, between the towers; for a model of which
+            :func:`~tracer.models.towers.encode_text_first` is true.
     """
-    output = forward(image, text)
+    hook = {} if with_text is None else {"with_text": lambda v: with_text(_unit(v))}
+    output = forward(image, text, **hook)
     if isinstance(output, dict):
         names = ("image_features", "text_features", "logit_scale", "logit_bias")
         output = [output[name] for name in names if name in output]
     u, v, scale, *bias = output[:4]
-    u, v, scale = F.normalize(u.float(), dim=-1), F.normalize(v.float(), dim=-1), scale.float().squeeze()
+    u, v, scale = _unit(u), _unit(v), scale.float().squeeze()
     if bias:
         return BiasedFeatures(u, v, scale, bias[0].float().squeeze())
     bounded = scale + (scale.clamp(max=MAX_LOGIT_SCALE) - scale).detach()
     return Features(u, v, bounded)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x.float(), dim=-1)
 
 
 def texts_stand_alone(model: nn.Module) -> bool:

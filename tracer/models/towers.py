@@ -1,11 +1,14 @@
-"""How the towers of a dual encoder run: with activations that are computed again, and compiled."""
+"""How the towers of a dual encoder run: in which order, with activations that are computed again, and compiled."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
-from torch import nn
+import open_clip
+from torch import Tensor, nn
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -32,3 +35,34 @@ def compile_towers(model: Any, **options: Any) -> None:
     text: nn.Module = model.text if hasattr(model, "text") else model.transformer
     for tower in (model.visual, text):
         tower.compile(**options)
+
+
+def encode_text_first(model: Any) -> bool:
+    """Let a model of two separate towers encode the texts before the images, and return whether it does.
+
+    Its call then takes ``with_text``, a function that is called with the text features between both towers. State
+    dict, results and copies stay what they are. A model whose towers are not separate (CoCa, whose
+    decoder reads both) or with another forward pass is left alone.
+
+    Args:
+        model: open_clip model, changed in place.
+    """
+    plain = (open_clip.CLIP.forward, open_clip.CustomTextCLIP.forward)
+    if "forward" not in vars(model) and type(model).forward in plain:
+        model.forward = MethodType(_text_first, model)  # of which a deep copy belongs to the copied model
+    return getattr(model.forward, "__func__", None) is _text_first
+
+
+def _text_first(
+    model: Any,
+    image: Tensor | None = None,
+    text: Tensor | None = None,
+    with_text: Callable[[Tensor], None] | None = None,
+) -> Any:
+    v = None if text is None else model.encode_text(text, normalize=True)
+    if with_text is not None and v is not None:
+        with_text(v)
+    output = type(model).forward(model, image)
+    if isinstance(output, dict):
+        return output | {"text_features": v}
+    return output[0], v, *output[2:]

@@ -45,10 +45,17 @@ class MicroBatch(NamedTuple):
     text: Tensor
     rows: Tensor | None
 
-    def encode(self, forward: Callable[..., Any]) -> Features | BiasedFeatures:
-        """Return the features of the n pairs. A text's gradient is the sum over the rows that hold it."""
-        features = encode(forward, self.image, self.text)
-        return features if self.rows is None else features._replace(text=features.text[self.rows])
+    def encode(
+        self, forward: Callable[..., Any], with_text: Callable[[Tensor], None] | None = None
+    ) -> Features | BiasedFeatures:
+        """Return the features of the n pairs. A text's gradient is the sum over the rows that hold it.
+
+        ``with_text`` is called with the n text features between the towers; see :func:`tracer.models.clip.encode`.
+        """
+        rows = slice(None) if self.rows is None else self.rows
+        hook = None if with_text is None else lambda v: with_text(v[rows])
+        features = encode(forward, self.image, self.text, hook)
+        return features if self.rows is None else features._replace(text=features.text[rows])
 
 
 def micro_batches(batch: Batch, count: int, dtype: torch.dtype, distinct: bool) -> list[MicroBatch]:
@@ -114,17 +121,24 @@ def nowhere() -> None:
 
 
 class OneShot:
-    """The student's pass over a batch that is encoded as a whole.
+    """The student's pass over a batch that is encoded as a whole; ``with_text`` as in :meth:`MicroBatch.encode`.
 
     Attributes:
         features: of the batch, with their graph.
         matrices: the projections that the loss penalises.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, part: MicroBatch, precision: str, penalised: bool) -> None:
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        part: MicroBatch,
+        precision: str,
+        penalised: bool,
+        with_text: Callable[[Tensor], None] | None = None,
+    ) -> None:
         self._engine = engine
         with mixed_precision(engine.device, precision):
-            self.features = part.encode(engine)
+            self.features = part.encode(engine, with_text)
         self.matrices: Matrices = whole_projections(engine) if penalised else None
 
     def backward(self, loss: Tensor) -> None:

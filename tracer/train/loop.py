@@ -25,8 +25,8 @@ from tracer.losses import TracerLoss
 from tracer.machine import resolve_precision
 from tracer.models.clip import BiasedFeatures, Clip, Features, contrast_of, texts_stand_alone
 from tracer.models.freezing import trained_batchnorm
-from tracer.models.towers import compile_towers
-from tracer.ops import contrastive_loss
+from tracer.models.towers import compile_towers, encode_text_first
+from tracer.ops import Ahead, contrastive_loss
 from tracer.schedules import EMA, WMA, Frozen, Schedule, Uniform
 from tracer.teacher import MovingAverageTeacher, build_teacher
 from tracer.train.cached import (
@@ -94,9 +94,11 @@ class Trainer:
 
     def __init__(self, config: Config, model: nn.Module) -> None:
         self.config = config
+        self.text_first = encode_text_first(model)
         self.engine = start_engine(config, model)
         self.averages = moving_averages(config, self.engine)
         self.loss = objective(config, model)
+        self._compares_teacher = self.loss.compares_teacher
         self.extras = Extras(config, self.engine.module)
         self.bound_logit_scale = LogitScaleBound(self.engine)
         self.precision = resolve_precision(config.precision)
@@ -183,31 +185,28 @@ class Trainer:
 
         The last batch of the step ends it: the weights move.
         """
-        config, teacher = self.config, self.averages.teacher
-        penalised, started = config.penalised, time.perf_counter()
-        if len(parts) == 1:
-            student: OneShot | Cached = OneShot(self.engine, parts[0], self.precision, penalised)
-        else:
-            student = Cached(self.engine, parts, self.precision, penalised, self._point)
-        if config.zero_stage < 3:  # there the forward pass waits for the weights of other ranks
-            self._own_seconds += time.perf_counter() - started
-        with mixed_precision(self.engine.device, self.precision):
-            teacher_output = encode_all(teacher.encode, parts) if teacher else None
-            u, v, scale, bias = with_bias(student.features, config)
-            labels = label if config.positives else None
-            loss, terms, diagnostics = self.loss(
-                u,
-                v,
-                scale,
-                labels=labels,
-                teacher=teacher_output[:3] if teacher_output else None,
-                projections=student.matrices,
-                stats=measure,
-                logit_bias=bias,
-                teacher_logit_bias=with_bias(teacher_output, config)[3] if teacher_output else None,
-            )
-            for name, (weight, value) in self.extras.terms(student.features, teacher_output, labels).items():
-                loss, terms = loss + weight * value, {**terms, name: value.detach()}
+        config, n = self.config, len(label)
+        with Ahead(across_ranks().get("group"), n, n) as ahead:
+            teacher_output = self._teacher_output(parts, measure, ahead)
+            student = self._student(parts, ahead)
+            with mixed_precision(self.engine.device, self.precision):
+                u, v, scale, bias = with_bias(student.features, config)
+                labels = label if config.positives else None
+                loss, terms, diagnostics = self.loss(
+                    u,
+                    v,
+                    scale,
+                    labels=labels,
+                    teacher=teacher_output[:3] if teacher_output else None,
+                    projections=student.matrices,
+                    stats=measure,
+                    logit_bias=bias,
+                    teacher_logit_bias=with_bias(teacher_output, config)[3] if teacher_output else None,
+                    ahead=ahead,
+                )
+                extras = self.extras.terms(student.features, teacher_output, labels)
+                for name, (weight, value) in extras.items():
+                    loss, terms = loss + weight * value, {**terms, name: value.detach()}
         logged = {"logit_scale": scale.detach()}
         if isinstance(bias, Tensor):
             logged["logit_bias"] = bias.detach().clone()  # the step moves the weight itself
@@ -217,6 +216,34 @@ class Trainer:
         self._point()
         student.backward(loss * finite / config.accumulation)
         return {"loss": loss.detach(), **terms} | diagnostics | logged
+
+    def _teacher_output(
+        self, parts: Sequence[MicroBatch], measure: bool, ahead: Ahead
+    ) -> Features | BiasedFeatures | None:
+        """Return what the teacher says about a batch; other ranks get it while the student computes."""
+        if self.averages.teacher is None:
+            return None
+        with mixed_precision(self.engine.device, self.precision):
+            output = encode_all(self.averages.teacher.encode, parts)
+            if self._compares_teacher(measure):
+                ahead.begin(teacher_image=output.image, teacher_text=output.text)
+        return output
+
+    def _student(self, parts: Sequence[MicroBatch], ahead: Ahead) -> OneShot | Cached:
+        """Return the student's pass over a batch; other ranks get its texts while the images are encoded.
+
+        In micro-batches the features are whole after the last of them alone, and the loss gathers them.
+        """
+        engine, precision, penalised = self.engine, self.precision, self.config.penalised
+        started, waited = time.perf_counter(), ahead.waited
+        if len(parts) == 1:
+            begin = (lambda v: ahead.begin(text=v)) if self.text_first and ranks().size > 1 else None
+            student: OneShot | Cached = OneShot(engine, parts[0], precision, penalised, begin)
+        else:
+            student = Cached(engine, parts, precision, penalised, self._point)
+        if self.config.zero_stage < 3:  # there the forward pass waits for the weights of other ranks
+            self._own_seconds += time.perf_counter() - started - (ahead.waited - waited)
+        return student
 
 
 def step_seed(seed: int, step: int) -> int:
