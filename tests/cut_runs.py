@@ -62,10 +62,15 @@ def kill(config: Config, settings: Path, after: int = 1) -> None:
 
 
 def _main(arguments: list[str], output: Path) -> None:
+    quiet(output)
+    sys.exit(main(arguments))
+
+
+def quiet(output: Path) -> None:
+    """Write to a file what this process prints from now on."""
     with output.open("w") as file:
         for printed in (1, 2):
             os.dup2(file.fileno(), printed)
-    sys.exit(main(arguments))
 
 
 def content(folder: Path) -> dict[Path, bytes]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
+import multiprocessing
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from unittest import mock
 
+import alone_runs
 import numpy as np
 import pytest
 import torch
@@ -38,7 +37,6 @@ TINY = {
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 30, "heads": 2, "layers": 1},
 }  # 30: shards are padded
 RESNET = TINY | {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}}
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def folder() -> Path:
@@ -79,14 +77,7 @@ def settings() -> Config:
 def in_one_process(config: Config) -> Path:
     """Return the folder of the same run in a process without ranks, which the first rank starts once."""
     config = dataclasses.replace(config, output=config.output.with_name(config.output.name + "-alone"))
-    if dist.get_rank() == 0:
-        path = folder() / "alone.yaml"
-        path.write_text(config.to_yaml())
-        alone = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-        command = [sys.executable, "-m", "tracer", "finetune", "--config", str(path)]
-        done = subprocess.run(command, env=alone, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    dist.barrier()
+    in_a_process_of_its_own("go on", [config])
     return config.output
 
 
@@ -152,16 +143,23 @@ def cut_and_resumed(name: str, changes: dict[str, object]) -> None:
 
 
 def in_a_process_of_its_own(part: str, configs: list[Config]) -> None:
-    """Cut runs off ("cut") or end them ("go on") in one process without ranks."""
+    """Cut runs off ("cut") or end them ("go on") in one process without ranks.
+
+    It is forked from a server that imports the package once, which takes longer than a run.
+    """
     if dist.get_rank() == 0:
         files = []
         for config in configs:
             files.append(folder() / f"{config.output.name}.yaml")
             files[-1].write_text(config.to_yaml())
-        alone = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-        command = [sys.executable, str(Path(__file__).with_name("alone_runs.py")), part, *map(str, files)]
-        done = subprocess.run(command, env=alone, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        multiprocessing.set_forkserver_preload(["alone_runs"])
+        output = folder() / "alone.log"
+        run = multiprocessing.get_context("forkserver").Process(
+            target=alone_runs.main, args=(part, files, output)
+        )
+        run.start()
+        run.join()
+        assert run.exitcode == 0, output.read_text()
     dist.barrier()
 
 
