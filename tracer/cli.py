@@ -27,7 +27,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 from tracer import __version__
 from tracer.data.config import IndexConfig
 from tracer.demo.config import DemoConfig, PretrainConfig
-from tracer.errors import Refused, Stopped, UserError
+from tracer.errors import Refused, Stopped, UserError, how_to_install
 from tracer.evaluation.config import EvaluateConfig
 from tracer.settings import check_set_names
 from tracer.train.config import Config
@@ -127,6 +127,10 @@ def main(argv: list[str] | None = None) -> int:
             "free some space there and start again" if full else "check that the path exists and is yours"
         )
         return _refuse(f"{error.strerror or error}: '{error.filename or os.getcwd()}': {remedy}")
+    except ModuleNotFoundError as error:
+        if (error.name or "tracer").partition(".")[0] == "tracer":
+            raise
+        return _refuse(f"this command {how_to_install(error.name or '')}")
     except KeyboardInterrupt:
         return _end("tracer: stopped; the same command goes on from the last whole checkpoint, if any", 130)
     except Exception:
