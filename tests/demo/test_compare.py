@@ -98,9 +98,9 @@ def test_each_variant_of_r_adapter_is_what_it_says(config):
     runs = {p.name: yaml.safe_load((p / "config.yaml").read_text()) for p in config.output.glob("r-adapter*")}
     keys = ("margin", "smoothing", "positives", "adapter_drop", "adapter_momentum", "lr", "weight_decay")
     settings = {name: tuple(run[key] for key in keys) for name, run in runs.items()}
-    assert settings["r-adapter-1"] == (0.05, 0.05, True, 0.2, 0.98, config.adapter_lr, 0.0)
-    assert settings["r-adapter-infonce-1"] == (0.0, 0.0, False, 0.2, 0.98, config.adapter_lr, 0.0)
-    assert settings["r-adapter-no-drop-1"] == (0.05, 0.05, True, 0.0, 0.98, config.adapter_lr, 0.0)
+    assert settings["r-adapter-1"] == (None, None, True, 0.2, 0.98, config.adapter_lr, None)
+    assert settings["r-adapter-infonce-1"] == (0.0, 0.0, False, 0.2, 0.98, config.adapter_lr, None)
+    assert settings["r-adapter-no-drop-1"] == (None, None, True, 0.0, 0.98, config.adapter_lr, None)
 
     demo(dataclasses.replace(config, seeds=1))
     results = json.loads((config.output / "results.json").read_text())

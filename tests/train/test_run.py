@@ -172,11 +172,18 @@ def test_only_what_trains_is_kept(config, tmp_path):
     assert sizes["student_bytes"] == pytest.approx(4 * whole, rel=0.01)
 
 
-def test_too_high_a_momentum_for_the_run_is_said(config, capsys):
-    finetune(dataclasses.replace(config, method="r-adapter", eval_data={}))
+def test_what_the_user_should_know_is_printed_and_kept(config, capsys):
+    with pytest.warns(UserWarning, match="has 16 pictures") as warned:
+        run = finetune(dataclasses.replace(config, method="r-adapter", wma_beta=2.0))
     out = capsys.readouterr()
     assert "parameters train (" in out.out
-    assert "the adapters' average will hold 1% of them" in out.out
+    notices = json.loads((run / "run.json").read_text())["notices"]
+    assert [notice[:35] for notice in notices] == [
+        "--wma_beta 2.0 has no effect with -",
+        "the adapters' average will hold 1% ",
+        "'test' has 16 pictures: an accuracy",
+    ]
+    assert set(notices) <= {str(one.message) for one in warned}
     assert "adapters.safetensors 0.0" in out.out
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tracer.settings import check_ranges
+from tracer.settings import as_paths, check_ranges
 
 MAX_PIXELS = 178_956_970  # PIL's own limit
 
@@ -39,6 +39,9 @@ class LoadingSettings:
     cache: Path = Path("runs/cache")
     cache_gb: float = 50.0
 
+    def __post_init__(self) -> None:
+        as_paths(self)
+
     def validate(self) -> None:
         """Raise UserError for the first setting of this section that is out of range."""
         check_ranges(
@@ -67,6 +70,9 @@ class IndexConfig:
     json_caption_key: str = "caption"
     cache: Path = Path("runs/cache")
     cache_gb: float = 50.0
+
+    def __post_init__(self) -> None:
+        as_paths(self)
 
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of range."""

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tracer.data.index import Index
 from tracer.demo.benchmark import prepare
 from tracer.demo.config import ICONS, DemoConfig
@@ -56,7 +54,7 @@ def demo(config: DemoConfig) -> Path:
         "methods": methods,
         "curves": curves,
         "examples": examples,
-        "settings": yaml.safe_load(config.to_yaml()),
+        "settings": config.plain() | config.taken(),
         "versions": versions(),
         "machine": machine(),
         "times": clock.laps | {"total": clock.total()},

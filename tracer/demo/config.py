@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -52,6 +53,7 @@ class DemoConfig(Config):
     def validate(self) -> None:
         """Raise UserError for the first invalid setting, naming it and the remedy."""
         super().validate()
+        self._refuse_what_the_demo_decides()
         check_ranges(
             self, {"at least 1": "seeds", "from 0 to 1": "alphas wise_alpha", "above 0": "adapter_lr"}
         )
@@ -67,6 +69,22 @@ class DemoConfig(Config):
                 raise UserError(
                     f"--kinds.{name} names no evaluation set: the sets are {', '.join(self.eval_data)}"
                 )
+
+    def _refuse_what_the_demo_decides(self) -> None:
+        remedies = {
+            "method": "the demo trains every method",
+            "teacher": "the demo trains with each teacher",
+            "adapters": "the demo trains with and without adapters",
+            "seed": "the demo trains with the seeds 0, 1, … below --seeds",
+        }
+        for name, why in remedies.items():
+            if getattr(self, name) != DEFAULTS[name]:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} has no effect: {why}, so leave it out, or use finetune"
+                )
+
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(DemoConfig)}
 
 
 @dataclass

@@ -85,4 +85,4 @@ def finetune_once(config: DemoConfig, key: str, changes: dict[str, Any], seed: i
         run.output.rename(part)  # so that it is never half deleted under its own name
     if part.exists() and not belongs(part, fingerprint(run)):
         remove_folder(part)
-    return finetune(run)
+    return finetune(run, shared=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tracer.data.config import LoadingSettings
-from tracer.settings import check_set_names
+from tracer.settings import as_paths, check_set_names
 
 
 @dataclass
@@ -28,6 +28,9 @@ class EvaluateConfig(LoadingSettings):
     model: str = "ViT-B-16-quickgelu"
     pretrained: str | None = "openai"
     output: Path | None = None
+
+    def __post_init__(self) -> None:
+        as_paths(self)
 
     def validate(self) -> None:
         """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""

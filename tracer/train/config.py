@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import yaml
 
 from tracer.data.config import LoadingSettings
+from tracer.data.remote import address_of
 from tracer.errors import UserError
 from tracer.recipes import EMA, R_ADAPTER, TRACER, WMA
-from tracer.settings import check_ranges, check_set_names
+from tracer.settings import as_paths, check_ranges, check_set_names
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
@@ -72,12 +74,13 @@ class MethodSettings:
         method: tracer (contrastive + distillation from a moving teacher), flyp (contrastive only) or r-adapter
             (contrastive, linear adapters alone).
         teacher: moving average that teaches the student; only for method tracer.
-        teacher_every: optimizer steps between two moves of the average; default: 500 for ema, else 1.
+        teacher_every: optimizer steps between two moves of the average; default: 1, and for ema a fiftieth of the
+            steps, at most 500.
         wma_beta: β of the Beta(β, β) weights of the WMA teacher.
         ema_start: momentum m of the EMA teacher at its first move.
         ema_end: momentum m after its warm-up.
         ema_warmup: share of all steps over which m rises linearly.
-        adapters: train linear adapters alone, and fold them at the end; always so for method r-adapter.
+        adapters: train linear adapters alone, and fold them at the end; default: for method r-adapter alone.
         adapter_rank: rank of the adapters; default: full.
         adapter_drop: probability with which a training step drops an adapter, in [0, 1).
         adapter_momentum: m of the adapters' moving average, which is what is folded, in [0, 1); 0: no average.
@@ -104,7 +107,7 @@ class MethodSettings:
     ema_end: float = EMA.end
     ema_warmup: float = EMA.warmup
 
-    adapters: bool = False
+    adapters: bool | None = None
     adapter_rank: int | None = None
     adapter_drop: float = R_ADAPTER.drop
     adapter_momentum: float = R_ADAPTER.momentum
@@ -125,7 +128,7 @@ class MethodSettings:
     @property
     def adapted(self) -> bool:
         """Return whether adapters train instead of the model."""
-        return self.adapters or self.method == "r-adapter"
+        return self.method == "r-adapter" or bool(self.adapters)
 
     @property
     def penalised(self) -> bool:
@@ -134,7 +137,11 @@ class MethodSettings:
         return self.method == "tracer" and not self.adapted and bool(penalties)
 
     def validate(self) -> None:
-        """Raise UserError for the first setting of this section that is out of range."""
+        """Raise UserError for the first setting of this section that is out of range, or denies the method."""
+        if self.method == "r-adapter" and self.adapters is False:
+            raise UserError(
+                "--method r-adapter trains adapters, which --adapters false excludes: leave one of them out"
+            )
         check_ranges(
             self,
             {
@@ -163,7 +170,7 @@ class OptimisationSettings:
         lr: peak learning rate of AdamW; default: 5e-4 where adapters train, else 1e-5.
         weight_decay: weight decay of AdamW, not applied to gains, biases and the logit scale; default: 0 where
             adapters train, else 0.1.
-        warmup: steps of linear warm-up, then cosine to 0.
+        warmup: steps of linear warm-up, then cosine to 0; default: a quarter of the steps, at most 500.
         clip_grad: largest gradient norm; 0 switches clipping off.
         max_skipped: a step whose loss or gradient is not finite changes nothing and is counted; the run stops
             after this many of them in a row.
@@ -177,7 +184,7 @@ class OptimisationSettings:
     micro_batch: int | None = None
     lr: float | None = None
     weight_decay: float | None = None
-    warmup: int = TRACER.warmup
+    warmup: int | None = None
     clip_grad: float = 1.0
     max_skipped: int = 10
     crop_scale: float = 0.9
@@ -185,6 +192,7 @@ class OptimisationSettings:
     default_steps: ClassVar[int] = 2000
 
     def __post_init__(self) -> None:
+        as_paths(self)
         if self.steps is None and self.epochs is None:
             self.steps = self.default_steps
 
@@ -198,6 +206,11 @@ class OptimisationSettings:
         if self.steps is None:
             raise ValueError("the settings give epochs: resolve() them first")
         return self.steps
+
+    @property
+    def warmup_steps(self) -> int:
+        """Return the number of steps in which the learning rate rises."""
+        return min(TRACER.warmup, self.total_steps // 4) if self.warmup is None else self.warmup
 
     def micro_batches(self, ranks: int = 1) -> int:
         """Return the number of micro-batches into which each of so many ranks divides its pairs of a batch."""
@@ -221,7 +234,7 @@ class OptimisationSettings:
             raise UserError(
                 f"--steps {self.steps} and --epochs {self.epochs} exclude each other: give one of them"
             )
-        if self.steps is not None and self.warmup >= self.steps:
+        if self.steps is not None and self.warmup is not None and self.warmup >= self.steps:
             raise UserError(f"--warmup is {self.warmup}: it must be below --steps {self.steps}")
 
 
@@ -363,7 +376,7 @@ class Config(
         if self.epochs is None:
             return self
         steps = max(1, self.epochs * pictures // (self.batch_size * self.accumulation))
-        if self.warmup >= steps:
+        if self.warmup is not None and self.warmup >= steps:
             raise UserError(
                 f"--warmup is {self.warmup}: it must be below the {steps} steps that --epochs {self.epochs} makes "
                 f"of {pictures} pictures"
@@ -389,9 +402,47 @@ class Config(
                 "--adapter_towers chooses the tower"
             )
 
+    @property
+    def moves_every(self) -> int:
+        """Return the number of optimizer steps between two moves of the teacher's average."""
+        if self.teacher_every is not None:
+            return self.teacher_every
+        return min(EMA.every, max(1, self.total_steps // 50)) if self.teacher == "ema" else WMA.every
+
+    def taken(self) -> dict[str, Any]:
+        """Return the value that each setting takes which was left to the method or to the number of steps."""
+        values: dict[str, Any] = self.recipe._asdict() | {"adapters": self.adapted}
+        if self.steps is not None:
+            values |= {"warmup": self.warmup_steps, "teacher_every": self.moves_every}
+        return {name: value for name, value in values.items() if getattr(self, name) is None}
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings as YAML and JSON have them; paths are absolute, to hold from any folder."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = {
+            name: _absolute(value) if isinstance(value, Path) else value for name, value in values.items()
+        }
+        plain["eval_data"] = {name: _absolute(path) for name, path in self.eval_data.items()}
+        for name in ("model", "pretrained", "templates"):  # names, or paths of files
+            if plain[name] and Path(plain[name]).exists():
+                plain[name] = _absolute(plain[name])
+        if self.model.startswith("local-dir:"):
+            plain["model"] = f"local-dir:{_absolute(self.model.removeprefix('local-dir:'))}"
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
     def to_yaml(self) -> str:
-        """Return the settings as YAML that ``--config`` reads back, with the recipe's values filled in."""
-        values = dataclasses.asdict(self) | self.recipe._asdict()
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
-        plain["eval_data"] = {name: str(path) for name, path in self.eval_data.items()}
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        """Return the settings as YAML that ``--config`` reads back.
+
+        What nobody chose stays unset, so that another ``--method`` brings its own values; the value that it took
+        stands beside it.
+        """
+        taken = self.taken()
+        lines = []
+        for name, value in self.plain().items():
+            text = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True).rstrip()
+            lines.append(f"{text}  # {taken[name]}" if name in taken else text)
+        return "\n".join(lines) + "\n"
+
+
+def _absolute(path: Path | str) -> str:
+    return str(path) if address_of(path) else os.path.abspath(path)

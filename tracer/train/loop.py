@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tracer import recipes
 from tracer.adapters import Adapter, adapter_schedule, set_drops
 from tracer.data.batches import Batch, TrainingBatches, Variation
 from tracer.data.index import Index
@@ -278,10 +277,9 @@ def moving_averages(config: Config, engine: DeepSpeedEngine) -> Averages:
 
 def teacher_schedule(config: Config) -> Schedule:
     """Return the teacher's schedule that ``config`` names."""
+    every = config.moves_every
     if config.teacher == "ema":
-        every = config.teacher_every or recipes.EMA.every
         return EMA(config.total_steps, config.ema_start, config.ema_end, config.ema_warmup, every)
-    every = config.teacher_every or recipes.WMA.every
     if config.teacher == "wma":
         return WMA(config.total_steps, config.wma_beta, every)
     return Uniform(every) if config.teacher == "uniform" else Frozen()

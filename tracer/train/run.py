@@ -7,13 +7,13 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from tqdm import tqdm
 
@@ -49,6 +49,7 @@ from tracer.models.clip import load_clip, openai_templates, source_files
 from tracer.models.freezing import freeze, lock_batchnorm, locked_buffers, trained_batchnorm
 from tracer.models.towers import checkpoint_activations
 from tracer.models.weights import first_not_finite, save_weights
+from tracer.train.cautions import caution_of_size, idle_options, resting_averages
 from tracer.train.checkpoint import WHOLE, Checkpoints
 from tracer.train.config import Config
 from tracer.train.engine import deepspeed_settings
@@ -65,7 +66,8 @@ class RunRecord:
     """What ``run.json`` keeps about a finished run.
 
     ``seconds`` counts all attempts. ``precision`` is the one used, never auto. ``sizes`` are in parameters and
-    bytes. ``fingerprint`` is :func:`fingerprint` of the settings.
+    bytes. ``fingerprint`` is :func:`fingerprint` of the settings. ``notices`` are the sentences that were printed
+    as warnings about the settings and the evaluation sets.
     """
 
     seconds: float
@@ -73,6 +75,7 @@ class RunRecord:
     sizes: dict[str, int]
     versions: dict[str, str]
     fingerprint: str
+    notices: list[str]
 
 
 @dataclass
@@ -83,20 +86,24 @@ class Evaluation:
     prompts: dict[str, list[str]]
 
 
-def finetune(config: Config) -> Path:
+def finetune(config: Config, *, shared: bool = False) -> Path:
     """Fine-tune as ``config`` says, evaluate, and return the folder of the run.
 
     A run that was cut off goes on from its last checkpoint, and ends as if it had not been.
+
+    Args:
+        config: the settings.
+        shared: the settings are those of several methods, so that some have no effect on this run.
 
     Raises:
         UserError: anything in the settings or the data that the user can mend.
     """
     config.validate()
     with join(config.timeout).quiet():
-        return _finetune(config, ranks())
+        return _finetune(config, ranks(), shared)
 
 
-def _finetune(config: Config, here: Ranks) -> Path:
+def _finetune(config: Config, here: Ranks, shared: bool) -> Path:
     started = time.perf_counter()
     check_batch_size(config.batch_size, here.size)
     here.once(lambda: _check_folders(config.output))
@@ -106,6 +113,7 @@ def _finetune(config: Config, here: Ranks) -> Path:
     evaluation = here.agree(lambda: _read_evaluation(config, index) if here.first else None)
     here.agree(lambda: deepspeed_settings(config))
     config = config.resolve(len(index))
+    notices = here.once(lambda: _notices(config, evaluation, shared))
     torch.manual_seed(config.seed)  # for random initial weights, and for adapters of a given rank
     clip = here.leaders_first(lambda: load_clip(config.model, config.pretrained))
     if evaluation:
@@ -137,6 +145,7 @@ def _finetune(config: Config, here: Ranks) -> Path:
             sizes=trained.sizes | {f"{p.stem}_bytes": p.stat().st_size for p in folder.glob("*.safetensors")},
             versions=versions(),
             fingerprint=identity,
+            notices=notices,
         )
         if config.adapted:
             _print_sizes(record.sizes)
@@ -179,6 +188,15 @@ def _read_evaluation(config: Config, index: Index) -> Evaluation:
     return Evaluation(sets, prompts)
 
 
+def _notices(config: Config, evaluation: Evaluation | None, shared: bool) -> list[str]:
+    """Print what the user should know before the training, and return it."""
+    sizes = [caution_of_size(index.name, len(index)) for index in (evaluation.sets if evaluation else ())]
+    notices = [*([] if shared else idle_options(config)), *resting_averages(config), *filter(None, sizes)]
+    for text in notices:
+        warnings.warn(text, stacklevel=2)
+    return notices
+
+
 def prepare(config: Config, model: nn.Module) -> None:
     """Add adapters, freeze, lock BatchNorm and switch activation checkpointing on, as ``config`` says.
 
@@ -187,7 +205,6 @@ def prepare(config: Config, model: nn.Module) -> None:
     """
     if config.adapted:
         tqdm.write(str(adapt(config, model)))
-        _warn_of_a_slow_average(config)
     freeze(model, config.freeze, config.freeze_image_blocks, config.freeze_text_blocks)
     if config.freezing:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -224,15 +241,6 @@ def adapt(config: Config, model: nn.Module) -> Share:
         return add_adapters(model, rank=config.adapter_rank, drop=config.adapter_drop, towers=towers)
     except ValueError as error:
         raise UserError(f"{error} (--adapter_towers, --adapter_rank, --method)") from error
-
-
-def _warn_of_a_slow_average(config: Config) -> None:
-    reached = 1 - config.adapter_momentum**config.total_steps
-    if reached < 0.8:
-        tqdm.write(
-            f"the adapters' average will hold {reached:.0%} of them: with so few steps, "
-            f"choose an --adapter_momentum below {config.adapter_momentum:g}"
-        )
 
 
 def _exact(trained: Trained, frozen: Weights) -> Trained:
@@ -303,7 +311,7 @@ def _print_sizes(sizes: dict[str, int]) -> None:
 
 def decisive(config: Config) -> dict[str, Any]:
     """Return the settings that decide a run's result."""
-    settings = yaml.safe_load(config.to_yaml()) | {"precision": resolve_precision(config.precision)}
+    settings = config.plain() | config.taken() | {"precision": resolve_precision(config.precision)}
     settings["loader"] = choose(config, compute_device())[0]
     return {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
 
