@@ -130,7 +130,7 @@ R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pret
         (["demo", "--freeze", "image"], "--freeze image: the demo trains adapters too"),
         (["finetune", "--train_data", "x.csv", "--timeout", "0"], "--timeout is 0.0: it must be above 0"),
         (
-            ["finetune", "--train_data", WHOLE, "--deepspeed", "nowhere.json"],
+            [*R_ADAPTER, "--model", "tracer-demo", "--deepspeed", "nowhere.json"],
             "'nowhere.json' does not exist: check --deepspeed",
         ),
         (
@@ -283,7 +283,16 @@ def test_a_file_of_settings_that_is_not_text_is_named(capsys, tmp_path):
 def test_prompts_that_cannot_be_used_are_named(capsys, drawings, tmp_path, content, says):
     file = tmp_path / "classes.json"
     file.write_bytes(content)
-    line = refused(capsys, "evaluate", "--eval_data.a", drawings / "test.csv", "--classes", file)
+    line = refused(
+        capsys,
+        "evaluate",
+        "--eval_data.a",
+        drawings / "test.csv",
+        "--classes",
+        file,
+        "--model",
+        "tracer-demo",
+    )
     assert f"classes file '{file}'" in line
     assert says in line
 
@@ -291,7 +300,9 @@ def test_prompts_that_cannot_be_used_are_named(capsys, drawings, tmp_path, conte
 def test_a_set_of_a_single_class_is_refused(capsys, drawings, tmp_path):
     file = tmp_path / "one.csv"
     file.write_text(f"image,label\n{next(drawings.glob('*.png'))},circle\n")
-    assert "needs at least two" in refused(capsys, "evaluate", "--eval_data.a", file)
+    assert "needs at least two" in refused(
+        capsys, "evaluate", "--eval_data.a", file, "--model", "tracer-demo"
+    )
 
 
 def test_weights_that_do_not_fit_the_demo_s_model_are_named(capsys, drawings, tmp_path):

@@ -56,7 +56,7 @@ def test_the_command_prints_the_scores(tiny_config, drawings, tmp_path, capsys):
 
 
 def test_something_to_evaluate_on_is_needed():
-    with pytest.raises(UserError, match=r"there is nothing to evaluate on: give --eval_data.NAME="):
+    with pytest.raises(UserError, match=r"there is nothing to evaluate on: give --eval_data.NAME PATH"):
         evaluate(EvaluateConfig(eval_data={}))
 
 

@@ -19,7 +19,9 @@ from tracer.evaluation.evaluate import evaluation_sets
 from tracer.evaluation.prompts import class_prompts, classes_of, names_of
 from tracer.files import check_folder, claim_folder, whole_file, write_json
 from tracer.machine import machine, versions
+from tracer.models.choice import check_model, choose_model
 from tracer.models.clip import Clip, load_clip
+from tracer.models.registry import registered_model
 from tracer.report.page import write_report
 from tracer.report.results import read_results
 from tracer.report.terminal import print_results
@@ -36,6 +38,7 @@ def demo(config: DemoConfig) -> Path:
     config.validate()
     command = command_line(config)
     check_folder(config.output)  # before the work, which takes long
+    check_model(config.model, config.pretrained)
     config, sets, prompts = prepare_data(config)
     refuse_unadaptable(config)  # before the training, which takes long
     claim_folder(config.output)
@@ -173,9 +176,10 @@ def _curve(key: str, name: str, rows: dict[float, Rows]) -> dict[str, Any]:
 
 def describe_start(config: DemoConfig, clip: Clip) -> dict[str, Any]:
     """Return the model that every method starts from."""
+    model, pretrained = choose_model(config.model, config.pretrained)
     return {
-        "model": config.model,
-        "pretrained": config.pretrained or "shipped with tracer",
+        "model": clip.name,
+        "pretrained": pretrained or ("shipped with tracer" if registered_model(model) else "its own weights"),
         "parameters": sum(p.numel() for p in clip.model.parameters()),
     }
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from tracer.errors import UserError
+from tracer.files import cache_folder
 from tracer.recipes import R_ADAPTER
 from tracer.settings import check_ranges, check_set_names
 from tracer.train.config import Config
 
-ICONS = Path("runs/data/icons")  # where the demo keeps its data
+ICONS = cache_folder() / "demo" / "icons"  # where the demo keeps its data
 
 ROLES = ("in-distribution", "near", "shifted")  # of an evaluation set, seen from the training data
 
@@ -33,7 +34,6 @@ class DemoConfig(Config):
 
     train_data: Path = ICONS / "train.csv"
     model: str = "tracer-demo"
-    pretrained: str | None = None
     output: Path = Path("runs/demo")
     seeds: int = 3
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75)

@@ -17,16 +17,18 @@ class EvaluateConfig(LoadingSettings):
         eval_data: name → data of each evaluation set: a folder with a sub-folder per class, a CSV, TSV or Parquet
             file, or WebDataset shards. A name holds no dots.
         classes: JSON file {class: [prompt, …]}; default: one prompt for each label, made of its name.
-        model: open_clip model name, a model config (.json), local-dir:<folder>, hf-hub:<name>, or tracer-demo.
-        pretrained: open_clip tag or local checkpoint file; null for a model that comes with its weights.
+        model: open_clip model name, a model config (.json), local-dir:<folder>, hf-hub:<name>, or tracer-demo;
+            auto: the model that a run's weights name, else ViT-B-16-quickgelu.
+        pretrained: open_clip tag, local checkpoint file, folder of a run (its student), or null for random
+            weights; auto: the model's own weights where it comes with them, else openai.
         output: JSON file for the results; replaces only an earlier one of this command. Default: the results are
             only printed.
     """
 
     eval_data: dict[str, Path] = field(default_factory=dict)
     classes: Path | None = None
-    model: str = "ViT-B-16-quickgelu"
-    pretrained: str | None = "openai"
+    model: str = "auto"
+    pretrained: str | None = "auto"
     output: Path | None = None
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tracer.data.build import read_index
+from tracer.data.build import check_sources, read_index
 from tracer.data.config import LoadingSettings
 from tracer.data.decoded import DecodedPictures
 from tracer.data.index import Index
@@ -24,6 +24,7 @@ from tracer.evaluation.prompts import (
 from tracer.evaluation.zero_shot import Score, Scores, evaluate_zero_shot
 from tracer.files import check_output, whole_file, write_json
 from tracer.machine import compute_device
+from tracer.models.choice import check_model
 from tracer.models.clip import load_clip
 
 
@@ -36,6 +37,8 @@ def evaluate(config: EvaluateConfig) -> Scores:
     config.validate()
     if config.output and not _is_scores(config.output):
         check_output(config.output)  # before the work
+    check_evaluation_data(config.eval_data)
+    check_model(config.model, config.pretrained)
     choose(config, compute_device())  # refuses a loader that is missing
     sets = evaluation_sets(config.eval_data, config)
     classes = sorted_ids(list({label for index in sets for label in index.classes}))
@@ -73,16 +76,20 @@ def _is_scores(path: Path) -> bool:
         return False
 
 
+def check_evaluation_data(eval_data: dict[str, Path]) -> None:
+    """Raise UserError if there is no evaluation set, or one does not exist."""
+    if not eval_data:
+        raise UserError("there is nothing to evaluate on: give --eval_data.NAME PATH at least once")
+    check_sources(eval_data.values())
+
+
 def evaluation_sets(eval_data: dict[str, Path], loading: LoadingSettings) -> list[Index]:
     """Read the evaluation sets of a command that cannot do without them.
 
     Raises:
         UserError: there are none, or one cannot be read or has pictures without a label.
     """
-    if not eval_data:
-        raise UserError(
-            "there is nothing to evaluate on: give --eval_data.NAME=<folder, table or shards> at least once"
-        )
+    check_evaluation_data(eval_data)
     sets = [read_index(path, name, loading) for name, path in eval_data.items()]
     check_labelled(sets)
     return sets

@@ -39,7 +39,9 @@ PREFIXES = ("module.", "model.")  # what DistributedDataParallel and Lightning p
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "n_averaged")
 
 
-def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_weights(
+    state: Mapping[str, Tensor], path: Path | str, metadata: dict[str, str] | None = None
+) -> None:
     """Write a checkpoint that ``open_clip.create_model(name, pretrained=path)`` loads.
 
     The logit scale is written with its bound, log ``MAX_LOGIT_SCALE``; all other tensors as they are.
@@ -55,7 +57,7 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, st
     state = dict(state)
     if "logit_scale" in state:
         state["logit_scale"] = state["logit_scale"].detach().clamp(max=math.log(MAX_LOGIT_SCALE))
-    write_tensors(path, state, metadata)
+    write_tensors(Path(path), state, metadata)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -67,7 +69,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         return {}
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path | str) -> dict[str, Tensor]:
     """Return the state dict in a file of weights, on the CPU, with the names that open_clip gives.
 
     The file may be a safetensors file or one of ``torch.save``, whatever its suffix, and may hold the state dict
@@ -77,6 +79,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is damaged, of another kind, or holds no plain weights; names the remedy.
     """
+    path = Path(path)
     return _plain_names(path, _state_dict(path, _entries(path)))
 
 
@@ -222,6 +225,7 @@ def _plain_names(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         )
     if adapter_state(plain) and len(adapter_state(plain)) == len(plain):
         raise UserError(
-            f"'{path}' holds adapters alone: give the run's student.safetensors, where they are folded in"
+            f"'{path}' holds adapters alone: fold them first with 'tracer fold {path.parent} --alpha 0.5', or "
+            "give the run's student.safetensors, where they are folded in"
         )
     return plain

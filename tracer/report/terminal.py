@@ -24,7 +24,7 @@ def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     """
     table = Table(title="Zero-shot evaluation")
     for column in ("model", "set", "pictures", "accuracy %", "ECE %"):
-        table.add_column(column, justify="left" if column in ("model", "set") else "right")
+        table.add_column(column, justify="left" if column in ("model", "set") else "right", overflow="fold")
     for model, sets in scores.items():
         for name, score in sets.items():
             values = (f"{100 * score['accuracy']:.1f}", f"{100 * score['ece']:.1f}")

@@ -58,12 +58,14 @@ class ModelSettings:
     """Say which model is trained, and from which weights.
 
     Args:
-        model: open_clip model name, a model config (.json), local-dir:<folder>, hf-hub:<name>, or tracer-demo.
-        pretrained: open_clip tag or local checkpoint file; null for a model that comes with its weights.
+        model: open_clip model name, a model config (.json), local-dir:<folder>, hf-hub:<name>, or tracer-demo;
+            auto: the model that a run's weights name, else ViT-B-16-quickgelu.
+        pretrained: open_clip tag, local checkpoint file, folder of a run, or null for random weights; auto: the
+            model's own weights where it comes with them, random ones for a model config, else openai.
     """
 
-    model: str = "ViT-B-16-quickgelu"
-    pretrained: str | None = "openai"
+    model: str = "auto"
+    pretrained: str | None = "auto"
 
 
 @dataclass

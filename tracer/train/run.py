@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tracer.adapters import TOWERS, Share, adapter_state, add_adapters, fold, save_adapters
-from tracer.data.build import read_index
+from tracer.data.build import check_sources, read_index
 from tracer.data.decoded import DecodedPictures
 from tracer.data.index import Index
 from tracer.data.loader import announce, choose
@@ -45,6 +45,7 @@ from tracer.files import (
 )
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.architecture import Architecture
+from tracer.models.choice import check_model
 from tracer.models.clip import load_clip, openai_templates, source_files
 from tracer.models.freezing import freeze, lock_batchnorm, locked_buffers, trained_batchnorm
 from tracer.models.towers import checkpoint_activations
@@ -107,6 +108,8 @@ def _finetune(config: Config, here: Ranks, shared: bool) -> Path:
     started = time.perf_counter()
     check_batch_size(config.batch_size, here.size)
     here.once(lambda: _check_folders(config.output))
+    here.once(lambda: check_sources([config.train_data, *config.eval_data.values()]))
+    here.once(lambda: check_model(config.model, config.pretrained))
     choose(config, compute_device())  # refuses a loader that is missing
     # The data first: most mistakes are made there. One rank builds an index, the others find it in the cache.
     index = here.leaders_first(lambda: training_index(config))
