@@ -36,7 +36,7 @@ def _refuse_sharded(model: nn.Module) -> None:
     """Raise ValueError for a module whose weights torch's own sharding divides among the ranks."""
     for name, module in model.named_modules():
         kinds = {kind.__name__ for kind in type(module).__mro__}
-        kind = next((k for k in ("FSDPModule", "FullyShardedDataParallel") if k in kinds), None)
+        kind: str | None = next((k for k in ("FSDPModule", "FullyShardedDataParallel") if k in kinds), None)
         if kind is None and any(type(p).__name__ == "DTensor" for p in module.parameters(recurse=False)):
             kind = "DTensor"
         if kind is not None:

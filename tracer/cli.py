@@ -238,9 +238,9 @@ def _parser_of(name: str, command: Command) -> ArgumentParser:
 class Parser(ArgumentParser):
     """Parser whose help shows the options of named sets as they are given, and plain types."""
 
-    def format_help(self) -> str:
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """Return the whole text."""
-        text = super().format_help().replace("<class 'Path'>", "path")
+        text = super().format_help(formatter).replace("<class 'Path'>", "path")
         for name, value in NAMED.items():
             text = re.sub(f"--{name} {name.upper()}(?:    )?", f"--{name}.NAME {value}", text)
         return text
@@ -277,8 +277,7 @@ def _check_file(command: str, path: str) -> None:
         raise UserError(f"'{path}' must hold settings as 'name: value', one a line: check --config")
     for name in content or {}:
         if str(name) not in _fields(command):
-            error = unknown(command, str(name), _fields(command), "")
-            raise UserError(f"'{path}': {error}")
+            raise UserError(f"'{path}': {unknown(command, str(name), _fields(command), '')}")
 
 
 def _documented(settings: type) -> dict[str, str]:
