@@ -53,7 +53,7 @@ def _finetune(config: Config) -> None:
     folder = finetune(config)
     if not ranks().first:
         return
-    if scores := json.loads((folder / "metrics.json").read_text()):
+    if scores := json.loads((folder / "metrics.json").read_text())["scores"]:
         print_scores(scores)
     print(f"run: {folder}")
 

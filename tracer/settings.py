@@ -77,3 +77,16 @@ def check_set_names(option: str, names: Iterable[str], value: str = "") -> None:
             raise UserError(
                 f"--{option}.{name}: the name of a set holds no dots, write --{option}.{name.replace('.', '_')}"
             )
+
+
+def check_templates(templates: list[str], classes: Path | None) -> None:
+    """Raise UserError for a prompt template without the place of the name, or beside a file of prompts."""
+    if templates and classes is not None:
+        raise UserError(
+            "--prompt_template and --classes exclude each other: --classes gives every prompt itself"
+        )
+    for template in templates:
+        if template != "openai" and template.count("{}") != 1:
+            raise UserError(
+                f"--prompt_template '{template}' must hold {{}} once, for the name of the class, or be openai"
+            )

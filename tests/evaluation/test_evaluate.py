@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -33,7 +34,10 @@ def test_evaluate_writes_what_it_returns(tiny_config, drawings, tmp_path):
         output=tmp_path / "new" / "scores.json",
     )
     scores = evaluate(config)
-    assert json.loads(config.output.read_text()) == scores
+    written = json.loads(config.output.read_text())
+    assert written["scores"] == scores
+    assert written["prompts"] == {"by_class": classes}
+    assert written["weights"] == {"model": hashlib.sha256(start.read_bytes()).hexdigest()}
     assert {name: score["pictures"] for name, score in scores.items()} == {"small": 16, "large": 32}
     sets = [read_index(path, name) for name, path in config.eval_data.items()]
     clip = load_clip(str(tiny_config), str(start))
@@ -50,7 +54,7 @@ def test_the_command_prints_the_scores(tiny_config, drawings, tmp_path, capsys):
         "output": tmp_path / "scores.json",
     }
     assert main(["evaluate", *(str(x) for name, value in options.items() for x in (f"--{name}", value))]) == 0
-    table, scores = capsys.readouterr().out, json.loads((tmp_path / "scores.json").read_text())
+    table, scores = capsys.readouterr().out, json.loads((tmp_path / "scores.json").read_text())["scores"]
     assert "held_out" in table
     assert f"{100 * scores['held_out']['accuracy']:.1f}" in table
 

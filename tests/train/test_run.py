@@ -41,8 +41,11 @@ def test_a_run_is_whole_and_says_what_it_did(config, capsys):
     assert rows[-1]["relational"] > 1e-4
     assert list((folder / "tensorboard").iterdir())
     assert yaml.safe_load((folder / "config.yaml").read_text())["steps"] == 6
-    scores = json.loads((folder / "metrics.json").read_text())
-    assert set(scores) == {"student", "teacher"}
+    scores = json.loads((folder / "metrics.json").read_text())["scores"]
+    assert set(scores) == {"zero-shot", "student", "teacher"}
+    for name in ("student", "teacher"):
+        gain = scores[name]["test"]["accuracy"] - scores["zero-shot"]["test"]["accuracy"]
+        assert scores[name]["test"]["gain"] == pytest.approx(gain)
     assert 0 <= scores["student"]["test"]["accuracy"] <= 1
     assert scores["student"]["test"]["pictures"] == 16
 

@@ -16,12 +16,14 @@ from tracer.demo.config import ICONS, DemoConfig
 from tracer.demo.judge import Judge, Rows, choose_examples, finished_run, scored_row
 from tracer.demo.methods import METHODS, TRAINED_VARIANTS, Runs, train_all
 from tracer.evaluation.evaluate import evaluation_sets
-from tracer.evaluation.prompts import class_prompts, classes_of, names_of
+from tracer.evaluation.record import Classes, classes_for, head
+from tracer.evaluation.zero_shot import Scores
 from tracer.files import check_folder, claim_folder, whole_file, write_json
 from tracer.machine import machine, versions
 from tracer.models.choice import check_model, choose_model
 from tracer.models.clip import Clip, load_clip
 from tracer.models.registry import registered_model
+from tracer.models.weights import digest_of
 from tracer.report.page import write_report
 from tracer.report.results import read_results
 from tracer.report.terminal import print_results
@@ -39,21 +41,24 @@ def demo(config: DemoConfig) -> Path:
     command = command_line(config)
     check_folder(config.output)  # before the work, which takes long
     check_model(config.model, config.pretrained)
-    config, sets, prompts = prepare_data(config)
+    config, sets, classes = prepare_data(config)
     refuse_unadaptable(config)  # before the training, which takes long
     claim_folder(config.output)
     clock.lap("data")
-    runs = train_all(config)
+    judge = Judge.of(config, sets, classes.prompts)
+    baseline = judge.baseline()
+    runs = train_all(config, baseline)
     clock.lap("training")
-    judge = Judge.of(config, sets, prompts)
-    methods, curves = score_all(config, runs, judge)
+    methods, curves = score_all(config, runs, judge, baseline.scores)
     examples = choose_examples(judge, {key: runs[key][0] for key in METHODS})
     clock.lap("evaluation")
+    weights: dict[str, str | None] = {"zero-shot": digest_of(judge.start)}
     results = {
+        **head("comparison", judge.clip.name, weights, classes),
         "title": "Robust fine-tuning, compared",
         "command": command,
         "start": describe_start(config, judge.clip),
-        "domains": describe_domains(config, sets, prompts),
+        "domains": describe_domains(config, sets, classes.prompts),
         "methods": methods,
         "curves": curves,
         "examples": examples,
@@ -83,8 +88,8 @@ def command_line(config: DemoConfig) -> str:
     return f'make demo ARGS="{" ".join(options)}"' if options else "make demo"
 
 
-def prepare_data(config: DemoConfig) -> tuple[DemoConfig, list[Index], dict[str, list[str]]]:
-    """Return the settings with every default filled in, the evaluation sets, and the prompts of each class.
+def prepare_data(config: DemoConfig) -> tuple[DemoConfig, list[Index], Classes]:
+    """Return the settings with every default filled in, the evaluation sets, and the classes.
 
     Raises:
         UserError: the settings name no evaluation set, or data that cannot be read.
@@ -94,8 +99,8 @@ def prepare_data(config: DemoConfig) -> tuple[DemoConfig, list[Index], dict[str,
         config.validate()  # again, now that the sets have names
     sets = evaluation_sets(config.eval_data, config)
     pictures = training_index(config)
-    prompts = class_prompts(config.classes, classes_of(pictures, sets), names_of(pictures, sets))
-    return config.resolve(len(pictures)), sets, prompts
+    classes = classes_for(config.classes, config.prompt_template, pictures, sets)
+    return config.resolve(len(pictures)), sets, classes
 
 
 def _with_icons(config: DemoConfig) -> DemoConfig:
@@ -105,7 +110,7 @@ def _with_icons(config: DemoConfig) -> DemoConfig:
         config,
         eval_data=config.eval_data or benchmark.eval_data,
         kinds=config.kinds or benchmark.roles,
-        classes=config.classes or benchmark.classes,
+        classes=config.classes or (None if config.prompt_template else benchmark.classes),
     )
 
 
@@ -114,13 +119,12 @@ def refuse_unadaptable(config: DemoConfig) -> None:
     adapt(config, load_clip(config.model, config.pretrained).model)
 
 
-def score_all(config: DemoConfig, runs: Runs, judge: Judge) -> tuple[Rows, Rows]:
-    """Return the methods and the curves over α, as results.json holds them."""
+def score_all(config: DemoConfig, runs: Runs, judge: Judge, zero_shot: Scores) -> tuple[Rows, Rows]:
+    """Return the methods and the curves over α, as results.json holds them; ``zero_shot``: the start's scores."""
     finished = {
         key: [finished_run(folder, seed) for seed, folder in enumerate(folders)]
         for key, folders in runs.items()
     }
-    zero_shot = judge.scores(judge.start)
     ends = {0.0: [scored_row(zero_shot, seed) for seed in range(config.seeds)]}
     wise = ends | {1.0: finished["flyp"]}
     for alpha in {*config.alphas, config.wise_alpha} - wise.keys():

@@ -18,11 +18,19 @@ from tracer.data.decoded import DecodedPictures
 from tracer.data.index import Index
 from tracer.demo.config import DemoConfig
 from tracer.errors import UserError
-from tracer.evaluation.zero_shot import Scores, class_probabilities, classifier, evaluate_zero_shot
+from tracer.evaluation.zero_shot import (
+    Right,
+    Scores,
+    add_gains,
+    class_probabilities,
+    classifier,
+    evaluate_zero_shot,
+)
 from tracer.machine import compute_device
 from tracer.models.clip import Clip, load_clip
 from tracer.models.soups import interpolate
 from tracer.train.log import read_log
+from tracer.train.scoring import Baseline
 
 Weights = dict[str, Tensor]
 Rows = list[dict[str, Any]]  # entries of results.json
@@ -37,10 +45,11 @@ def scored_row(
 
 def finished_run(folder: Path, seed: int) -> dict[str, Any]:
     """Return a run as results.json holds it, read from its folder."""
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())["scores"]
     about = json.loads((folder / "run.json").read_text())
     row = scored_row(metrics["student"], seed, read_log(folder), about["seconds"])
-    return row | {"teacher_eval": metrics.get("teacher"), "sizes": about["sizes"]}
+    more = {"teacher_eval": metrics.get("teacher"), "sizes": about["sizes"], "notices": about["notices"]}
+    return row | more | {"weights": about["weights"]["student"]}
 
 
 @dataclass
@@ -54,6 +63,7 @@ class Judge:
     workers: int
     decoded: DecodedPictures = field(default_factory=DecodedPictures)  # small sets stay for the next model
     max_bad: float = 0.0
+    before: Right | None = None  # which pictures the start classifies rightly
 
     @classmethod
     def of(cls, config: DemoConfig, sets: list[Index], prompts: dict[str, list[str]]) -> Judge:
@@ -65,17 +75,30 @@ class Judge:
             clip, start, sets, prompts, config.workers, DecodedPictures(loading=config), config.max_bad
         )
 
+    def baseline(self) -> Baseline:
+        """Return the scores of the start; those of other weights then have their gains above it."""
+        scores = self.scores(self.start)
+        assert self.before is not None  # the first scores are the start's
+        return Baseline(scores, self.before)
+
     def scores(self, weights: Weights) -> Scores:
-        """Return the scores of the model with these weights."""
+        """Return the scores of the model with these weights, with their gains once the start is scored."""
         self.clip.model.load_state_dict(weights)
-        return evaluate_zero_shot(
+        right: Right = {}
+        scores = evaluate_zero_shot(
             self.clip,
             self.sets,
             self.prompts,
             workers=self.workers,
             decoded=self.decoded,
             max_bad=self.max_bad,
+            right=right,
         )
+        if self.before is None:
+            self.before = right
+        else:
+            add_gains(scores, right, self.before)
+        return scores
 
     def rows(self, title: str, weights: Callable[[Path], Weights], folders: list[Path]) -> Rows:
         """Return a row for each seed: the scores of the weights that are made of the run's folder."""

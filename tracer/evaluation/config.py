@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tracer.data.config import LoadingSettings
-from tracer.settings import as_paths, check_set_names
+from tracer.settings import as_paths, check_set_names, check_templates
 
 
 @dataclass
@@ -16,7 +16,10 @@ class EvaluateConfig(LoadingSettings):
     Args:
         eval_data: name → data of each evaluation set: a folder with a sub-folder per class, a CSV, TSV or Parquet
             file, or WebDataset shards. A name holds no dots.
-        classes: JSON file {class: [prompt, …]}; default: one prompt for each label, made of its name.
+        classes: JSON file {class: [prompt, …]}; default: the classes of the run that trained the model, else the
+            labels of the sets, each with a prompt made of its name.
+        prompt_template: prompt of every class, with {} for its name; may be given several times; openai stands for
+            open_clip's 80. Default: "a photo of a {}".
         model: open_clip model name, a model config (.json), local-dir:<folder>, hf-hub:<name>, or tracer-demo;
             auto: the model that a run's weights name, else ViT-B-16-quickgelu.
         pretrained: open_clip tag, local checkpoint file, folder of a run (its student), or null for random
@@ -27,6 +30,7 @@ class EvaluateConfig(LoadingSettings):
 
     eval_data: dict[str, Path] = field(default_factory=dict)
     classes: Path | None = None
+    prompt_template: list[str] = field(default_factory=list)
     model: str = "auto"
     pretrained: str | None = "auto"
     output: Path | None = None
@@ -38,3 +42,4 @@ class EvaluateConfig(LoadingSettings):
         """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
         super().validate()
         check_set_names("eval_data", self.eval_data)
+        check_templates(self.prompt_template, self.classes)

@@ -10,18 +10,17 @@ from tracer.data.config import LoadingSettings
 from tracer.data.decoded import DecodedPictures
 from tracer.data.index import Index
 from tracer.data.loader import announce, choose
-from tracer.data.text import sorted_ids
+from tracer.data.names import note
 from tracer.errors import UserError
 from tracer.evaluation.config import EvaluateConfig
 from tracer.evaluation.prompts import (
     check_distinct,
     check_labelled,
     check_labels,
-    class_prompts,
     named_alike,
-    names_of,
 )
-from tracer.evaluation.zero_shot import Score, Scores, evaluate_zero_shot
+from tracer.evaluation.record import classes_for, digest_of_start, head, run_of
+from tracer.evaluation.zero_shot import Scores, evaluate_zero_shot
 from tracer.files import check_output, whole_file, write_json
 from tracer.machine import compute_device
 from tracer.models.choice import check_model
@@ -41,13 +40,15 @@ def evaluate(config: EvaluateConfig) -> Scores:
     check_model(config.model, config.pretrained)
     choose(config, compute_device())  # refuses a loader that is missing
     sets = evaluation_sets(config.eval_data, config)
-    classes = sorted_ids(list({label for index in sets for label in index.classes}))
-    prompts = class_prompts(config.classes, classes, names_of(sets[0], sets))
+    classes = classes_for(config.classes, config.prompt_template, None, sets, run_of(config.pretrained))
+    prompts = classes.prompts
     check_labels(sets, prompts)
+    note(classes.sentence())
     clip = load_clip(config.model, config.pretrained)
     check_distinct(prompts, clip.tokenizer, named_alike(*sets))
     for index in sets:
         announce(index, clip.picture_format, config, compute_device())
+    weights = digest_of_start(config.model, config.pretrained, clip.model.state_dict())
     clip.model.to(compute_device())
     scores = evaluate_zero_shot(
         clip,
@@ -60,7 +61,9 @@ def evaluate(config: EvaluateConfig) -> Scores:
     if config.output:
         try:
             with whole_file(config.output, may_replace=_is_scores) as part:
-                write_json(part, scores)
+                write_json(
+                    part, head("evaluation", clip.name, {"model": weights}, classes) | {"scores": scores}
+                )
         except (OSError, UserError):
             print(json.dumps(scores, indent=1))  # they took long
             raise
@@ -71,7 +74,7 @@ def _is_scores(path: Path) -> bool:
     """Return whether ``path`` is a file that this command wrote, which it may replace."""
     try:
         content = json.loads(path.read_text())
-        return bool(content) and all(set(score) == set(Score.__annotations__) for score in content.values())
+        return content.get("kind") == "evaluation"
     except (OSError, ValueError, AttributeError, TypeError):
         return False
 

@@ -5,25 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tracer.data.index import Index
-from tracer.data.text import default_caption, sorted_ids
+from tracer.data.text import TEMPLATE, words
 from tracer.errors import UserError
 from tracer.models.registry import Tokenizer
 
 
-def classes_of(training: Index, sets: list[Index]) -> list[str]:
-    """Return the classes of the training data, or of the evaluation ``sets`` where it has captions alone."""
-    return training.classes or sorted_ids(list({label for index in sets for label in index.classes}))
-
-
 def names_of(training: Index, sets: list[Index]) -> dict[str, str]:
-    """Return the display names of :func:`classes_of`'s classes, by their ids."""
+    """Return the display names of the classes, by their ids."""
     known = {name: words for index in sets for name, words in index.names.items()}
     return known | training.names
 
@@ -38,21 +33,25 @@ def named_alike(*indexes: Index) -> set[str]:
 
 
 def class_prompts(
-    path: Path | None, classes: list[str], names: Mapping[str, str] | None = None
+    path: Path | None,
+    classes: list[str],
+    names: Mapping[str, str] | None = None,
+    templates: Sequence[str] = (TEMPLATE,),
 ) -> dict[str, list[str]]:
     """Return the prompts of each class, in the order of the class numbers.
 
     Args:
-        path: JSON file {class: [prompt, …]}; None means one prompt for each of ``classes``, made of its name.
+        path: JSON file {class: [prompt, …]}; None means prompts for each of ``classes``, made of its name.
         classes: ids of the classes, not used where a file is given.
         names: display names of the classes; default: their ids in words.
+        templates: a prompt of every class each, with ``{}`` for the name.
 
     Raises:
         UserError: the file is missing or malformed, or there are fewer than two classes.
     """
     names = names or {}
     prompts = (
-        {name: [default_caption(names.get(name, name))] for name in classes}
+        {name: [t.replace("{}", words(names.get(name, name))) for t in templates] for name in classes}
         if path is None
         else _read_prompts(path)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +19,45 @@ from tracer.evaluation.metrics import accuracy, calibration_error
 from tracer.evaluation.prompts import check_labels
 from tracer.models.clip import MAX_LOGIT_SCALE, Clip
 
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired  # part of typing from Python 3.11 on
+
 TEXTS_AT_ONCE = 256
 
 
 class Score(TypedDict):
-    """A model's results on one evaluation set: top-1 accuracy and expected calibration error, in [0, 1]."""
+    """A model's results on one evaluation set: top-1 accuracy and expected calibration error, in [0, 1].
+
+    ``gain`` is the accuracy above that of the start, and ``gain_error`` its standard error over the choice of
+    the pictures; see :func:`add_gains`.
+    """
 
     accuracy: float
     ece: float
     pictures: int
+    gain: NotRequired[float]
+    gain_error: NotRequired[float]
 
 
 Scores = dict[str, Score]  # by name of the evaluation set
+
+Right = dict[str, Tensor]  # by name of the evaluation set, [N] bool: which pictures were classified rightly
+
+
+def add_gains(scores: Scores, right: Right, before: Right) -> None:
+    """Add to each score its gain above another model on the same pictures, and the gain's standard error.
+
+    The error is that of a mean of paired differences: pictures that both models classify alike add nothing to it.
+
+    Args:
+        scores: of the model; changed in place.
+        right: of the model.
+        before: of the other one.
+    """
+    for name, score in scores.items():
+        difference = right[name].double() - before[name].double()
+        score["gain"] = float(difference.mean())
+        score["gain_error"] = float(difference.var(correction=0).sqrt()) / len(difference) ** 0.5
 
 
 def evaluate_zero_shot(
@@ -41,6 +68,7 @@ def evaluate_zero_shot(
     workers: int = 2,
     decoded: DecodedPictures | None = None,
     max_bad: float = 0.0,
+    right: Right | None = None,
 ) -> Scores:
     """Classify every picture of every set by the prompts that fit it best, and score the result.
 
@@ -51,6 +79,7 @@ def evaluate_zero_shot(
         workers: threads that decode pictures.
         decoded: where pictures stay decoded for the next model; default: nowhere.
         max_bad: share of a set's pictures that may fail; they are named in a note and not scored.
+        right: here goes which pictures of each set were classified rightly.
 
     Raises:
         UserError: a set has a label without prompts, or more pictures fail.
@@ -68,6 +97,8 @@ def evaluate_zero_shot(
         # check_labels has refused pictures without a label, whose number is −1.
         numbers = torch.tensor([number.get(label, -1) for label in index.classes])
         truth = numbers[torch.from_numpy(index.label_numbers)]
+        if right is not None:
+            right[index.name] = probabilities.argmax(1) == truth
         scores[index.name] = {
             "accuracy": accuracy(probabilities, truth),
             "ece": calibration_error(probabilities, truth),

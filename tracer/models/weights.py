@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import pickle
 import tempfile
@@ -107,6 +108,20 @@ def readable_by_open_clip(path: Path) -> Iterator[tuple[Path, dict[str, Size]]]:
             write_tensors(readable, state)
         del entries, names, state  # open_clip reads the file again: one copy at a time in memory
         yield readable, shapes
+
+
+def digest_of(weights: Path | Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of a file of weights, or of the names and values of a state dict that has no file."""
+    digest = hashlib.sha256()
+    if isinstance(weights, Path):
+        with weights.open("rb") as file:  # in pieces: weights may be larger than the memory that is free
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    else:
+        for name, tensor in sorted(weights.items()):
+            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def first_not_finite(state: Mapping[str, Tensor]) -> str | None:

@@ -14,22 +14,32 @@ from rich.text import Text
 from tracer.report.results import NBSP, Results
 from tracer.report.sentences import headline, percent, size_sentence, with_spread
 from tracer.report.tables import Row, table_rows
+from tracer.report.verdict import gain_with_interval, verdicts
 
 
 def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     """Print one row for each model and set: number of pictures, top-1 accuracy and calibration error.
 
+    Where the gains above the start are known, they stand beside the accuracy, with their 95 % interval.
+
     Args:
-        scores: model → set → {accuracy and ece as fractions, pictures}.
+        scores: model → set → {accuracy and ece as fractions, pictures, perhaps gain and gain_error}.
     """
     table = Table(title="Zero-shot evaluation")
-    for column in ("model", "set", "pictures", "accuracy %", "ECE %"):
+    measured = any("gain" in score for sets in scores.values() for score in sets.values())
+    gains = ["change (95 %)"] if measured else []
+    for column in ("model", "set", "pictures", "accuracy %", *gains, "ECE %"):
         table.add_column(column, justify="left" if column in ("model", "set") else "right", overflow="fold")
     for model, sets in scores.items():
         for name, score in sets.items():
-            values = (f"{100 * score['accuracy']:.1f}", f"{100 * score['ece']:.1f}")
+            values = [f"{100 * score['accuracy']:.1f}", f"{100 * score['ece']:.1f}"]
+            if measured:
+                values.insert(1, gain_with_interval(score) if "gain" in score else "")
             table.add_row(model, name, str(int(score["pictures"])), *values)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for line in verdicts(scores):
+        console.print(_printable(line, console.encoding))
 
 
 def print_results(results: Results) -> None:

@@ -50,7 +50,7 @@ def _idle(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if not config.adapted:
         yield OF_ADAPTERS, "without adapters: add --adapters true, or choose --method r-adapter"
     if not config.eval_data:
-        yield ("classes",), "without evaluation sets: give --eval_data.NAME"
+        yield ("classes", "prompt_template"), "without evaluation sets: give --eval_data.NAME"
     if config.micro_batch is not None and config.micro_batch >= config.batch_size:
         yield ("micro_batch",), f"as it is not below --batch_size {config.batch_size}"
 
@@ -58,7 +58,8 @@ def _idle(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
 def _chosen(config: Config, name: str) -> bool:
     """Return whether a setting differs from its default."""
     (field,) = (field for field in dataclasses.fields(config) if field.name == name)
-    return getattr(config, name) != field.default
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return getattr(config, name) != default
 
 
 def resting_averages(config: Config) -> Iterator[str]:

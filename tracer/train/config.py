@@ -15,7 +15,7 @@ from tracer.data.config import LoadingSettings
 from tracer.data.remote import address_of
 from tracer.errors import UserError
 from tracer.recipes import EMA, R_ADAPTER, TRACER, WMA
-from tracer.settings import as_paths, check_ranges, check_set_names
+from tracer.settings import as_paths, check_ranges, check_set_names, check_templates
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
@@ -31,6 +31,8 @@ class DataSettings:
         eval_data: name → data of each evaluation set, as train_data; the first is the in-distribution one. A name
             holds no dots.
         classes: JSON file {class: [prompt, …]} for zero-shot evaluation; default: a prompt per label.
+        prompt_template: prompt of every class in zero-shot evaluation, with {} for its name; may be given several
+            times; openai stands for open_clip's 80. Default: "a photo of a {}".
         templates: captions of pictures that have a label alone: openai for open_clip's 80, or a file with one a
             line, {} for the name; default: those of the data set, or "a photo of a {}".
         flip: mirror half of the training pictures.
@@ -42,6 +44,7 @@ class DataSettings:
     train_data: Path
     eval_data: dict[str, Path] = field(default_factory=dict)
     classes: Path | None = None
+    prompt_template: list[str] = field(default_factory=list)
     templates: str | None = None
     flip: bool = False
     color_jitter: float = 0.0
@@ -51,6 +54,7 @@ class DataSettings:
         """Raise UserError for the first setting of this section that is out of range."""
         check_ranges(self, {"at least 0": "shuffle_window", "at least 0 and below 1": "color_jitter"})
         check_set_names("eval_data", self.eval_data)
+        check_templates(self.prompt_template, self.classes)
 
 
 @dataclass
@@ -319,6 +323,10 @@ class RunSettings:
 
     Args:
         output: folder of the run; must not exist, and appears only when the run is complete.
+        eval_every: optimizer steps between two evaluations during the training; default: only at its end.
+        keep_best: evaluation set; best.safetensors keeps the student with the best accuracy on it so far. Takes
+            --eval_every.
+        log_to: where the scalars of each step go besides log.jsonl, as a list: tensorboard, csv, wandb, mlflow.
         save_every: optimizer steps between two checkpoints, from which the same command goes on after it was cut
             off; one more follows the last step. Only the newest is kept, until the run is complete.
         seed: seed of shuffling, crops and caption choice.
@@ -326,11 +334,16 @@ class RunSettings:
 
     output: Path = Path("runs/finetune")
     save_every: int = 500
+    eval_every: int | None = None
+    keep_best: str | None = None
+    log_to: list[Literal["tensorboard", "csv", "wandb", "mlflow"]] = field(
+        default_factory=lambda: ["tensorboard"]  # type: ignore[arg-type, list-item]
+    )
     seed: int = 0
 
     def validate(self) -> None:
         """Raise UserError for the first setting of this section that is out of range."""
-        check_ranges(self, {"at least 1": "save_every", "from 0 to 2147483647": "seed"})
+        check_ranges(self, {"at least 1": "save_every eval_every", "from 0 to 2147483647": "seed"})
 
 
 class Recipe(NamedTuple):
@@ -398,6 +411,19 @@ class Config(
         )
         for section in sections:
             section.validate(self)
+        if self.eval_every and not self.eval_data:
+            raise UserError(
+                f"--eval_every {self.eval_every} needs evaluation sets: give --eval_data.NAME PATH"
+            )
+        if self.keep_best and self.keep_best not in self.eval_data:
+            raise UserError(
+                f"--keep_best {self.keep_best} names no evaluation set: the sets are "
+                f"{', '.join(self.eval_data) or 'none, give --eval_data.NAME PATH'}"
+            )
+        if self.keep_best and not self.eval_every:
+            raise UserError(
+                f"--keep_best {self.keep_best} needs --eval_every N, the steps between evaluations"
+            )
         if self.adapted and self.freezing:
             raise UserError(
                 f"{' '.join(self.freezing)} and adapters exclude each other: adapters freeze all the rest, and "

@@ -46,14 +46,13 @@ from tracer.train.engine import (
 )
 from tracer.train.log import StepLog
 from tracer.train.ranks import ranks
+from tracer.train.scoring import Scorer, Weights
 from tracer.train.stop import stop_requests
 
 if TYPE_CHECKING:
     from tracer.train.engine import DeepSpeedEngine
 
 MEASURE_EVERY = 5  # optimizer steps between two measurements of the loss's diagnostics and of the teacher gap
-
-Weights = dict[str, Tensor]  # a state dict in float32
 
 
 class Averages(NamedTuple):
@@ -193,8 +192,24 @@ def means(measured: Sequence[Mapping[str, Tensor | float]]) -> dict[str, Tensor 
     }
 
 
-def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: Checkpoints) -> Trained:
-    """Train ``clip.model`` on the pictures of ``index``, from the last checkpoint on."""
+def train(
+    config: Config,
+    clip: Clip,
+    index: Index,
+    log: StepLog,
+    checkpoints: Checkpoints,
+    scorer: Scorer | None = None,
+    title: str = "",
+) -> Trained:
+    """Train ``clip.model`` on the pictures of ``index``, from the last checkpoint on.
+
+    Args:
+        config, clip, index: what is trained how on what.
+        log: of the steps.
+        checkpoints: of the run.
+        scorer: of the first rank, for evaluations during the training.
+        title: of the bar.
+    """
     torch.manual_seed(config.seed)
     trainer = Trainer(config, clip.model)
     engine, averages = trainer.engine, trainer.averages
@@ -221,13 +236,16 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
         )
     )
     steps = range(done + 1, total + 1)
-    bar = tqdm(steps, desc=config.output.name, unit="step", initial=done, total=total, disable=not here.first)
+    bar = tqdm(steps, desc=title, unit="step", initial=done, total=total, disable=not here.first)
+    shown = Shown(bar, config.batch_size * config.accumulation)
     with stop_requests(quiet=not here.first) as request:
         for step in bar:
             measure = step % MEASURE_EVERY == 0 or step == total
-            log.write(step, trainer.step(step, islice(batches, config.accumulation), measure))
-            if log.skipped:
-                bar.set_postfix(skipped=log.skipped)
+            scalars = trainer.step(step, islice(batches, config.accumulation), measure)
+            if config.eval_every and (step % config.eval_every == 0 or step == total):
+                scalars |= evaluate_now(step, engine, averages, scorer)
+            log.write(step, scalars)
+            shown.update(scalars["loss"], log.skipped)
             if log.skipped_in_a_row >= config.max_skipped:
                 pictures = [index.id(n) for n in trainer.pictures]
                 raise _not_finite(config, step, log.skipped_in_a_row, pictures)
@@ -243,15 +261,53 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
                 )
     if log.skipped == total:
         raise _not_finite(config, total, total, [index.id(n) for n in trainer.pictures])
-    last = full_weights(engine)
+    last, student, teacher = gathered(engine, averages)
     trained = Trained(
-        student=averages.student.gather() if averages.student else last,
-        teacher=averages.teacher.gather() if averages.teacher else None,
+        student=student,
+        teacher=teacher,
         last=last,
         sizes=optimizer_sizes(engine) | {"checkpoint_bytes": checkpoints.nbytes()},
     )
     engine.destroy()  # its hooks would keep model and optimizer in memory, in a comparison for every run
     return trained
+
+
+def gathered(engine: DeepSpeedEngine, averages: Averages) -> tuple[Weights, Weights, Weights | None]:
+    """Return the last step's weights, the student's to keep, and the teacher's; call it on every rank."""
+    last = full_weights(engine)
+    student = averages.student.gather() if averages.student else last
+    return last, student, averages.teacher.gather() if averages.teacher else None
+
+
+def evaluate_now(
+    step: int, engine: DeepSpeedEngine, averages: Averages, scorer: Scorer | None
+) -> dict[str, float]:
+    """Return the scores of the present weights as scalars to log, on the first rank; call it on every rank."""
+    _, student, teacher = gathered(engine, averages)
+    return scorer.during(step, student, teacher) if scorer else {}
+
+
+class Shown:
+    """Shows loss and pairs per second in a bar, at most once a second: reading the loss waits for the GPU.
+
+    Args:
+        bar: of the steps.
+        pairs: of a step.
+    """
+
+    def __init__(self, bar: tqdm, pairs: int) -> None:
+        self._bar, self._pairs = bar, pairs
+        self._time, self._steps = time.perf_counter(), 0
+
+    def update(self, loss: Tensor | float, skipped: int) -> None:
+        """Note a step, and show it if the last one is a second old."""
+        self._steps += 1
+        passed = time.perf_counter() - self._time
+        if passed < 1 or self._bar.disable:
+            return
+        about = {"loss": f"{float(loss):.3f}", "pairs/s": f"{self._steps * self._pairs / passed:.0f}"}
+        self._bar.set_postfix(about | ({"skipped": skipped} if skipped else {}))
+        self._time, self._steps = time.perf_counter(), 0
 
 
 def _not_finite(config: Config, step: int, skipped: int, pictures: list[str]) -> UserError:

@@ -11,28 +11,21 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from tracer.adapters import TOWERS, Share, adapter_state, add_adapters, fold, save_adapters
+from tracer.adapters import TOWERS, Share, add_adapters, save_adapters
 from tracer.data.build import check_sources, read_index
-from tracer.data.decoded import DecodedPictures
 from tracer.data.index import Index
 from tracer.data.loader import announce, choose
 from tracer.data.text import read_templates
 from tracer.errors import UserError
-from tracer.evaluation.prompts import (
-    check_distinct,
-    check_labels,
-    class_prompts,
-    classes_of,
-    named_alike,
-    names_of,
-)
-from tracer.evaluation.zero_shot import Scores, evaluate_zero_shot
+from tracer.evaluation.prompts import check_distinct, check_labels, named_alike
+from tracer.evaluation.record import classes_for, digest_of_start, head
 from tracer.files import (
     aside,
     check_ours,
@@ -49,17 +42,18 @@ from tracer.models.choice import check_model
 from tracer.models.clip import load_clip, openai_templates, source_files
 from tracer.models.freezing import freeze, lock_batchnorm, locked_buffers, trained_batchnorm
 from tracer.models.towers import checkpoint_activations
-from tracer.models.weights import first_not_finite, save_weights
+from tracer.models.weights import digest_of, first_not_finite, save_weights
 from tracer.train.cautions import caution_of_size, idle_options, resting_averages
 from tracer.train.checkpoint import WHOLE, Checkpoints
 from tracer.train.config import Config
 from tracer.train.engine import deepspeed_settings
-from tracer.train.log import StepLog
-from tracer.train.loop import Trained, Weights, train
+from tracer.train.log import StepLog, read_log
+from tracer.train.loop import Trained, train
 from tracer.train.ranks import Ranks, check_batch_size, join, ranks
+from tracer.train.scoring import BEST, Baseline, Evaluation, Scorer, Weights, whole_models
 
 # Settings that say where and how fast a run works, and change nothing in its result.
-WITHOUT_EFFECT = ("output", "save_every", "max_skipped", "max_bad", "cache", "cache_gb", "workers")
+WITHOUT_EFFECT = ("output", "save_every", "max_skipped", "max_bad", "cache", "cache_gb", "workers", "log_to")
 
 
 @dataclass
@@ -79,32 +73,34 @@ class RunRecord:
     notices: list[str]
 
 
-@dataclass
-class Evaluation:
-    """The evaluation sets of a run, and the prompts of their classes."""
+class Series(NamedTuple):
+    """What a run knows of the series of runs that it is part of.
 
-    sets: list[Index]
-    prompts: dict[str, list[str]]
+    ``title`` stands in the bar; ``baseline`` has the scores of the start that the runs share.
+    """
+
+    title: str
+    baseline: Baseline | None
 
 
-def finetune(config: Config, *, shared: bool = False) -> Path:
+def finetune(config: Config, series: Series | None = None) -> Path:
     """Fine-tune as ``config`` says, evaluate, and return the folder of the run.
 
     A run that was cut off goes on from its last checkpoint, and ends as if it had not been.
 
     Args:
         config: the settings.
-        shared: the settings are those of several methods, so that some have no effect on this run.
+        series: given where the settings are those of several methods, so that some have no effect on this run.
 
     Raises:
         UserError: anything in the settings or the data that the user can mend.
     """
     config.validate()
     with join(config.timeout).quiet():
-        return _finetune(config, ranks(), shared)
+        return _finetune(config, ranks(), series)
 
 
-def _finetune(config: Config, here: Ranks, shared: bool) -> Path:
+def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
     started = time.perf_counter()
     check_batch_size(config.batch_size, here.size)
     here.once(lambda: _check_folders(config.output))
@@ -116,12 +112,12 @@ def _finetune(config: Config, here: Ranks, shared: bool) -> Path:
     evaluation = here.agree(lambda: _read_evaluation(config, index) if here.first else None)
     here.agree(lambda: deepspeed_settings(config))
     config = config.resolve(len(index))
-    notices = here.once(lambda: _notices(config, evaluation, shared))
+    notices = here.once(lambda: _notices(config, evaluation, series))
     torch.manual_seed(config.seed)  # for random initial weights, and for adapters of a given rank
     clip = here.leaders_first(lambda: load_clip(config.model, config.pretrained))
-    if evaluation:
-        check_distinct(evaluation.prompts, clip.tokenizer, named_alike(index, *evaluation.sets))
-    start = clip.model.state_dict()  # stays float32, whatever the engine does to the model
+    if evaluation and evaluation.classes:
+        check_distinct(evaluation.classes.prompts, clip.tokenizer, named_alike(index, *evaluation.sets))
+    start = {name: value.clone() for name, value in clip.model.state_dict().items()}
     prepare(config, clip.model)
     identity = here.once(lambda: fingerprint(config))
     with ExitStack() as stack:
@@ -134,14 +130,26 @@ def _finetune(config: Config, here: Ranks, shared: bool) -> Path:
             if here.first:
                 announce(index, clip.picture_format, config, compute_device())
                 (folder / "config.yaml").write_text(config.to_yaml())
-            trained = train(config, clip, index, log, checkpoints)
+                note_start(config, index, evaluation, here)
+            scorer = None
+            if evaluation:
+                scorer = Scorer(config, evaluation, start, folder, series.baseline if series else None)
+                scorer.remember(read_log(folder))
+            title = series.title if series else config.output.name
+            trained = train(config, clip, index, log, checkpoints, scorer, title)
         if not here.first:
             return config.output
+        assert evaluation is not None  # this rank read it
+        assert scorer is not None
         frozen = {n: start[n] for n in _frozen(clip.model)}
         name, architecture = clip.name, clip.architecture
         del clip  # frees the engine's weights, to which its model is tied
         weights = _export(config, _exact(trained, frozen), start, folder, name, architecture)
-        write_json(folder / "metrics.json", _evaluate(config, weights, evaluation))
+        if scorer.best:
+            weights["best"] = load_file(folder / BEST)
+        about = _head(config, name, weights, evaluation, start, folder)
+        scores = scorer.scores(weights) if evaluation.sets else {}
+        write_json(folder / "metrics.json", {**about, "kind": "metrics", "scores": scores})
         record = RunRecord(
             seconds=checkpoints.seconds,
             precision=resolve_precision(config.precision),
@@ -152,7 +160,7 @@ def _finetune(config: Config, here: Ranks, shared: bool) -> Path:
         )
         if config.adapted:
             _print_sizes(record.sizes)
-        write_json(folder / "run.json", asdict(record))
+        write_json(folder / "run.json", {**about, **asdict(record)})
         sync(folder)
     for checkpoint in config.output.glob("checkpoint-*"):
         if is_marked(checkpoint):
@@ -186,15 +194,17 @@ def training_index(config: Config) -> Index:
 def _read_evaluation(config: Config, index: Index) -> Evaluation:
     """Return the evaluation sets with the prompts of the classes, which --classes or else the data names."""
     sets = [read_index(path, name, config) for name, path in config.eval_data.items()]
-    prompts = class_prompts(config.classes, classes_of(index, sets), names_of(index, sets)) if sets else {}
-    check_labels(sets, prompts)
-    return Evaluation(sets, prompts)
+    if not sets:
+        return Evaluation([], None)
+    classes = classes_for(config.classes, config.prompt_template, index, sets)
+    check_labels(sets, classes.prompts)
+    return Evaluation(sets, classes)
 
 
-def _notices(config: Config, evaluation: Evaluation | None, shared: bool) -> list[str]:
+def _notices(config: Config, evaluation: Evaluation | None, series: Series | None) -> list[str]:
     """Print what the user should know before the training, and return it."""
     sizes = [caution_of_size(index.name, len(index)) for index in (evaluation.sets if evaluation else ())]
-    notices = [*([] if shared else idle_options(config)), *resting_averages(config), *filter(None, sizes)]
+    notices = [*([] if series else idle_options(config)), *resting_averages(config), *filter(None, sizes)]
     for text in notices:
         warnings.warn(text, stacklevel=2)
     return notices
@@ -275,33 +285,43 @@ def _export(
     Each file describes its ``architecture``. Adapters are written by themselves, with the name of their ``model``,
     and folded into the weights of ``start``.
     """
-    weights = {"student": trained.student}
-    if trained.teacher is not None:
-        weights["teacher"] = trained.teacher
+    weights = whole_models(config, start, trained.student, trained.teacher)
     if config.adapted:
         save_adapters(trained.student, folder / "adapters.safetensors", model)
         save_adapters(trained.last, folder / "adapters_last.safetensors", model)
-        weights = {n: fold(start | adapter_state(w), config.adapter_alpha) for n, w in weights.items()}
     for name, state in weights.items():
         save_weights(state, folder / f"{name}.safetensors", architecture.metadata())
     return weights
 
 
-def _evaluate(
-    config: Config, weights: dict[str, Weights], evaluation: Evaluation | None
-) -> dict[str, Scores]:
-    """Return the scores of each model on every set, in a fresh copy of the architecture."""
-    if not evaluation or not evaluation.sets:
-        return {}
-    clip = load_clip(config.model, config.pretrained)
-    clip.model.to(compute_device())
-    scores, decoded = {}, DecodedPictures(loading=config)
-    for name, state in weights.items():
-        clip.model.load_state_dict(state)
-        scores[name] = evaluate_zero_shot(
-            clip, evaluation.sets, evaluation.prompts, workers=config.workers, decoded=decoded
-        )
-    return scores
+def _head(
+    config: Config,
+    model: str,
+    weights: dict[str, Weights],
+    evaluation: Evaluation,
+    start: Weights,
+    folder: Path,
+) -> dict[str, Any]:
+    """Return what the files of results of a run begin with."""
+    digests: dict[str, str | None] = {"zero-shot": digest_of_start(config.model, config.pretrained, start)}
+    digests |= {name: digest_of(folder / f"{name}.safetensors") for name in weights}
+    return head("run", model, digests, evaluation.classes)
+
+
+def note_start(config: Config, index: Index, evaluation: Evaluation | None, here: Ranks) -> None:
+    """Print what is about to be trained, on what, and for how long."""
+    classes = f"{len(index.classes)} classes, " if index.classes else ""
+    captions = len(index.columns.captions)
+    pairs = config.total_steps * config.batch_size * config.accumulation
+    method = config.method + (f" with a {config.teacher} teacher" if config.method == "tracer" else "")
+    ranks_ = f" on {here.size} ranks" if here.size > 1 else ""
+    tqdm.write(
+        f"{method}: {len(index)} pictures, {classes}{captions or 'no'} captions; {config.total_steps} steps of "
+        f"{config.batch_size * config.accumulation} pairs, {pairs / len(index):.3g} epochs; "
+        f"{compute_device().type}{ranks_}, {resolve_precision(config.precision)}"
+    )
+    if evaluation and evaluation.classes:
+        tqdm.write(f"evaluation: {evaluation.classes.sentence()}")
 
 
 def _print_sizes(sizes: dict[str, int]) -> None:
@@ -327,18 +347,9 @@ def fingerprint(config: Config) -> str:
         *source_files(config.model, config.pretrained),
         *filter(None, (config.classes, config.deepspeed)),
     ]
-    content = [_digest(path) for path in files if path.is_file()]
+    content = [digest_of(path) for path in files if path.is_file()]
     data = [index.digest(), *(read_index(path, None, config).digest() for path in config.eval_data.values())]
     return hashlib.sha256(json.dumps([settings, content, data, versions()]).encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    """Return the SHA-256 of a file, read in pieces: weights may be larger than the memory that is free."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def is_run_of(config: Config, folder: Path) -> bool:
