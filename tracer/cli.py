@@ -1,4 +1,4 @@
-"""The ``tracer`` command: demo, pretrain, finetune, evaluate, index.
+"""The ``tracer`` command: fine-tune, evaluate and compare CLIP models.
 
 Every option of a command is a field of its settings dataclass; ``--config FILE.yaml`` reads them from a file,
 and options after it override the file. A mistake that the user can mend ends with one line on stderr and exit
@@ -29,12 +29,14 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from tracer import __version__
 from tracer.data.config import IndexConfig
+from tracer.demo.across import CompareConfig
 from tracer.demo.config import DemoConfig, PretrainConfig
 from tracer.errors import Refused, Stopped, UserError, how_to_install
 from tracer.evaluation.config import EvaluateConfig
 from tracer.options import NAMED, check_command, check_options, normalised, unknown
 from tracer.settings import check_set_names
 from tracer.train.config import Config
+from tracer.train.finished import FoldConfig, ShowConfig, WiseConfig
 
 # Each command imports its libraries when it runs, so that --help and bad options answer at once.
 
@@ -63,6 +65,34 @@ def _evaluate(config: EvaluateConfig) -> None:
     from tracer.report.terminal import print_scores
 
     print_scores({config.pretrained or config.model: evaluate(config)})
+
+
+def _compare(config: CompareConfig) -> None:
+    from tracer.demo.across import compare
+
+    print(f"report: {compare(config)}")
+
+
+def _fold(config: FoldConfig) -> None:
+    from tracer.train.finished import fold_again
+
+    print(f"weights: {fold_again(config)}")
+
+
+def _wise(config: WiseConfig) -> None:
+    from tracer.train.finished import average
+
+    print(f"weights: {average(config)}")
+
+
+def _show(config: ShowConfig) -> None:
+    from tracer.report.terminal import print_scores
+    from tracer.train.finished import show
+
+    lines, scores = show(config)
+    print("\n".join(lines))
+    if scores:
+        print_scores(scores)
 
 
 def _pretrain(config: PretrainConfig) -> None:
@@ -105,6 +135,18 @@ COMMANDS = {
         plain=("data",),
         flags=("decode",),
     ),
+    "show": Command(
+        ShowConfig, "say what a run was, what it reached and how to repeat it", _show, plain=("run",)
+    ),
+    "compare": Command(CompareConfig, "write one report across any finished runs", _compare, plain=("runs",)),
+    "fold": Command(
+        FoldConfig,
+        "fold the adapters of a run into its start with another α",
+        _fold,
+        plain=("run",),
+        flags=("last",),
+    ),
+    "wise": Command(WiseConfig, "average the weights of two models (WiSE-FT)", _wise, plain=("a", "b")),
     "pretrain": Command(PretrainConfig, "train the small CLIP that the demo starts from", _pretrain),
 }
 
@@ -228,7 +270,8 @@ def _parser_of(name: str, command: Command) -> ArgumentParser:
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings")
     about = _documented(command.settings) if command.plain or command.flags else {}
     for field in command.plain:
-        parser.add_argument(field, type=Path, help=about[field])
+        several = {"nargs": "+"} if field == "runs" else {}
+        parser.add_argument(field, type=Path, help=about[field], **several)
     for field in command.flags:
         parser.add_argument(f"--{field}", action="store_true", help=about[field])
     parser.add_class_arguments(command.settings, skip={*command.plain, *command.flags})

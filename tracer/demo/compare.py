@@ -27,6 +27,7 @@ from tracer.models.weights import digest_of
 from tracer.report.page import write_report
 from tracer.report.results import read_results
 from tracer.report.terminal import print_results
+from tracer.train.cautions import caution_of_size
 from tracer.train.run import adapt, training_index
 
 
@@ -62,6 +63,7 @@ def demo(config: DemoConfig) -> Path:
         "methods": methods,
         "curves": curves,
         "examples": examples,
+        "notices": [text for index in sets if (text := caution_of_size(index.name, len(index)))],
         "settings": config.plain() | config.taken(),
         "versions": versions(),
         "machine": machine(),

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class Run:
     log: list[dict[str, float]]
     seconds: float
     sizes: dict[str, float]
+    notices: tuple[str, ...] = ()
 
     def series(self, *keys: str) -> dict[float, float]:
         """Return step → mean of ``keys``, for the steps at which all of them were measured."""
@@ -89,7 +90,15 @@ class Method:
     def stat(self, column: Column, measure: str = "accuracy", teacher: bool = False) -> Stat:
         """Return mean and spread of ``measure`` (accuracy or ece) over the runs, or over their teachers."""
         scores = [run.teacher_eval if teacher else run.eval for run in self.runs]
-        return Stat.of((column.read(score, measure) for score in scores), exact=not self.trained)
+        stat = Stat.of((column.read(score, measure) for score in scores), exact=not self.trained)
+        return replace(stat, error=column.sampling_error(scores)) if measure == "accuracy" else stat
+
+    def gain_error(self, column: Column, teacher: bool = False) -> float:
+        """Return the standard error of the gain above the start over the choice of pictures; NaN if unknown."""
+        scores = [run.teacher_eval if teacher else run.eval for run in self.runs]
+        errors = [[score.get(d, {}).get("gain_error", math.nan) for d in column.domains] for score in scores]
+        each = [math.hypot(*row) / len(row) for row in errors if row and all(map(math.isfinite, row))]
+        return statistics.fmean(each) if each else math.nan
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,18 @@ class Column:
     detail: str
     domains: tuple[str, ...]
     chance: float
+    pictures: tuple[float, ...] = ()
+
+    def sampling_error(self, scores: Sequence[Scores]) -> float:
+        """Return the standard error that the choice of test pictures gives an accuracy; 0 if it is unknown."""
+        errors = []
+        for domain, pictures in zip(self.domains, self.pictures, strict=False):
+            accuracies = [score.get(domain, {}).get("accuracy", math.nan) for score in scores]
+            finite = [p for p in accuracies if math.isfinite(p)]
+            if finite and pictures > 0:
+                p = statistics.fmean(finite)
+                errors.append(math.sqrt(max(p * (1 - p), 0.0) / pictures))
+        return math.hypot(*errors) / len(errors) if errors else 0.0
 
     def read(self, scores: Scores, measure: str) -> float:
         """Return the value in one evaluation, a fraction; NaN if a domain was not measured."""
@@ -138,11 +159,15 @@ class Column:
 
 @dataclass(frozen=True)
 class Stat:
-    """Mean over seeds, and the spread: their sample standard deviation, None where one value leaves it unknown."""
+    """Mean over seeds, and the spread: their sample standard deviation, None where one value leaves it unknown.
+
+    ``error`` is the standard error over the choice of the test pictures.
+    """
 
     mean: float
     spread: float | None
     values: tuple[float, ...] = ()
+    error: float = 0.0
 
     @classmethod
     def of(cls, values: Iterable[float], exact: bool = False) -> Stat:
@@ -173,6 +198,7 @@ class Results:
     versions: dict[str, Any]
     machine: dict[str, Any]
     times: dict[str, float]
+    notices: list[str]
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Results:
@@ -198,7 +224,18 @@ class Results:
             versions=content.get("versions") or {},
             machine=content.get("machine") or {},
             times=content.get("times") or {},
+            notices=[str(text) for text in content.get("notices") or []],
         )
+
+    @cached_property
+    def cautions(self) -> list[str]:
+        """Return what was warned about, each sentence once; one about a run names its method."""
+        own = [f"{m.name}: {text}" for m in self.methods for run in m.runs for text in run.notices]
+        of_sets = {
+            text for m in self.methods for run in m.runs for text in run.notices if text.startswith("'")
+        }
+        own = [text for text in own if text.partition(": ")[2] not in of_sets]
+        return list(dict.fromkeys([*self.notices, *sorted(of_sets), *own]))
 
     @cached_property
     def main(self) -> list[Method]:
@@ -303,6 +340,7 @@ def _run(content: dict[str, Any]) -> Run:
         log=[_numbers(row) for row in content.get("log") or []],
         seconds=number(content.get("seconds")),
         sizes=_numbers(content.get("sizes")),
+        notices=tuple(map(str, content.get("notices") or ())),
     )
 
 
@@ -333,20 +371,28 @@ def domain_column(domain: Domain, group: str) -> Column:
     """Return the column of one domain, under the heading ``group``."""
     sizes = {"pictures": domain.pictures, "classes": domain.classes}
     detail = ", ".join(f"{size:.0f}{NBSP}{what}" for what, size in sizes.items() if math.isfinite(size))
-    return Column(domain.name, group, domain.name, detail, (domain.name,), domain.chance)
+    return Column(domain.name, group, domain.name, detail, (domain.name,), domain.chance, (domain.pictures,))
 
 
 def _mean_column(domains: list[Domain], key: str, label: str) -> Column:
     names = tuple(d.name for d in domains)
     detail = f"mean of {len(domains)}" if len(domains) > 1 else names[0]
-    return Column(key, "Summary", label, detail, names, statistics.fmean(d.chance for d in domains))
+    pictures = tuple(d.pictures for d in domains)
+    return Column(key, "Summary", label, detail, names, statistics.fmean(d.chance for d in domains), pictures)
 
 
-def clearly_differ(a: Stat, b: Stat) -> bool:
-    """Return whether the ranges mean ± spread are known and do not overlap."""
+def clearly_differ(a: Stat, b: Stat, paired_error: float = math.nan) -> bool:
+    """Return whether two means differ by more than seeds and test pictures explain.
+
+    The difference must exceed the sum of both spreads, and the error that the choice of the test pictures gives
+    it: two standard errors where the pictures were compared one by one (``paired_error``), else the standard error
+    of two independent samples, which the shared pictures make about twice too large.
+    """
     if a.spread is None or b.spread is None:
         return False
-    return abs(a.mean - b.mean) > a.spread + b.spread
+    known = math.isfinite(paired_error)
+    error = 2 * paired_error if known else math.hypot(a.error, b.error)
+    return abs(a.mean - b.mean) > max(a.spread + b.spread, error)
 
 
 def best_of(stats: Sequence[Stat], lower_is_better: bool = False) -> int | None:

@@ -39,7 +39,7 @@ def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     console = Console()
     console.print(table)
     for line in verdicts(scores):
-        console.print(_printable(line, console.encoding))
+        console.print(_printable(line, console.encoding), soft_wrap=True)
 
 
 def print_results(results: Results) -> None:
