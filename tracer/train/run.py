@@ -48,6 +48,7 @@ from tracer.train.checkpoint import WHOLE, Checkpoints
 from tracer.train.config import Config
 from tracer.train.engine import deepspeed_settings
 from tracer.train.log import StepLog, read_log
+from tracer.train.loggers import check_loggers
 from tracer.train.loop import Trained, train
 from tracer.train.ranks import Ranks, check_batch_size, join, ranks
 from tracer.train.scoring import BEST, Baseline, Evaluation, Scorer, Weights, whole_models
@@ -104,6 +105,7 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
     started = time.perf_counter()
     check_batch_size(config.batch_size, here.size)
     here.once(lambda: _check_folders(config.output))
+    here.once(lambda: check_loggers(config.log_to))
     here.once(lambda: check_sources([config.train_data, *config.eval_data.values()]))
     here.once(lambda: check_model(config.model, config.pretrained))
     choose(config, compute_device())  # refuses a loader that is missing
@@ -125,7 +127,7 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
         checkpoints = here.agree(lambda: Checkpoints(folder, decisive(config), identity, started))
         if checkpoints.step:
             tqdm.write(f"'{folder}': going on after step {checkpoints.step} of {config.steps}")
-        with here.agree(lambda: StepLog(folder if here.first else None, after=checkpoints.step)) as log:
+        with here.agree(lambda: start_log(config, folder if here.first else None, checkpoints.step)) as log:
             log.skipped, log.skipped_in_a_row = here.once(lambda: [log.skipped, log.skipped_in_a_row])
             if here.first:
                 announce(index, clip.picture_format, config, compute_device())
@@ -292,6 +294,11 @@ def _export(
     for name, state in weights.items():
         save_weights(state, folder / f"{name}.safetensors", architecture.metadata())
     return weights
+
+
+def start_log(config: Config, folder: Path | None, after: int) -> StepLog:
+    """Return the log of a run, with the loggers that its settings name."""
+    return StepLog(folder, after, loggers=config.log_to, settings=config.plain() | config.taken())
 
 
 def _head(
