@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # In the order of the page. A new part is a module of this folder and its name here.
-PARTS = ("losses", "memory", "work", "machine_code", "teacher", "step", "loader")
+PARTS = ("losses", "ranks", "memory", "work", "machine_code", "teacher", "step", "micro_batches", "loader")
 SOURCES = ("kernels", "tracer", "benchmarks/*.py", "requirements.lock")  # what a measured number depends on
 
 

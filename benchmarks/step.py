@@ -28,7 +28,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.harness import command_line, progress
@@ -45,6 +44,7 @@ from benchmarks.step_trainer import (
     WEIGHT_DECAY,
     Case,
     Trainer,
+    kept_bytes,
     problem,
 )
 from tracer.machine import resolve_precision
@@ -170,28 +170,8 @@ def held(trainer: Trainer) -> dict[str, int]:
         "gradients": weights,
         "optimizer": sum(x.nbytes for x in state if isinstance(x, Tensor)),
         "teacher": sum(x.nbytes for x in trainer.teacher.gather().values()),
-        "activations": kept_bytes(trainer),
+        "activations": kept_bytes(trainer.model, trainer.encode),
     }
-
-
-def kept_bytes(trainer: Trainer) -> int:
-    """Count the bytes, weights apart, that the student's forward pass keeps for its backward pass."""
-    weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        mixed_precision(trainer.device, trainer.precision),
-    ):
-        features = encode(trainer.model, trainer.image, trainer.text)
-    del features
-    return sum(kept.values())
 
 
 if __name__ == "__main__":

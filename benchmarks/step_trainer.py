@@ -141,6 +141,23 @@ def _loading(case: Case, clip: Clip, folder: Path) -> Timing:
     return Timing(time.median / count, time.low / count, time.high / count, time.repeats)
 
 
+def kept_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Count the bytes, the model's weights apart, that a forward pass keeps for its backward pass."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = forward()
+    del outputs
+    return sum(kept.values())
+
+
 class Trainer:
     """A student, its optimizer and both kinds of teacher. All steps train the same weights."""
 
@@ -163,6 +180,11 @@ class Trainer:
         """Replace the optimizer by a new one, the AdamW of the package's own training."""
         self.optimizer = adamw(self.model, LR, WEIGHT_DECAY)
         self.optimizer.zero_grad()
+
+    def encode(self) -> Any:
+        """Return the student's features of the batch."""
+        with mixed_precision(self.device, self.precision):
+            return encode(self.model, self.image, self.text)
 
     def phases(self, kind: str) -> dict[str, Callable[[], None]]:
         """Return the phases of a kind of step by name, in order."""

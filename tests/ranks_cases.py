@@ -17,8 +17,8 @@ from loss_calls import OPTIONS, WEIGHTS, in_float64, problem, without_teacher
 from three_runs import error
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.rank_worker import products_taken, received
 from tracer._mesh import MeshShape
 from tracer.kernels.contrastive import Needs
 from tracer.losses import ClipLoss, MPMNCELoss, TracerLoss
@@ -298,34 +298,29 @@ def compiled(mesh: MeshShape) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-class Received(TorchDispatchMode):
-    """Counts the elements' bytes that this rank receives from others, by the collectives' own arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops._c10d_functional.all_gather_into_tensor.default:
-            self.bytes += args[0].nbytes * (args[1] - 1)
-        elif func is torch.ops._c10d_functional.all_to_all_single.default:
-            row = args[0].nbytes // max(1, len(args[0]))
-            mine = dist.get_rank(dist.distributed_c10d._resolve_process_group(args[3]))
-            self.bytes += row * (sum(args[1]) - args[1][mine])
-        return func(*args, **(kwargs or {}))
-
-
 def bytes_received(mesh: tuple[int, int]) -> None:
     """CLIP in float32: N·D·g forward and again backward, 3 + 5 statistics, g = 1/P + 1/Q − 2/R."""
     ranks, (rows, cols) = dist.get_world_size(), mesh
     N, D = 24 * ranks, 512
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(24, D, generator=generator)
-    with Received() as received:
-        call({"image": x, "text": x, "logit_scale": torch.tensor(10.0)}, group=dist.group.WORLD, mesh=mesh)
+    mine = {"image": x, "text": x, "logit_scale": torch.tensor(10.0)}
+    counted = received(partial(call, mine, group=dist.group.WORLD, mesh=mesh))
     g = 1 / rows + 1 / cols - 2 / ranks
     formula = 4 * N * g * (D + D + 3 + 5)
-    assert abs(received.bytes / formula - 1) < 0.01, (received.bytes, formula)
+    assert abs(counted / formula - 1) < 0.01, (counted, formula)
+
+
+def products_of_the_rectangle(mesh: tuple[int, int]) -> None:
+    """The CLIP loss takes 4 products, the whole objective 12, over N·M/R logits: each pair is computed once."""
+    ranks = dist.get_world_size()
+    whole = whole_batch(24 * ranks, 24 * ranks, classes=0)
+    mine = part_of(whole, evenly(24 * ranks), evenly(24 * ranks)) | WEIGHTS
+    unit = 2 * 24 * 24 * ranks * mine["image"].shape[1]
+    plain = {name: mine[name] for name in ("image", "text", "logit_scale")}
+    for kwargs, units in ((plain, 4), (mine, 12)):
+        taken = products_taken(partial(call, kwargs, group=dist.group.WORLD, mesh=mesh, impl="blocked"))
+        assert taken == units * unit, taken / unit
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -423,6 +418,7 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
                 named[f"{at}-{case.__name__}-blocked"] = partial(case, mesh, "blocked")
         if mesh != "ring" and world_size in (2, 4, 6):
             named[f"{at}-bytes_received"] = partial(bytes_received, mesh)
+            named[f"{at}-products_of_the_rectangle"] = partial(products_of_the_rectangle, mesh)
     for case in (everything, plain_clip, uneven_pairs, no_texts_on_a_rank, in_float32, some_gradients):
         named[f"{case.__name__}-eager"] = partial(case, None, "eager")
     named |= {

@@ -189,8 +189,11 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
             "masters-stage3-bf16": partial(masters, "bf16", 3),
             "masters-stage1": partial(masters, "bf16", 1),
         }
-    for stage in (0, 2, 3):
-        table[f"adapters-stage{stage}"] = partial(equals_one_process, f"adapters{stage}", ADAPTERS, stage, {})
+    table["adapters-stage3"] = partial(equals_one_process, "adapters3", ADAPTERS, 3, {})
+    for stage in range(4):  # 6 pairs a rank in micro-batches of 3, against one process in one shot
+        how = partial(equals_one_process, f"micro{stage}", ADAPTERS, stage, {"micro_batch": 4})
+        table[f"adapters-in-micro-batches-stage{stage}"] = how
+    table["tracer-in-micro-batches"] = partial(equals_one_process, "micro", TRACER, 2, {"micro_batch": 4})
     again = {"grad_checkpointing": True}
     table["adapters-again"] = partial(equals_one_process, "adapters-again", ADAPTERS, 1, again)
     table["frozen-accumulated"] = partial(equals_one_process, "frozen", FROZEN, 2, {})

@@ -14,7 +14,7 @@ from tracer.train.config import Config
 
 
 def test_the_settings_as_they_come_are_valid():
-    for settings in (Config(Path("x.csv")), DemoConfig(), EvaluateConfig({}), PretrainConfig()):
+    for settings in (Config(Path("x.csv")), DemoConfig(), EvaluateConfig(eval_data={}), PretrainConfig()):
         settings.validate()
 
 

@@ -165,6 +165,12 @@ class Masters:
             starts = [_starts(group) for group in self.groups]
         return [(buffers[i].detach(), starts[i]) for i in range(len(self.groups))]
 
+    def working_copies(self, name: str) -> list[Tensor]:
+        """Return the tensors with which the model computes on this rank: at stage 3 the rank's piece, too."""
+        param: Any = self.engine.module.get_parameter(name)
+        piece = getattr(param, "ds_tensor", None)
+        return [param.data] if piece is None else [param.data, piece]
+
     def part(self, name: str) -> tuple[Tensor, int]:
         """Return this rank's part of a parameter's master, a flat view, and at which element it begins.
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import step, step_page
 from benchmarks.harness import plain
-from benchmarks.step_trainer import HEADS, OURS, PHASES, PLAIN, PUBLISHED, Case, Trainer, problem
+from benchmarks.step_trainer import HEADS, OURS, PHASES, PLAIN, PUBLISHED, Case, Trainer, kept_bytes, problem
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +80,10 @@ def test_memory_of_a_step():
         "gradients": 4 * numel,
         "optimizer": 8 * numel + 3 * 4,  # two moments, and a count of steps each
         "teacher": 4 * numel,
-        "activations": step.kept_bytes(trainer),
+        "activations": kept_bytes(trainer.model, trainer.encode),
     }
     features_and_norms = 4 * 64 * (768 + 3 * 512)  # inputs, features, their norms and a little
-    assert features_and_norms < step.kept_bytes(trainer) < 1.5 * features_and_norms
+    assert features_and_norms < kept_bytes(trainer.model, trainer.encode) < 1.5 * features_and_norms
 
 
 @pytest.mark.parametrize("case", ["ViT-B-32", "ViT-B-32:", "ViT-B-32:1", ":8"])

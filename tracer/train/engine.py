@@ -160,10 +160,9 @@ class LogitScaleBound:
         if self._masters is None:
             return
         bound = math.log(MAX_LOGIT_SCALE)
-        piece = getattr(self._parameter, "ds_tensor", None)  # of stage 3
-        for tensor in (self._masters.part("logit_scale")[0], self._parameter.data, piece):
-            if tensor is not None:
-                tensor.clamp_(max=bound)
+        master = self._masters.part("logit_scale")[0]
+        for tensor in (master, *self._masters.working_copies("logit_scale")):
+            tensor.clamp_(max=bound)
 
 
 def whole_projections(engine: DeepSpeedEngine) -> tuple[Tensor, Tensor] | None:
