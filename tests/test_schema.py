@@ -27,10 +27,23 @@ def files(tmp_path_factory, tiny_config, drawings) -> dict[str, dict]:
     model = ["--model", str(tiny_config), "--cache", str(root / "cache")]
     sets = ["--eval-data.same", str(drawings / "test.csv"), "--eval-data.other", str(drawings / "train.csv")]
     train = ["finetune", "--train_data", str(drawings / "train.csv"), *sets, *model, "--pretrained", "null"]
-    train += ["--steps", "2", "--batch-size", "8", "--eval-every", "1", "--keep-best", "same", "--log-to", "csv"]
+    train += [
+        "--steps",
+        "2",
+        "--batch-size",
+        "8",
+        "--eval-every",
+        "1",
+        "--keep-best",
+        "same",
+        "--log-to",
+        "csv",
+    ]
     for seed in ("0", "1"):
         assert main([*train, "--seed", seed, "--output", str(root / f"run-{seed}")]) == 0
-    assert main(["evaluate", "--pretrained", str(root / "run-0"), *sets, "--output", str(root / "e.json")]) == 0
+    assert (
+        main(["evaluate", "--pretrained", str(root / "run-0"), *sets, "--output", str(root / "e.json")]) == 0
+    )
     runs = [str(root / f"run-{seed}") for seed in (0, 1)]
     assert main(["compare", *runs, str(drawings), "--output", str(root / "all")]) == 0
     paths = ("run-0/metrics.json", "run-0/run.json", "e.json", "all/results.json")
@@ -68,9 +81,14 @@ def test_a_log_follows_the_schema_and_the_table_holds_the_same(files):
 
 def test_an_evaluation_has_the_classes_of_the_training(files):
     for kind in ("metrics", "run", "comparison"):
-        assert files[kind]["classes"] == files["evaluation"]["classes"] == ["bar", "circle", "cross", "square"]
+        assert (
+            files[kind]["classes"] == files["evaluation"]["classes"] == ["bar", "circle", "cross", "square"]
+        )
     assert files["evaluation"]["weights"]["model"] == files["run"]["weights"]["student"]
-    assert files["evaluation"]["scores"]["same"]["accuracy"] == files["metrics"]["scores"]["student"]["same"]["accuracy"]
+    assert (
+        files["evaluation"]["scores"]["same"]["accuracy"]
+        == files["metrics"]["scores"]["student"]["same"]["accuracy"]
+    )
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_method(files):

@@ -270,7 +270,7 @@ def _parser_of(name: str, command: Command) -> ArgumentParser:
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings")
     about = _documented(command.settings) if command.plain or command.flags else {}
     for field in command.plain:
-        several = {"nargs": "+"} if field == "runs" else {}
+        several: dict[str, Any] = {"nargs": "+"} if field == "runs" else {}
         parser.add_argument(field, type=Path, help=about[field], **several)
     for field in command.flags:
         parser.add_argument(f"--{field}", action="store_true", help=about[field])

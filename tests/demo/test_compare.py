@@ -122,7 +122,9 @@ def test_each_variant_of_r_adapter_is_what_it_says(config):
         clip.model.load_state_dict(state)
         scores = evaluate_zero_shot(clip, sets, prompts)
         for name, score in methods[key]["runs"][0]["eval"].items():
-            assert score == pytest.approx(scores[name]), key
+            assert {n: score[n] for n in scores[name]} == pytest.approx(scores[name]), key
+            gain = score["accuracy"] - methods["zero-shot"]["runs"][0]["eval"][name]["accuracy"]
+            assert score["gain"] == pytest.approx(gain)
 
 
 def test_without_the_ablation_r_adapter_is_one_row(config, tmp_path):
