@@ -48,10 +48,12 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "jsonschema>=4.20",
             "pandas>=2",  # these two for open_clip's own training script
             "webdataset>=0.2.86",
             "transformers>=4.57",  # open_clip's text towers from Hugging Face
         ],
+        "docs": ["mkdocs>=1.6", "mkdocstrings[python]>=0.29"],
         "bench": ["pytest-benchmark>=5", "ema-pytorch>=0.7", "psutil>=5.9"],
         "dev": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-tqdm"],
     },
