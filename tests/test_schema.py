@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import jsonschema
@@ -44,7 +45,8 @@ def files(tmp_path_factory, tiny_config, drawings) -> dict[str, dict]:
     assert (
         main(["evaluate", "--pretrained", str(root / "run-0"), *sets, "--output", str(root / "e.json")]) == 0
     )
-    runs = [str(root / f"run-{seed}") for seed in (0, 1)]
+    shutil.copytree(root / "run-0", root / "run-0-again")  # a repeat, which says nothing about seeds
+    runs = [str(root / name) for name in ("run-0", "run-1", "run-0-again")]
     assert main(["compare", *runs, str(drawings), "--output", str(root / "all")]) == 0
     paths = ("run-0/metrics.json", "run-0/run.json", "e.json", "all/results.json")
     content = {name: json.loads((root / name).read_text()) for name in paths}

@@ -33,7 +33,8 @@ def test_a_gain_has_the_error_of_paired_differences():
         (0.1, 0.01, "a: fine-tuning helped, by 10.0 ± 2.0 points"),
         (-0.1, 0.01, "a: fine-tuning hurt, by 10.0 ± 2.0 points"),
         (0.01, 0.01, "a: no sure change; +1.0 points on 100 pictures could be chance (±2.0)"),
-        (0.0, 0.0, "a: no sure change"),
+        (0.0, 0.0, "a: no change; every picture is classified as before"),
+        (0.0, 0.01, "a: no sure change; 0.0 points"),
     ],
 )
 def test_the_verdict_says_how_sure_a_change_is(gain, error, says):

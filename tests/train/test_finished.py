@@ -43,8 +43,8 @@ def test_adapters_are_folded_with_another_scale(config, run):
 
 def test_weights_are_averaged(config, run, tmp_path):
     start, student = load_file(config.pretrained), load_file(run / "student.safetensors")
-    for a in ("start", config.pretrained):
-        path = average(WiseConfig(Path(a), run, 0.25, tmp_path / f"{Path(a).stem}-wise.safetensors"))
+    for n, a in enumerate(("start", config.pretrained)):
+        path = average(WiseConfig(Path(a), run, 0.25, tmp_path / f"wise-{n}.safetensors"))
         for key, value in load_file(path).items():
             torch.testing.assert_close(
                 value, torch.lerp(start[key], student[key], 0.25), rtol=1e-6, atol=1e-7

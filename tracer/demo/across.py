@@ -78,7 +78,7 @@ def compare(config: CompareConfig) -> Path:
         note(f"'{other}' is not the folder of a finished run: it is left out")
     if not folders:
         raise UserError("none of the paths is the folder of a finished run: give folders that finetune wrote")
-    runs = [FinishedRun(folder, *read_run(folder)) for folder in folders]
+    runs = _without_repeats([FinishedRun(folder, *read_run(folder)) for folder in folders])
     first = _check_alike(runs)
     starts = {run.about["weights"]["zero-shot"] for run in runs}
     notices = [f"the runs have {len(starts)} different starts: changes are against that of '{first.folder}'"]
@@ -100,6 +100,16 @@ def compare(config: CompareConfig) -> Path:
     }
     claim_folder(config.output)
     return report(results, config.output)
+
+
+def _without_repeats(runs: list[FinishedRun]) -> list[FinishedRun]:
+    """Return the runs without those that repeat another, whose weights would hide the spread of the seeds."""
+    first: dict[str, FinishedRun] = {}
+    for run in runs:
+        other = first.setdefault(run.about["weights"]["student"], run)
+        if other is not run:
+            note(f"'{run.folder}' has the same weights as '{other.folder}': it is left out")
+    return list(first.values())
 
 
 def _check_alike(runs: list[FinishedRun]) -> FinishedRun:

@@ -28,7 +28,9 @@ def verdicts(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]
         if "gain" not in score:
             continue
         gain, error = score["gain"], SURE * score["gain_error"]
-        if abs(gain) <= error or gain == 0:
+        if gain == 0 and error == 0:
+            lines.append(f"{name}: no change; every picture is classified as before")
+        elif abs(gain) <= error:
             lines.append(
                 f"{name}: no sure change; {percent(gain, signed=True)} points on {score['pictures']:.0f} pictures "
                 f"could be chance (±{percent(error)})"

@@ -45,7 +45,7 @@ class TensorBoard:
         purge = {"purge_step": after + 1} if after else {}
         self._board = SummaryWriter(str(folder / "tensorboard"), **purge)
         for summary in hparams(_flat(settings), {"loss": 0}) if settings and not after else ():
-            self._board.file_writer.add_summary(summary)
+            self._board._get_file_writer().add_summary(summary)
 
     def add(self, step: int, scalars: Scalars) -> None:
         """Take the scalars of a step."""
