@@ -369,7 +369,7 @@ def report(results: dict[str, Any]) -> str:
                 str(row["workers"]),
                 "{:.0f} ({:.0f}–{:.0f})".format(*_per_second(row)),
                 f"{row['faster']:.2f}×",
-                f"{row['processor_ms']:.2f}",
+                f"{row['processor_ms']:.2f}" if "processor_ms" in row else "",  # older results lack it
                 "{:.2f} ({:.0f})".format(*row["difference"]) if row["difference"] else "",
             ]
             for row in rows
