@@ -1,6 +1,7 @@
 # make demo   fine-tune a small CLIP on real pictures in several ways and write a report
 # make test   run the tests
 # make bench  run all benchmarks that this machine can run
+# make gpu    check and measure everything on this machine's GPU, on one page
 # Each first sets up what it needs below $(VENV). `make help` lists the other commands.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test bench bench-check docs lint format lock clean
+.PHONY: help setup demo test bench bench-check gpu docs lint format lock clean
 
 help:
 	@echo "make demo [ARGS='--seeds 1']   compare the methods in runs/demo/report.html; all options: make demo ARGS=--help"
@@ -17,6 +18,7 @@ help:
 	@echo "make bench                     run the benchmarks and rewrite benchmarks/results and the README's tables"
 	@echo "make bench-check               compare with the committed results; ARGS=--exact leaves out times"
 	@echo "make docs                      build the browsable site in build/site, and check every link between its pages"
+	@echo "make gpu                       check everything on this machine's GPU and measure it: runs/gpu/page.md"
 	@echo "make setup                     create the virtual environment, as the commands above do when needed"
 	@echo "make lint                      check with ruff and mypy"
 	@echo "make format                    mend with ruff what it can"
@@ -52,6 +54,9 @@ bench-check: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/site.py
+
+gpu: $(READY)
+	$(BIN)/python -m benchmarks.card $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

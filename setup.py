@@ -54,7 +54,13 @@ setup(
             "transformers>=4.57",  # open_clip's text towers from Hugging Face
         ],
         "docs": ["mkdocs>=1.6", "mkdocstrings[python]>=0.29"],
-        "bench": ["pytest-benchmark>=5", "ema-pytorch>=0.7", "psutil>=5.9"],
+        "bench": [
+            "pytest-benchmark>=5",
+            "ema-pytorch>=0.7",
+            "psutil>=5.9",
+            "memeff==0.3.1",  # this and the next exact: what their kernels execute is counted
+            "siglip-kernel==0.1.2",
+        ],
         "dev": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-tqdm"],
     },
     entry_points={"console_scripts": ["tracer = tracer.__main__:main"]},

@@ -29,8 +29,12 @@ from benchmarks.harness import PARTS, RESULTS, ROOT, PartFailed, machine, run_pa
 from tracer.files import whole_file
 
 
-def run(parts: Sequence[str] = PARTS, quick: bool = False, folder: Path = RESULTS) -> Path:
+def run(
+    parts: Sequence[str] = PARTS, quick: bool = False, folder: Path = RESULTS, options: Sequence[str] = ()
+) -> Path:
     """Measure ``parts``, write this machine's results and page into ``folder``, and return the results' path.
+
+    ``options`` are more options of every part.
 
     Raises:
         SystemExit: a part failed; names every part that did, after the page of the others has been written.
@@ -43,7 +47,7 @@ def run(parts: Sequence[str] = PARTS, quick: bool = False, folder: Path = RESULT
     for name in (bar := tqdm(parts, unit="part")):
         bar.set_description(name)
         try:
-            document["parts"][name] = run_part(name, quick)
+            document["parts"][name] = run_part(name, quick, options)
         except PartFailed as error:
             failures.append(str(error))
     document["parts"] = {name: document["parts"][name] for name in PARTS if name in document["parts"]}

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import measure, published
+from benchmarks import measure, packages, published
+from benchmarks.packages import INF_CL, INSTALL, MEMEFF, SIGLIP_KERNEL
 from tracer.losses import TracerLoss
 from tracer.ops import contrastive_loss
 
@@ -36,9 +37,10 @@ UNITS = {"full": (4, 8), "mpm-nce": (1, 3), "mpm-nce-2": (1, 3), "clip": (1, 3)}
 
 OURS = f"ours ({'triton' if DEVICE == 'cuda' else 'blocked'})"  # what impl="auto" takes at these sizes
 EAGER = "ours (eager)"
-PUBLISHED, OPEN_CLIP, INF_CL = "published", "open_clip", "Inf-CL"
+PUBLISHED, OPEN_CLIP = "published", "open_clip"
 SIGLIP, SIGLIP_DEFINED = "SigLIP (open_clip), another loss", "SigLIP, as defined"
 COMPILED = ", compiled"
+PACKAGES = tuple(INSTALL)  # their kernels need an NVIDIA GPU
 
 # Largest relative error of loss and gradients. The 16-bit precisions round features and products.
 TOLERANCE = {"fp32": 1e-4, "tf32": 5e-3, "bf16": 3e-2, "fp16": 5e-3}
@@ -135,7 +137,11 @@ class Problem:
         if competitor == SIGLIP_DEFINED:
             return partial(published.siglip_loss, image, text, scale)
         if competitor == INF_CL:
-            return partial(published.inf_cl_loss, image, text, scale)
+            return partial(packages.inf_cl_loss, image, text, scale)
+        if competitor == MEMEFF:
+            return partial(packages.memeff_loss, image, text, 1 / scale.item())
+        if competitor == SIGLIP_KERNEL:
+            return partial(packages.siglip_kernel_loss, image, text, scale)
         if case == "full":
             inputs = (image, text, scale, *self.teacher)
             return partial(published.tracer_loss, *inputs, **WEIGHTS)  # type: ignore[arg-type]
@@ -165,15 +171,16 @@ class Step:
     def backward(self) -> None:
         """Compute the gradients."""
         with float32_products(self.precision):
-            self.grads = torch.autograd.grad(self.value, self.inputs, self.seed)
+            self.grads = torch.autograd.grad(self.value, self.inputs, self.seed, allow_unused=True)
 
     def __call__(self) -> None:
         self.forward()
         self.backward()
 
     def result(self) -> list[Tensor]:
-        """Return the last call's loss and its gradients of image, text and logit scale."""
-        return [self.value.detach(), *(grad / self.seed for grad in self.grads)]
+        """Return the last call's loss and its gradients of image, text and scale, empty where it has none."""
+        grads = (torch.empty(0) if grad is None else grad / self.seed for grad in self.grads)
+        return [self.value.detach(), *grads]
 
 
 @contextmanager
@@ -240,18 +247,24 @@ def check(
 ) -> None:
     """Check a competitor's loss and gradients, as :meth:`Step.result` returns them.
 
+    memeff alone may leave out the gradient of the scale, which it does not have.
+
     Raises:
         WrongResult: one of them is wrong; ends the benchmark.
     """
-    # Inf-CL always multiplies in TF32. SigLIP is another loss with a definition of its own.
-    as_precise = "tf32" if competitor == INF_CL and precision == "fp32" else precision
-    if competitor == SIGLIP:
+    # Other packages multiply float32 in TF32. SigLIP is another loss with a definition of its own.
+    as_precise = "tf32" if competitor in PACKAGES and precision == "fp32" else precision
+    if competitor in (SIGLIP, SIGLIP_KERNEL):
         right = _reference(case, SIGLIP_DEFINED, pairs, width)
     else:
         right = expected(case, pairs, width)
     names = ("loss", "image gradient", "text gradient", "scale gradient")
     for what, got, wanted in zip(names, result, right, strict=True):
         name = f"{CASES[case]}, {precision}, N {pairs}, D {width}: {what} of {competitor}"
+        if not got.numel():
+            if (competitor, what) != (MEMEFF, names[-1]):
+                raise measure.WrongResult(f"{name} is missing")
+            continue
         measure.require_close(name, got.cpu(), wanted, TOLERANCE[as_precise])
 
 
@@ -269,7 +282,7 @@ def _need_at_1024(case: str, competitor: str, precision: str, width: int) -> int
 def lacks_memory(case: str, competitor: str, precision: str, pairs: int, width: int) -> str | None:
     """Say why a competitor that stores N×N matrices does not fit; its need, measured at N 1024, grows by N²."""
     free = measure.available_memory()
-    if competitor in (OURS, "ours (blocked)", INF_CL):
+    if competitor in (OURS, "ours (blocked)", *PACKAGES):
         return None
     if 256 * pairs**2 < free:  # room for 64 float32 matrices is enough for every competitor
         return None
@@ -281,15 +294,18 @@ def lacks_memory(case: str, competitor: str, precision: str, pairs: int, width: 
 
 def lacks_package(competitor: str) -> str | None:
     """Say what a competitor needs that this machine does not have."""
-    if competitor == INF_CL and DEVICE == "cpu":
+    if competitor not in PACKAGES:
+        return None
+    module, install = INSTALL[competitor]
+    if DEVICE == "cpu":
         return "needs an NVIDIA GPU"
-    if competitor == INF_CL and importlib.util.find_spec("inf_cl") is None:
-        return "not installed: pip install --no-deps inf-cl"
+    if importlib.util.find_spec(module) is None:
+        return f"not installed: {install}"
     return None
 
 
 def competitors_of(case: str) -> list[str]:
     """Return the names of all competitors of a case, TRACER's implementations first."""
     ours = [OURS, "ours (blocked)"] if DEVICE == "cuda" else [OURS]
-    others = [INF_CL, SIGLIP] if case == "clip" else []
+    others = [*PACKAGES, SIGLIP] if case == "clip" else []
     return [*ours, EAGER, baseline(case), baseline(case) + COMPILED, *others]

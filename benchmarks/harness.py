@@ -28,7 +28,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -46,7 +46,18 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # In the order of the page. A new part is a module of this folder and its name here.
-PARTS = ("losses", "ranks", "memory", "work", "machine_code", "teacher", "step", "micro_batches", "loader")
+PARTS = (
+    "losses",
+    "ranks",
+    "memory",
+    "work",
+    "machine_code",
+    "others",
+    "teacher",
+    "step",
+    "micro_batches",
+    "loader",
+)
 SOURCES = ("kernels", "tracer", "benchmarks/*.py", "requirements.lock")  # what a measured number depends on
 
 
@@ -101,13 +112,22 @@ class PartFailed(Exception):
     """A part ended with an error, which it has already printed."""
 
 
-def run_part(name: str, quick: bool) -> dict[str, Any]:
+def run_part(name: str, quick: bool, options: Sequence[str] = ()) -> dict[str, Any]:
     """Run ``python -m benchmarks.<name> --json`` and return what it prints; its progress goes to the terminal.
+
+    ``options`` are more options of the part.
 
     Raises:
         PartFailed: the process ended with an error.
     """
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *(["--quick"] if quick else [])]
+    command = [
+        sys.executable,
+        "-m",
+        f"benchmarks.{name}",
+        "--json",
+        *(["--quick"] if quick else []),
+        *options,
+    ]
     # Each part decides for itself whether Triton interprets, so the caller's setting is not passed on.
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=variables, check=False)

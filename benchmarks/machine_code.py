@@ -37,10 +37,11 @@ from triton.runtime.driver import driver
 from benchmarks import disassembly, roofline
 from benchmarks.harness import Highlight, command_line, progress, table
 from benchmarks.work import ARCHITECTURES, OBJECTIVES, Architecture
-from tracer.kernels import average_triton, contrastive_triton
-from tracer.kernels._tiles import TABLES, Tile
+from tracer.kernels import average_triton, contrastive_triton, sigmoid_triton
+from tracer.kernels._tiles import LIKE, TABLES, Tile, tiles_of
 from tracer.kernels._triton import planning_for, recording
-from tracer.kernels.contrastive import Inputs, Needs, Options, Saved, Statistics
+from tracer.kernels.contrastive import Biases, Inputs, Needs, Options, Saved, Statistics
+from tracer.kernels.sigmoid import PairNeeds
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -50,6 +51,12 @@ TARGETS = {
 }
 FULL = OBJECTIVES["full objective"].options
 AVERAGE = "moving average"
+ONE_WAY, SIGMOID = "one direction, rows left out", "sigmoid"
+# By the kernel whose tiles they take unless they have their own: names in the tables, and forms.
+_FORMS_OF = {
+    "forward": (("forward, one way", ONE_WAY),),
+    "backward": (("backward, one way", ONE_WAY), ("sigmoid", SIGMOID)),
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,12 @@ class Case:
     tile: Tile
     options: bool  # labels, margin and smoothing
     width: int = 512  # D
+    form: str = ""  # of the contrastive term, if it is not the softmax in both directions
+
+    @property
+    def name(self) -> str:
+        """The kernel's name in tables."""
+        return f"{self.kernel}, {self.form}" if self.form else self.kernel
 
 
 @dataclass(frozen=True)
@@ -136,6 +149,10 @@ def _call(case: Case, N: int = 1024) -> tuple[Inputs, Options]:
         cross=case.many,
         stats=case.kernel == "forward with stats",
     )
+    if case.form == ONE_WAY:
+        options = options._replace(image_to_text=1.0, text_to_image=0.0, ignore=True)
+    if case.form == SIGMOID:
+        options = options._replace(sigmoid=True)
     return inputs, options
 
 
@@ -149,13 +166,17 @@ def binaries(case: Case, combine: bool = True) -> dict[str, Any]:
     inputs, options = _call(case)
     with target(case.arch, "tf32" if case.bits == 19 else "ieee"):
         with recording(execute=False, keep_arguments=True) as launches:
-            if case.kernel == "backward":
+            if case.form == SIGMOID:
+                biases = Biases(_empty(), _empty())
+                upstream = _empty(4) if case.many else None  # two terms have an upstream gradient each
+                sigmoid_triton.walk(inputs, biases, options, PairNeeds(*[True] * 5), upstream, tile=case.tile)
+            elif case.kernel == "backward":
                 stats = _empty(len(Statistics._fields), 1024)
                 saved = Saved(stats, stats)
                 contrastive_triton.backward(_empty(4), inputs, saved, options, Needs(), tile=case.tile)
             else:
                 contrastive_triton.forward(inputs, options, tile=case.tile)
-        names = (case.kernel, f"combine of {case.kernel}")[: 1 + combine]
+        names = (case.name, f"combine of {case.name}")[: 1 + combine]
         return {name: launch.compile() for name, launch in zip(names, launches, strict=False)}
 
 
@@ -223,8 +244,16 @@ def shipped(architectures: list[str], quick: bool) -> list[Case]:
         Case(arch, kernel, many, bits, tile, options, width)
         for arch in architectures
         for (kernel, many, bits), tiles in TABLES[arch].items()
+        if kernel not in LIKE
         for tile in tiles
         for options, width in variants
+    ]
+    cases += [
+        Case(arch, kernel, many, bits, tile, True, 512, form)
+        for arch in architectures
+        for kernel, many, bits in TABLES[arch]
+        for name, form in _FORMS_OF.get(kernel, ())
+        for tile in tiles_of(TABLES[arch], name, many, bits)
     ]
     if not quick:
         return cases
@@ -243,10 +272,10 @@ def compile_all(
     """Return reports of all kernels, compiled variants of a varied run, and estimates, on all processors."""
     cases = sorted(shipped(architectures, quick), key=lambda c: (c.many, c.kernel == "forward with stats"))
     cases.reverse()  # the slowest kinds first
-    seen: set[tuple[str, str, bool]] = set()
+    seen: set[tuple[str, str, bool, str]] = set()
     combine = []
     for case in cases:  # what the combine kernel computes depends on these, beside the tile's sides
-        key = case.arch, case.kernel, case.many
+        key = case.arch, case.kernel, case.many, case.form
         combine.append(not quick or key not in seen)
         seen.add(key)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:

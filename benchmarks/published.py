@@ -119,20 +119,6 @@ def siglip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     return F.softplus(-sign * (logit_scale * image @ text.T)).sum() / len(image)
 
 
-def inf_cl_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Return the CLIP loss by Inf-CL's Triton kernels (arXiv 2410.17243, package inf-cl).
-
-    They take 2 products forward and 8 backward, convert features to float32, always multiply in TF32, and need
-    an NVIDIA GPU.
-    """
-    from inf_cl import cal_flash_loss
-
-    head = math.gcd(image.shape[1], 256)  # it splits the width into parts of a power of two, at most 256
-    per_image = cal_flash_loss(image, text, scale=logit_scale, head_dim=head)
-    per_text = cal_flash_loss(text, image, scale=logit_scale, head_dim=head)
-    return (per_image.mean() + per_text.mean()) / 2
-
-
 def _kl(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(student, dim=1), F.softmax(teacher, dim=1), reduction="batchmean")
 

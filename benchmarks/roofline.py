@@ -54,12 +54,12 @@ SIZES = ((4096, 512), (65536, 768))  # N images and texts, and D: a large batch 
 PARAMETERS = {"ViT-B/32": 151_277_313, "ViT-L/14": 427_616_513}
 AVERAGE_BYTES = 14  # per parameter: float32 student, bfloat16 copy
 # Where the elementwise work of each tile is counted: many tiles per program, as in a large batch, and quick.
-_COUNTED = (256, 16, 4)
+COUNTED = (256, 16, 4)
 
 
 def counts(architectures: list[str]) -> list[dict[str, Any]]:
     """Return rows of :mod:`benchmarks.work`, counted in a process of its own, because this one compiles."""
-    N, D, places = _COUNTED
+    N, D, places = COUNTED
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.work", "--json"]
     command += [
         "--sizes",

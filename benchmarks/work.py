@@ -31,23 +31,17 @@ if __name__ == "__main__":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from triton.runtime import interpreter
 
 from benchmarks import published
+from benchmarks.counting import Allocated, counting
 from benchmarks.harness import Highlight, command_line, progress, table
 from tracer.kernels import _grid, average_triton, contrastive_triton
 from tracer.kernels._tiles import TABLES, Tile
@@ -96,77 +90,6 @@ MEMORY_ROWS, MEMORY_WIDTH = (8192, 16384), 512
 
 Architecture = Literal["sm_80", "sm_90", "sm_100", "gfx942"]
 ARCHITECTURES: tuple[Architecture, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
-
-
-@dataclass
-class Work:
-    """Counts of what interpreted kernels did. ``flops`` are those of products; ``operations`` are elementwise."""
-
-    launches: int = 0
-    flops: int = 0
-    operations: int = 0
-    exponentials: int = 0
-    loaded: int = 0
-    stored: int = 0
-
-
-@contextmanager
-def counting() -> Iterator[Work]:
-    """Count what interpreted kernels do inside the block."""
-    work = Work()
-
-    def create_dot(dot: Any, self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
-        work.flops += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
-        return dot(self, a, b, d, *options)
-
-    def elementwise(original: Any, self: Any, *arguments: Any) -> Any:
-        *operands, op = arguments
-        out = original(self, *arguments)
-        if operands[-1].dtype.scalar.is_floating():  # the last: a choice's first is its condition
-            if op is np.exp2:
-                work.exponentials += out.data.size
-            else:
-                work.operations += out.data.size
-        return out
-
-    def reduce(original: Any, self: Any, inputs: Any) -> Any:
-        if inputs[0].dtype.scalar.is_floating():
-            work.operations += inputs[0].handle.data.size
-        return original(self, inputs)
-
-    def masked_load(load: Any, self: Any, ptrs: Any, mask: Any, *options: Any) -> Any:
-        work.loaded += int(mask.data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8
-        return load(self, ptrs, mask, *options)
-
-    def masked_store(store: Any, self: Any, ptrs: Any, value: Any, mask: Any, *options: Any) -> Any:
-        work.stored += int(mask.data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8
-        return store(self, ptrs, value, mask, *options)
-
-    def run(launch: Any, self: Any, *arguments: Any, **options: Any) -> Any:
-        work.launches += 1
-        return launch(self, *arguments, **options)
-
-    builder = interpreter.InterpreterBuilder
-    wrapped: list[tuple[Any, str, Callable[..., Any]]] = [
-        (builder, "create_dot", create_dot),
-        *((builder, name, elementwise) for name in ("unary_op", "binary_op", "ternary_op")),
-        (interpreter.ReduceOps, "apply_impl", reduce),
-        (builder, "create_masked_load", masked_load),
-        (builder, "create_masked_store", masked_store),
-        (interpreter.InterpretedFunction, "run", run),
-    ]
-    originals = [getattr(owner, name) for owner, name, _ in wrapped]
-    for (owner, name, wrapper), original in zip(wrapped, originals, strict=True):
-        setattr(owner, name, _method(wrapper, original))
-    try:
-        yield work
-    finally:
-        for (owner, name, _), original in zip(wrapped, originals, strict=True):
-            setattr(owner, name, original)
-
-
-def _method(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, *arguments, **options: wrapper(original, self, *arguments, **options)
 
 
 def tiles(architecture: str, objective: str) -> dict[str, Tile]:
@@ -257,30 +180,6 @@ def count_average(mode: str) -> dict[str, Any]:
         "bytes_per_parameter": (work.loaded + work.stored) / numel,
         "floor_bytes_per_parameter": floor,
     }
-
-
-class Allocated(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside the block, at their peak and still alive, without ``inputs``."""
-
-    def __init__(self, inputs: Any) -> None:
-        super().__init__()
-        self.peak = 0
-        self._inputs = {t.untyped_storage()._cdata for t in tree_leaves(inputs) if isinstance(t, Tensor)}
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    @property
-    def alive(self) -> int:
-        return sum(size for reference, size in self._alive.values() if not reference.expired())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._inputs:
-                storage = tensor.untyped_storage()
-                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}
-        self.peak = max(self.peak, self.alive)
-        return out
 
 
 def count_memory(objective: str, N: int, D: int, architecture: str, places: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ._blocked_tile import (
     Positives,
     References,
     Tile,
+    TilePositives,
     add_product,
     inner_product,
 )
@@ -46,6 +47,7 @@ class Slopes:
         final = Statistics(*stats.unbind())
         x = "a" if direction == ROW else "b"
         lse = {"z": final.lse_z, "s": final.lse_s, "t": final.lse_t, x: final.lse_x}
+        left_out = final.positives < 0
         enabled = ("s" in plan.targets, "s" in plan.kl, x in plan.targets, x in plan.kl)
         contrastive, relational, interactive, cross = (
             grad if on else torch.zeros_like(grad) for grad, on in zip(grads.unbind(), enabled, strict=True)
@@ -56,11 +58,15 @@ class Slopes:
         self.cross_target = interactive / final.positives
         self.exact = True
         self.references: References = lse if references is None else references
-        step = {name: self.references[name] - lse[name] for name in lse if name in self.references}
+        step = {
+            name: (self.references[name] - lse[name]).masked_fill(left_out, -torch.inf)
+            for name in lse
+            if name in self.references
+        }
         if references is not None:
             used = [name for name in plan.matrices if direction in SOFTMAX_DIRECTIONS[name]]
             checked = [step[name] for name in used] + [step["z"] + logits.shift]
-            low, high = torch.cat(checked).aminmax()
+            low, high = torch.cat(checked).masked_fill(left_out.repeat(len(checked)), 0.0).aminmax()
             # Far below, a slope, which has 1/N as another factor, would be a subnormal number.
             self.exact = bool(low >= -HIGHEST - SUMMANDS) and bool(high <= -LOWEST)
         self.z = contrastive * step["z"].exp2()
@@ -74,20 +80,32 @@ class Slopes:
 
 
 def slopes(
-    grad_terms: Tensor, saved: Saved, logits: Logits, options: Options, plan: Plan, whole: Whole
-) -> tuple[Slopes, Slopes]:
-    """Return the slopes along rows and along columns, with shared references where they serve."""
-    half = 0.5 * grad_terms.to(logits.dtype)
-    n, m = whole
+    grad_terms: Tensor,
+    saved: Saved,
+    logits: Logits,
+    options: Options,
+    plan: Plan,
+    whole: Whole,
+    weights: Tensor | None,
+) -> list[Slopes]:
+    """Return the slopes along rows and, if asked for, along columns, with shared references where they serve."""
+    grads = grad_terms.to(logits.dtype)
+    row_grads, col_grads = (
+        (0.5 * grads / whole.rows, 0.5 * grads / whole.cols)
+        if weights is None
+        else (weights.to(logits.dtype)[:, None] * grads).unbind()
+    )
+    sides = ((ROW, saved.row_stats, row_grads, whole.cols), (COL, saved.col_stats, col_grads, whole.rows))
 
-    def along_both(references: References | None) -> tuple[Slopes, Slopes]:
-        return (
-            Slopes(ROW, saved.row_stats, half / n, logits, options.smoothing, plan, references, others=m),
-            Slopes(COL, saved.col_stats, half / m, logits, options.smoothing, plan, references, others=n),
-        )
+    def along(references: References | None) -> list[Slopes]:
+        return [
+            Slopes(mine, stats, grad, logits, options.smoothing, plan, references, others)
+            for mine, stats, grad, others in sides
+            if mine in plan.directions
+        ]
 
-    rows, cols = along_both(logits.shared_references())
-    return (rows, cols) if rows.exact and cols.exact else along_both(None)
+    shared = along(logits.shared_references())
+    return shared if all(side.exact for side in shared) else along(None)
 
 
 class GradientWalk:
@@ -100,18 +118,21 @@ class GradientWalk:
         self,
         inputs: Inputs,
         logits: Logits,
-        rows: Slopes,
-        cols: Slopes,
+        sides: list[Slopes],
         options: Options,
         plan: Plan,
         needs: Needs,
     ) -> None:
         self._inputs, self._logits, self._positives = inputs, logits, Positives(inputs, logits)
-        self._rows, self._cols, self._options, self._plan, self._needs = rows, cols, options, plan, needs
+        self._sides, self._options, self._plan, self._needs = sides, options, plan, needs
+        rows, *cols = sides
+        self._rows, self._cols = rows, cols[0] if cols else None
+        shared = rows.references if isinstance(rows.references["s"], float) else {}
+        self._references = rows.references, self._cols.references if self._cols else shared
         self._has_cross = "b" in plan.matrices
         need_cols = needs.text or (needs.logit_scale and self._has_cross)
         self._need_rows = needs.image or (needs.logit_scale and not need_cols)
-        self._need_a = self._has_cross and (needs.image or needs.logit_scale)
+        self._need_a = "a" in plan.matrices and (needs.image or needs.logit_scale)
 
         image, u, v = inputs.image, logits.operands["u"], logits.operands["v"]
         self._d_image = (
@@ -120,35 +141,36 @@ class GradientWalk:
         self._d_text = logits.scale.new_zeros(v.shape) if need_cols else None  # before its factor σ
         self._d_scale = torch.zeros((), dtype=torch.float64, device=image.device)
         if options.smoothing:  # what every image gets from the constants per column, and per unit of its own
-            self._to_all = (cols.q_negative @ v.to(logits.dtype))[None]
+            from_cols = self._cols.q_negative @ v.to(logits.dtype) if self._cols else v.new_zeros(v.shape[1])
+            self._to_all = from_cols.to(logits.dtype)[None]
             self._text_total = v.sum(0, dtype=logits.dtype)[None]
         self._room = u.new_empty((2 if self._has_cross else 1) * logits.tile_size)
 
     def visit(self, at_rows: slice) -> None:
         """Visit one row of tiles and complete the gradients of its images."""
-        rows, cols, plan, operands = self._rows, self._cols, self._plan, self._logits.operands
+        plan, operands = self._plan, self._logits.operands
         u, height = operands["u"][at_rows], at_rows.stop - at_rows.start
         new_zeros = self._logits.scale.new_zeros
         through_s = new_zeros(height, u.shape[1]) if self._need_rows else None
         through_a = new_zeros(height, u.shape[1]) if self._need_a else None
         left = torch.cat([u, operands["tu"][at_rows]]) if self._has_cross else u
         for at_cols in self._logits.col_blocks():
-            tile = Tile(self._logits, self._positives, at_rows, at_cols, rows.references, cols.references)
+            tile = Tile(self._logits, self._positives, at_rows, at_cols, *self._references)
             # ds above db, so that one product takes both to the text's gradient.
             stack = self._room[: len(left) * (at_cols.stop - at_cols.start)].view(len(left), -1)
             ds, db = stack[:height], stack[height:]
-            at_positives = _student_gradient(tile, rows, cols, plan, ds)
+            at_positives = _student_gradient(tile, self._sides, plan, ds)
             if self._logits.has_margin and at_positives is not None:
                 self._d_scale -= self._options.margin * at_positives
             if through_s is not None:
                 add_product(through_s, ds, operands["v"][at_cols].T)
             if through_a is not None:
                 da = torch.empty_like(ds)
-                _cross_gradient("a", tile, rows, plan, da)
+                _cross_gradient("a", tile, self._rows, plan, da)
                 add_product(through_a, da, operands["tv"][at_cols].T)
             if self._d_text is not None:
-                if self._has_cross:
-                    _cross_gradient("b", tile, cols, plan, db)
+                if self._has_cross and self._cols:
+                    _cross_gradient("b", tile, self._cols, plan, db)
                 add_product(self._d_text[at_cols], stack.T, left.T)
         self._complete_images(at_rows, through_s, through_a)
 
@@ -171,8 +193,10 @@ class GradientWalk:
         if d_text is not None:
             u, v = logits.operands["u"], logits.operands["v"]
             if self._options.smoothing:
-                from_cols = self._cols.q_negative[:, None] * u.sum(0, dtype=logits.dtype)
-                d_text -= from_cols + self._rows.q_negative @ u.to(logits.dtype)
+                from_rows = self._rows.q_negative @ u.to(logits.dtype)
+                if self._cols:
+                    from_rows = self._cols.q_negative[:, None] * u.sum(0, dtype=logits.dtype) + from_rows
+                d_text -= from_rows
             if self._needs.logit_scale:
                 self._d_scale += inner_product(d_text, v)
             d_text = d_text.mul_(logits.scale).to(self._inputs.text.dtype)
@@ -183,7 +207,7 @@ class GradientWalk:
         )
 
 
-def _student_gradient(tile: Tile, rows: Slopes, cols: Slopes, plan: Plan, out: Tensor) -> Tensor | None:
+def _student_gradient(tile: Tile, sides: list[Slopes], plan: Plan, out: Tensor) -> Tensor | None:
     """Write d/ds, without the constants of the smoothing, to ``out``.
 
     Returns the sum of d/dz over the positives of the tile, None if there are none.
@@ -192,36 +216,50 @@ def _student_gradient(tile: Tile, rows: Slopes, cols: Slopes, plan: Plan, out: T
     if tile.shared:
         e = tile.e("s", ROW)
         before = tile.at_positives(e) if positives else None
-        ds = torch.add(
-            tile.spread(rows.negative, ROW), tile.spread(cols.negative, COL), out=_if_same(out, e)
-        ).mul_(e)
+        ds = _times_sum(e, [tile.spread(side.negative, side.direction) for side in sides], _if_same(out, e))
         if positives and before is not None:
-            _, row, col = positives
-            at_positives = before * (rows.z[row] + cols.z[col])
-            ds.view(-1)[positives.place] = before * (rows.positive[row] + cols.positive[col])
+            at_positives = before * _at(sides, "z", positives)
+            ds.view(-1)[positives.place] = before * _at(sides, "positive", positives)
     else:
-        ds = tile.e("z", ROW) * tile.spread(rows.z, ROW)
-        ds.addcmul_(tile.e("z", COL), tile.spread(cols.z, COL))
+        ds = tile.e("z", ROW) * tile.spread(sides[0].z, ROW)
+        for side in sides[1:]:
+            ds.addcmul_(tile.e("z", side.direction), tile.spread(side.z, side.direction))
         at_positives = tile.at_positives(ds) if positives else None
         if "s" in plan.kl:
-            for side in (rows, cols):
+            for side in sides:
                 ds.addcmul_(tile.e("s", side.direction), tile.spread(side.s, side.direction))
     if positives and at_positives is not None:
-        place, row, col = positives
-        target = rows.target[row] + cols.target[col]
-        correction = target - rows.q_negative[row] - cols.q_negative[col] if rows.smoothed else target
-        ds.view(-1).index_add_(0, place, correction, alpha=-1)
+        target = _at(sides, "target", positives)
+        correction = target - _at(sides, "q_negative", positives) if sides[0].smoothed else target
+        ds.view(-1).index_add_(0, positives.place, correction, alpha=-1)
         at_positives = (at_positives - target).sum(dtype=torch.float64)
     if "s" in plan.kl:
         if tile.shared:
-            both = tile.spread(rows.t, ROW) + tile.spread(cols.t, COL)
+            both = _sum([tile.spread(side.t, side.direction) for side in sides])
             ds.addcmul_(tile.e("t", ROW), both, value=-1)
         else:
-            for side in (rows, cols):
+            for side in sides:
                 ds.addcmul_(tile.e("t", side.direction), tile.spread(side.t, side.direction), value=-1)
     if ds.data_ptr() != out.data_ptr():
         out.copy_(ds)
     return at_positives
+
+
+def _at(sides: list[Slopes], name: str, positives: TilePositives) -> Tensor:
+    """Return the sum of a vector over the rows and of one over the columns at the positives."""
+    return _sum([getattr(side, name)[positives.along(side.direction)] for side in sides])
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """Return the sum of one or two tensors."""
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _times_sum(e: Tensor, parts: list[Tensor], out: Tensor) -> Tensor:
+    """Return ``e`` times the sum of one or two vectors, in ``out``, which may be ``e``."""
+    if len(parts) == 1:
+        return torch.mul(e, parts[0], out=out)
+    return torch.add(*parts, out=out).mul_(e)
 
 
 def _cross_gradient(name: str, tile: Tile, side: Slopes, plan: Plan, out: Tensor) -> None:

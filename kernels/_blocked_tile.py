@@ -43,18 +43,21 @@ class Plan(NamedTuple):
     kl: tuple[str, ...]  # matrices whose divergence from t is measured
     targets: tuple[str, ...]  # matrices whose sum over the positives is measured
     stats: bool
+    directions: tuple[int, ...]  # of the softmaxes: ROW, and COL if anything is asked of the columns
 
     @classmethod
     def of(cls, options: Options, has_teacher: bool, stats: bool) -> Plan:
         """Return the plan of a pass that measures the diagnostics if ``stats``."""
         stats_of_teacher = stats and has_teacher
+        crossed = ("a",) if options.one_way else ("a", "b")
         return cls(
             matrices=("t",) * (options.relational or options.cross or stats_of_teacher)
             + ("s",) * (options.contrastive or options.relational or stats)
-            + ("a", "b") * options.crossed,
-            kl=("s",) * (options.relational or stats_of_teacher) + ("a", "b") * options.cross,
-            targets=("s",) * options.contrastive + ("a", "b") * options.interactive,
+            + crossed * options.crossed,
+            kl=("s",) * (options.relational or stats_of_teacher) + crossed * options.cross,
+            targets=("s",) * options.contrastive + crossed * options.interactive,
             stats=stats,
+            directions=(ROW,) if options.one_way else (ROW, COL),
         )
 
 
@@ -65,25 +68,28 @@ def _blocks(length: int, size: int) -> Iterator[slice]:
 
 
 class Logits:
-    """The matrices s, t, a, b of a rectangle in base 2 (times log2 e), tile by tile, in the accumulation dtype."""
+    """The matrices s, t, a, b of a rectangle times ``unit``, tile by tile, in the accumulation dtype.
 
-    def __init__(self, inputs: Inputs, options: Options) -> None:
+    The unit log2 e makes exponentials to the base 2.
+    """
+
+    def __init__(self, inputs: Inputs, options: Options, unit: float = LOG2E) -> None:
         image, factor = inputs.image, teacher_factor(inputs, options)
         self.n, self.m = len(image), len(inputs.text)
         self.dtype = accumulation_dtype(image)
         self.scale = inputs.logit_scale.to(self.dtype)
         self.has_teacher, self.has_margin = inputs.has_teacher, options.margin > 0
-        self.shift = self.scale * (options.margin * LOG2E)  # what the margin adds to a negative, σδ
+        self.shift = self.scale * (options.margin * unit)  # what the margin adds to a negative, σδ
         operand = _operand_dtype(image)
         features = {"u": image, "v": inputs.text, "tu": inputs.teacher_image, "tv": inputs.teacher_text}
         self.operands = {k: x.detach().to(operand).contiguous() for k, x in features.items() if x is not None}
-        kappa = self.scale * LOG2E
+        kappa = self.scale * unit
         self._factors = {"s": ("u", "v", kappa)}
         if factor is not None:
             self._factors |= {
                 "a": ("u", "tv", kappa),
                 "b": ("tu", "v", kappa),
-                "t": ("tu", "tv", factor * LOG2E),
+                "t": ("tu", "tv", factor * unit),
             }
         self._rooms: dict[str, Tensor] = {}
         self._scaled_rows: tuple[slice, dict[tuple[str, Tensor], Tensor]] = (slice(0, 0), {})
@@ -159,9 +165,11 @@ class TilePositives(NamedTuple):
 class Positives:
     """The pairs of equal labels: counts per row and per column, lists per tile."""
 
-    def __init__(self, inputs: Inputs, logits: Logits) -> None:
+    def __init__(self, inputs: Inputs, logits: Logits, counted: bool = True) -> None:
         self._labels, self._text_labels = inputs.labels, inputs.text_labels
         self._device = logits.scale.device
+        if not counted:
+            return
         # How many each column and each row has, in the order of the directions 0 and 1.
         self.counts = (logits.scale.new_ones(logits.m), logits.scale.new_ones(logits.n))
         if self._labels is not None and self._text_labels is not None:

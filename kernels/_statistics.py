@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .contrastive import TERMS, Forward, Options, Statistics
+from .contrastive import TERMS, Forward, Options, Saved, Statistics
 
 LN2 = math.log(2.0)
 
@@ -46,7 +46,10 @@ class Whole(NamedTuple):
 
 
 def statistic_names(options: Options, has_teacher: bool) -> tuple[str, ...]:
-    """Return the names of the statistics that the options need, in the order in which they are packed."""
+    """Return the names of the statistics that the options need, in the order in which they are packed.
+
+    Those of the columns are the same, or none at all (``Options.one_way``).
+    """
     measured = options.stats and has_teacher
     needed = {
         "lse_s": options.contrastive or options.relational or options.stats,
@@ -137,13 +140,25 @@ def target_weights(count: Tensor, others: int, smoothing: float) -> tuple[Tensor
     if smoothing == 0.0:
         return 1 / count, torch.zeros_like(count)
     q_negative = torch.where(count < others, smoothing / (others - count), 0.0)
-    return (1 - q_negative * (others - count)) / count, q_negative
+    q_positive = (1 - q_negative * (others - count)) / count
+    return q_positive.masked_fill(count < 0, 0.0), q_negative  # rows that are left out have no target
+
+
+def counted(side: Side, options: Options) -> Tensor | int:
+    """Return how many of these whole rows (or columns) count in the means."""
+    count = side["positives"]
+    return (count > 0).sum() if options.ignore else len(count)
+
+
+def _total(values: Tensor, side: Side, options: Options) -> Tensor:
+    """Return the sum over the rows that count in the means."""
+    return torch.where(side["positives"] > 0, values, 0.0).sum() if options.ignore else values.sum()
 
 
 def term_sums(side: Side, others: int, shift: Tensor, options: Options) -> Tensor:
     """Return the sum over the rows of what each adds to every term, [len(TERMS)].
 
-    A term is half the mean over all rows of the matrix plus half the mean over all columns.
+    A term is half the mean over all rows of the matrix plus half the mean over all columns, or other weights' sum.
 
     Args:
         side: statistics over whole rows (or columns).
@@ -158,13 +173,13 @@ def term_sums(side: Side, others: int, shift: Tensor, options: Options) -> Tenso
         expected = (q_positive - q_negative) * side["positive_s"]
         if options.smoothing:
             expected += q_negative * (side["total_s"] + (others - count) * shift)
-        sums["contrastive"] = (side.get("lse_z", side["lse_s"]) - expected).sum()
+        sums["contrastive"] = _total(side.get("lse_z", side["lse_s"]) - expected, side, options)
     if options.relational:
-        sums["relational"] = _divergence(side, "s").sum()
+        sums["relational"] = _total(_divergence(side, "s"), side, options)
     if options.interactive:
-        sums["interactive"] = (side["lse_x"] - side["positive_x"] / count).sum()
+        sums["interactive"] = _total(side["lse_x"] - side["positive_x"] / count, side, options)
     if options.cross:
-        sums["cross"] = _divergence(side, "x").sum()
+        sums["cross"] = _total(_divergence(side, "x"), side, options)
     return LN2 * torch.stack(list(sums.values()))
 
 
@@ -173,55 +188,109 @@ def _divergence(side: Side, matrix: str) -> Tensor:
     return side[f"gap_{matrix}"] - side["lse_t"] + side[f"lse_{matrix}"]
 
 
-def final_statistics(side: Side) -> Tensor:
+def final_statistics(side: Side, options: Options) -> Tensor:
     """Return what the backward pass takes of whole rows (or columns), [len(Statistics), rows].
 
     A row without a positive has no target: NaN takes the place of the log-sum-exps that a target belongs to, and
-    with them of the row's gradient. This is the only place that writes it.
+    with them of the row's gradient. This is the only place that writes it. With ``options.ignore`` such a row is
+    left out instead (:func:`leave_out`).
     """
     count = side["positives"]
     none = torch.zeros_like(count)
     lse_s = side.get("lse_s", none)
     lse_z, lse_t, lse_x = side.get("lse_z", lse_s), side.get("lse_t", none), side.get("lse_x", none)
     stats = torch.stack(Statistics(lse_z, lse_s, lse_t, lse_x, count))
+    if options.ignore:
+        return leave_out(stats)
     for name in ("lse_z", "lse_x"):
         stats[Statistics._fields.index(name)].masked_fill_(count == 0, math.nan)
     return stats
 
 
-def diagnostic_sums(side: Side) -> list[Tensor]:
+def leave_out(stats: Tensor) -> Tensor:
+    """Mark the rows without a positive, in place: infinite log-sum-exps and −∞ positives make every gradient 0."""
+    none = stats[Statistics._fields.index("positives")] == 0
+    stats.masked_fill_(none, math.inf)
+    stats[Statistics._fields.index("positives")].masked_fill_(none, -math.inf)
+    return stats
+
+
+def side_weights(options: Options, rows: Tensor | int, cols: Tensor | int, like: Tensor) -> Tensor:
+    """Return what a row and what a column weighs in a term, [2], when so many of them count."""
+    weights = ((options.image_to_text, rows), (options.text_to_image, cols))
+    # A side of weight 0 may have nothing that counts.
+    return torch.stack(
+        [like.new_ones(()) * weight / number if weight else like.new_zeros(()) for weight, number in weights]
+    )
+
+
+def weights_of(saved: Saved, options: Options, whole: Whole) -> Tensor | None:
+    """Return the :func:`side_weights` of a matrix whose rows and columns are all there; None for ½/N, ½/M."""
+    if options.halved:
+        return None
+    rows, cols = (
+        (stats[-1] >= 0).sum() if options.ignore and len(stats) else size
+        for stats, size in zip(saved, whole, strict=True)
+    )
+    return side_weights(options, rows, cols, saved.row_stats)
+
+
+def diagnostic_sums(side: Side, options: Options) -> list[Tensor]:
     """Return the sums over the rows of the diagnostics: of the student, of the teacher, of the pair.
 
     In the order of ``contrastive.MODEL_DIAGNOSTICS`` and ``PAIR_DIAGNOSTICS``; without a teacher the first alone.
     """
     models = [matrix for matrix in ("s", "t") if f"mean_{matrix}" in side]
-    sums = [_model_sums(side, matrix) for matrix in models]
+    sums = [_model_sums(side, matrix, options) for matrix in models]
     if len(models) == 2:
         agree = (side["arg_s"] == side["arg_t"]).to(side["lse_s"].dtype)
-        sums.append(torch.stack([agree.sum(), LN2 * _divergence(side, "s").sum()]))
+        of_pair = (agree, LN2 * _divergence(side, "s"))
+        sums.append(torch.stack([_total(x, side, options) for x in of_pair]))
     return sums
 
 
-def _model_sums(side: Side, matrix: str) -> Tensor:
+def _model_sums(side: Side, matrix: str, options: Options) -> Tensor:
     lse = side[f"lse_{matrix}"]
     entropy = LN2 * (lse - side[f"mean_{matrix}"])
     confidence = (side[f"best_{matrix}"] - lse).exp2()
     right = side[f"right_{matrix}"].to(lse.dtype)
-    return torch.stack([x.sum() for x in (entropy, confidence, side[f"mass_{matrix}"], right)])
+    values = (entropy, confidence, side[f"mass_{matrix}"], right)
+    return torch.stack([_total(x, side, options) for x in values])
 
 
-def shares(rows: Side, cols: Side, shift: Tensor, options: Options, whole: Whole) -> tuple[Tensor, Tensor]:
+class Counted(NamedTuple):
+    """How many rows and columns of a matrix the means run over."""
+
+    rows: Tensor | int
+    cols: Tensor | int
+
+
+def shares(
+    rows: Side, cols: Side, shift: Tensor, options: Options, whole: Whole, means: Counted
+) -> tuple[Tensor, Tensor]:
     """Return what these whole rows and columns add to the terms and to the diagnostics of a matrix."""
-    n, m = whole
-    terms = term_sums(rows, m, shift, options) / (2 * n) + term_sums(cols, n, shift, options) / (2 * m)
+    sides = (
+        (options.image_to_text, rows, whole.cols, means.rows),
+        (options.text_to_image, cols, whole.rows, means.cols),
+    )
+    terms = shift.new_zeros(len(TERMS), dtype=rows["positives"].dtype)
+    for weight, side, others, number in sides:
+        if weight:
+            terms = terms + weight * term_sums(side, others, shift, options) / number
     if not options.stats:
         return terms, terms.new_empty(0)
-    both = zip(diagnostic_sums(rows), diagnostic_sums(cols), strict=True)
-    return terms, torch.cat([sums for row, col in both for sums in (row / n, col / m)])
+    both = zip(diagnostic_sums(rows, options), diagnostic_sums(cols, options), strict=True)
+    return terms, torch.cat([sums for row, col in both for sums in (row / means.rows, col / means.cols)])
 
 
-def result(rows: Side, cols: Side, shift: Tensor, options: Options) -> Forward:
+def result(rows: Side, cols: Side, shift: Tensor, options: Options, whole: Whole) -> Forward:
     """Return terms, final statistics and diagnostics from the statistics of all rows and columns."""
-    whole = Whole(len(rows["positives"]), len(cols["positives"]))
-    terms, diagnostics = shares(rows, cols, shift, options, whole)
-    return Forward(terms, final_statistics(rows), final_statistics(cols), diagnostics)
+    means = Counted(counted(rows, options), counted(cols, options) if cols else whole.cols)
+    terms, diagnostics = shares(rows, cols, shift, options, whole, means)
+    return Forward(terms, *finals(rows, cols, options, whole.cols), diagnostics)
+
+
+def finals(rows: Side, cols: Side, options: Options, width: int) -> Saved:
+    """Return the final statistics of whole rows and of ``width`` whole columns, of which nothing may be asked."""
+    of_rows = final_statistics(rows, options)
+    return Saved(of_rows, final_statistics(cols, options) if cols else of_rows.new_empty(0, width))

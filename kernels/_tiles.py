@@ -61,6 +61,16 @@ def _table(tiles_16: Tiles, tiles_19: Tiles, tiles_32: Tiles) -> Table:
     }
 
 
+# Kernels that take the tiles of another one where a table names none for them.
+LIKE = {"sigmoid": "backward", "forward, one way": "forward", "backward, one way": "backward"}
+
+
+def tiles_of(table: Table, kernel: str, many: bool, bits: int) -> tuple[Tile, ...]:
+    """Return the tiles of a kernel with several products or one, on operands of so many bits."""
+    own = table.get((kernel, many, bits))
+    return table[LIKE.get(kernel, kernel), many, bits] if own is None else own
+
+
 def _everywhere(*tiles: Tile) -> Tiles:
     """Give every kernel the same tiles."""
     kernels = ("forward", "forward with stats", "backward")
@@ -84,13 +94,19 @@ TABLES: dict[str, Table] = {
             "forward, one product": (Tile(64, 64, 64, 8, 3), _TINY),
             "forward with stats, one product": (Tile(64, 32, 32, 8, 3), _TINY),
             "backward, one product": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
+            "sigmoid": (Tile(32, 32, 64, 4, 3),),
         },
-        _FLOAT32 | {"forward with stats": (Tile(32, 16, 32, 8, 2),)},
+        _FLOAT32
+        | {
+            "forward with stats": (Tile(32, 16, 32, 8, 2),),
+            "sigmoid, one product": (Tile(64, 64, 32, 4, 2), Tile(32, 32, 32, 4, 2)),
+        },
         _FLOAT32
         | dict.fromkeys(
             ("forward", "forward with stats", "backward", "forward with stats, one product"),
             (Tile(32, 32, 16, 8, 2),),
-        ),
+        )
+        | {"sigmoid, one product": (Tile(64, 64, 32, 8, 2), Tile(32, 32, 16, 4, 2))},
     ),
     "sm_90": _table(
         {
@@ -106,6 +122,7 @@ TABLES: dict[str, Table] = {
             "forward with stats": (Tile(32, 16, 32, 8, 2),),
             "backward": (Tile(32, 32, 32, 8, 2),),
             "backward, one product": (Tile(64, 64, 32, 8, 2), Tile(64, 32, 32, 8, 2)),
+            "sigmoid": (Tile(32, 32, 32, 4, 2),),
         },
         _FLOAT32
         | {
@@ -133,6 +150,7 @@ TABLES: dict[str, Table] = {
             "forward with stats": (Tile(32, 32, 32, 8, 2),),
             "backward": (Tile(32, 32, 32, 8, 2),),
             "backward, one product": (Tile(64, 32, 16, 8, 2), Tile(32, 32, 32, 4, 2)),
+            "sigmoid": (Tile(32, 32, 32, 4, 2),),
         },
     ),
     "gfx942": _table(
@@ -143,6 +161,7 @@ TABLES: dict[str, Table] = {
             "forward, one product": (Tile(128, 64, 64, 8, 3), _TINY),
             "forward with stats, one product": (Tile(64, 32, 32, 4, 3), _TINY),
             "backward, one product": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 32, 8, 3), _TINY),
+            "sigmoid": (Tile(64, 64, 32, 8, 3), _TINY),
         },
         _FLOAT32,
         _FLOAT32,
@@ -183,14 +202,14 @@ def choose(kernel: str, products: int, image: Tensor, M: int, run: Callable[[Til
     """Return the tile for ``kernel`` on images [N, D] against M texts.
 
     Args:
-        kernel: ``"forward"``, ``"forward with stats"`` or ``"backward"``.
+        kernel: ``"forward"``, ``"forward with stats"``, ``"backward"`` or one of ``LIKE``.
         products: how many logit matrices the kernel multiplies.
         image: image features [N, D].
         M: number of texts.
         run: runs the pass with a given tile; a search times it.
     """
     N, (architecture, multiprocessors) = len(image), gpu(image.device)
-    tiles = _table_of(image.device)[kernel, products > 1, _bits(image)]
+    tiles = tiles_of(_table_of(image.device), kernel, products > 1, _bits(image))
     if os.environ.get("TRACER_AUTOTUNE") == "1" and architecture != "interpreter":
         return _search(kernel, products, image, M, tiles, run)
     enough = 0.9 * multiprocessors

@@ -63,12 +63,13 @@ def backward_kernel(
     row_stats_ptr, col_stats_ptr,  # [len(Statistics), N], [len(Statistics), M]
     ds_ptr, da_ptr, db_ptr, stride,  # strips [last − first, M rounded up to whole tiles] with row stride, or None
     d_logit_scale_ptr,  # [grid 0, grid 1], or None
+    weights_ptr,  # [2], of a row and of a column relative to the larger, or None for one over their numbers
     margin, smoothing, N, M, width, whole_n, whole_m,  # size of the matrix that the N×M logits are a part of
     first, last, rows, cols,  # the strip's rows; size of a rectangle
     D: tl.constexpr, LABELS: tl.constexpr, MARGIN: tl.constexpr, SMOOTHING: tl.constexpr,
     CONTRASTIVE: tl.constexpr, RELATIONAL: tl.constexpr, INTERACTIVE: tl.constexpr, CROSS: tl.constexpr,
     USE_S: tl.constexpr, USE_A: tl.constexpr, USE_B: tl.constexpr, USE_T: tl.constexpr,
-    D_LOGIT_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_WAY: tl.constexpr, D_LOGIT_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # 1. The rectangle of this program within the strip.
@@ -92,8 +93,11 @@ def backward_kernel(
     g_crossed = (g_interactive if INTERACTIVE else 0.0) + (g_cross if CROSS else 0.0)
 
     # 3. Rows are averaged over whole_n, columns over whole_m: both relative to the smaller of the two.
-    row_weight = tl.minimum(whole_n, whole_m).to(tl.float32) / whole_n
-    col_weight = tl.minimum(whole_n, whole_m).to(tl.float32) / whole_m
+    if weights_ptr is None:
+        row_weight = tl.minimum(whole_n, whole_m).to(tl.float32) / whole_n
+        col_weight = tl.minimum(whole_n, whole_m).to(tl.float32) / whole_m
+    else:
+        row_weight, col_weight = tl.load(weights_ptr), tl.load(weights_ptr + 1)
     scale = tl.load(logit_scale_ptr) * LOG2E
     teacher_factor = scale
     if USE_T:
@@ -118,9 +122,10 @@ def backward_kernel(
             row_count = tl.load(
                 row_stats_ptr + POSITIVES * N + offs_n, mask=row_inside, other=1.0
             )  # [BLOCK_N]
-            col_count = tl.load(
-                col_stats_ptr + POSITIVES * M + offs_m, mask=col_inside, other=1.0
-            )  # [BLOCK_M]
+            if not ONE_WAY:
+                col_count = tl.load(
+                    col_stats_ptr + POSITIVES * M + offs_m, mask=col_inside, other=1.0
+                )  # [BLOCK_M]
             d_row = tl.zeros([BLOCK_N], tl.float32)
             b_ds = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
 
@@ -146,7 +151,7 @@ def backward_kernel(
                 _store_strip(da_ptr, b_da, stride, row - first, offs_m, row_inside)
 
             # 6. Along columns: the same on b and s.
-            if USE_T:
+            if USE_T and not ONE_WAY:
                 lse = tl.load(col_stats_ptr + LSE_T * M + offs_m, mask=col_inside, other=0.0)
                 b_p = col_weight * tl.exp2(b_t * teacher_factor - lse[None, :])
                 if RELATIONAL:
@@ -170,24 +175,27 @@ def backward_kernel(
             if RELATIONAL:
                 lse = tl.load(row_stats_ptr + LSE_S * N + offs_n, mask=row_inside, other=0.0)
                 b_ds += g_relational * row_weight * tl.exp2(b_s * scale - lse[:, None])
-                lse = tl.load(col_stats_ptr + LSE_S * M + offs_m, mask=col_inside, other=0.0)
-                b_ds += g_relational * col_weight * tl.exp2(b_s * scale - lse[None, :])
+                if not ONE_WAY:
+                    lse = tl.load(col_stats_ptr + LSE_S * M + offs_m, mask=col_inside, other=0.0)
+                    b_ds += g_relational * col_weight * tl.exp2(b_s * scale - lse[None, :])
             if CONTRASTIVE:
                 b_z = b_s * scale
                 if MARGIN:
                     b_z += tl.where(b_positive, 0.0, shift)
                 lse = tl.load(row_stats_ptr + LSE_Z * N + offs_n, mask=row_inside, other=0.0)
                 b_dz = g_contrastive * row_weight * tl.exp2(b_z - lse[:, None])
-                lse = tl.load(col_stats_ptr + LSE_Z * M + offs_m, mask=col_inside, other=0.0)
-                b_dz += g_contrastive * col_weight * tl.exp2(b_z - lse[None, :])
+                if not ONE_WAY:
+                    lse = tl.load(col_stats_ptr + LSE_Z * M + offs_m, mask=col_inside, other=0.0)
+                    b_dz += g_contrastive * col_weight * tl.exp2(b_z - lse[None, :])
                 q_positive, q_negative = _target_weights(
                     row_count, whole_m, g_contrastive * row_weight, smoothing, SMOOTHING
                 )
                 b_dz -= tl.where(b_positive, q_positive[:, None], q_negative[:, None])
-                q_positive, q_negative = _target_weights(
-                    col_count, whole_n, g_contrastive * col_weight, smoothing, SMOOTHING
-                )
-                b_dz -= tl.where(b_positive, q_positive[None, :], q_negative[None, :])
+                if not ONE_WAY:
+                    q_positive, q_negative = _target_weights(
+                        col_count, whole_n, g_contrastive * col_weight, smoothing, SMOOTHING
+                    )
+                    b_dz -= tl.where(b_positive, q_positive[None, :], q_negative[None, :])
                 if D_LOGIT_SCALE and MARGIN:  # ∂z/∂σ = u·v + δ on negatives: here the δ
                     b_at_negatives = tl.where(b_positive, 0.0, b_dz)
                     d_row += margin * tl.sum(tl.where(col_inside[None, :], b_at_negatives, 0.0), 1)

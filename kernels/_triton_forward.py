@@ -88,7 +88,7 @@ def forward_kernel(
     row_partial_ptr, col_partial_ptr, parked_ptr,  # [grid 1, blocks of rows, K, BLOCK_N], columns likewise, twice
     margin, N, M, width, rows, cols,  # rows, cols: size of a program's rectangle, in whole tiles
     K: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr, LABELS: tl.constexpr, MARGIN: tl.constexpr,
-    USE_S: tl.constexpr, USE_X: tl.constexpr, USE_T: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_WAY: tl.constexpr, USE_S: tl.constexpr, USE_X: tl.constexpr, USE_T: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     # 1. The rectangle, and where its partial statistics go.
@@ -121,7 +121,7 @@ def forward_kernel(
             # 3. The dot products and the positives of a tile.
             b_s, b_a, b_b, b_t = dots(
                 image_ptr, text_ptr, teacher_image_ptr, teacher_text_ptr, row, col, N, M, width,
-                D, USE_S, USE_X, USE_X, USE_T, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
+                D, USE_S, USE_X, USE_X and not ONE_WAY, USE_T, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
             )  # fmt: skip
             b_positive = positive_pairs(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS)
 
@@ -133,22 +133,28 @@ def forward_kernel(
             # 4. Their statistics: those of rows merge into registers; those of columns, which are spread
             #    over all warps, go to this program's part of the scratch at once.
             places = scratch_offsets(offs_m, K, BLOCK_M)
-            row_part, col_part = contrastive_part(b_s, b_positive, shift, row_pad, col_pad, SLOTS, MARGIN)
-            store_statistics(park_ptr, places, col_inside, BLOCK_M, col_part, SLOTS, Z_MAX)
+            row_part, col_part = contrastive_part(
+                b_s, b_positive, shift, row_pad, col_pad, SLOTS, MARGIN, ONE_WAY
+            )  # fmt: skip
+            if not ONE_WAY:
+                store_statistics(park_ptr, places, col_inside, BLOCK_M, col_part, SLOTS, Z_MAX)
             z = merge(z, row_part, SLOTS, Z_MAX)
 
-            col_part, _ = own_part(b_s, b_positive, offs_n, row_pad, SLOTS, S_MAX, 0)
-            store_statistics(park_ptr, places, col_inside, BLOCK_M, col_part, SLOTS, S_MAX)
+            if not ONE_WAY:
+                col_part, _ = own_part(b_s, b_positive, offs_n, row_pad, SLOTS, S_MAX, 0)
+                store_statistics(park_ptr, places, col_inside, BLOCK_M, col_part, SLOTS, S_MAX)
             row_part, _ = own_part(b_s, b_positive, offs_m, col_pad, SLOTS, S_MAX, 1)
             s = merge(s, row_part, SLOTS, S_MAX)
 
-            col_part = teacher_part(b_t, b_s, b_b, b_positive, offs_n, row_pad, SLOTS, 0)
-            store_statistics(park_ptr, places, col_inside, BLOCK_M, col_part, SLOTS, T_MAX)
+            if not ONE_WAY:
+                col_part = teacher_part(b_t, b_s, b_b, b_positive, offs_n, row_pad, SLOTS, 0)
+                store_statistics(park_ptr, places, col_inside, BLOCK_M, col_part, SLOTS, T_MAX)
             row_part = teacher_part(b_t, b_s, b_a, b_positive, offs_m, col_pad, SLOTS, 1)
             t = merge(t, row_part, SLOTS, T_MAX)
 
-            col_part = cross_part(b_b, b_positive, row_inside, row_pad, SLOTS, 0)
-            store_statistics(park_ptr, places, col_inside, BLOCK_M, col_part, SLOTS, X_MAX)
+            if not ONE_WAY:
+                col_part = cross_part(b_b, b_positive, row_inside, row_pad, SLOTS, 0)
+                store_statistics(park_ptr, places, col_inside, BLOCK_M, col_part, SLOTS, X_MAX)
             row_part = cross_part(b_a, b_positive, col_inside, col_pad, SLOTS, 1)
             x = merge(x, row_part, SLOTS, X_MAX)
 
@@ -157,7 +163,7 @@ def forward_kernel(
         store_statistics(row_partial_ptr, row_places, offs_n < N, BLOCK_N, z + s + t + x, SLOTS, Z_MAX)
 
         # 6. Merge what this row of tiles has parked, between barriers: other threads wrote it.
-        if row > first_row:
+        if not ONE_WAY and row > first_row:
             tl.debug_barrier()
             for col in range(first_col, last_col, MERGE):
                 offs = col + tl.arange(0, MERGE)
@@ -223,7 +229,7 @@ def combine_kernel(
     margin, smoothing, N, M, row_groups, col_groups,
     K: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, LABELS: tl.constexpr,
     CONTRASTIVE: tl.constexpr, RELATIONAL: tl.constexpr, INTERACTIVE: tl.constexpr, CROSS: tl.constexpr,
-    SMOOTHING: tl.constexpr, STATS: tl.constexpr,
+    SMOOTHING: tl.constexpr, STATS: tl.constexpr, IGNORE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # 1. Rows or columns: the same work on other operands.
@@ -264,8 +270,12 @@ def combine_kernel(
     tl.store(stats_ptr + LSE_X * length + offs, lse_x, mask=inside)
     tl.store(stats_ptr + POSITIVES * length + offs, count, mask=inside)
 
-    # 4. This block's share of each term: half a mean over rows, half a mean over columns.
-    weight = tl.where(inside, 0.5 * LN2 / length, 0.0)
+    # 4. This block's share of each term: half a mean over rows, half a mean over columns. What is left out of the
+    #    means weighs nothing, and the launcher corrects the length.
+    counts = inside
+    if IGNORE:
+        counts = inside & (count > 0)
+    weight = tl.where(counts, 0.5 * LN2 / length, 0.0)
     if CONTRASTIVE:
         target = state[Z_POSITIVE] / count  # 0/0 = NaN for a row without any positive
         if SMOOTHING:
@@ -283,7 +293,7 @@ def combine_kernel(
 
     # 5. Its share of each diagnostic, in the order of diagnostic_names.
     if STATS:
-        mean = tl.where(inside, 1.0 / length, 0.0)
+        mean = tl.where(counts, 1.0 / length, 0.0)
         s_sum = state[S_SUM]
         # An all-NaN row has no argmax; whatever its index holds, no address may come from it.
         s_arg = tl.maximum(tl.minimum(state[S_ARG], others - 1), 0)

@@ -64,7 +64,7 @@ NUMBERS = [
 ]
 SMALL_OPERANDS = [
     "grad_terms_ptr", "logit_scale_ptr", "teacher_factor_ptr", "labels_ptr", "text_labels_ptr",
-    "d_logit_scale_ptr",
+    "d_logit_scale_ptr", "weights_ptr", "upstream_ptr", "logit_bias_ptr", "teacher_logit_bias_ptr", "outputs_ptr",
 ]
 # fmt: on
 
@@ -183,23 +183,34 @@ def _first(b_x, top, offs, AXIS: tl.constexpr):
 
 
 @triton.jit
-def contrastive_part(b_s, b_positive, shift, row_pad, col_pad, SLOTS: tl.constexpr, MARGIN: tl.constexpr):
-    """Return Z_MAX … Z_NEGATIVE of the student's logits b_s; ``shift`` is the margin's share of z on negatives."""
+def contrastive_part(
+    b_s, b_positive, shift, row_pad, col_pad,
+    SLOTS: tl.constexpr, MARGIN: tl.constexpr, ONE_WAY: tl.constexpr = False,
+):  # fmt: skip
+    """Return Z_MAX … Z_NEGATIVE of the student's logits b_s; ``shift`` is the margin's share of z on negatives.
+
+    ONE_WAY leaves those of the columns 0.
+    """
     row_zero, col_zero = tl.zeros([b_s.shape[0]], tl.float32), tl.zeros([b_s.shape[1]], tl.float32)
     row_max, row_sum, row_positive, row_negative = row_zero, row_zero, row_zero, row_zero
     col_max, col_sum, col_positive, col_negative = col_zero, col_zero, col_zero, col_zero
     if SLOTS[Z_POSITIVE] >= 0:
         b_at_positives = tl.where(b_positive, b_s, 0.0)
-        row_positive, col_positive = tl.sum(b_at_positives, 1), tl.sum(b_at_positives, 0)
+        row_positive = tl.sum(b_at_positives, 1)
+        if not ONE_WAY:
+            col_positive = tl.sum(b_at_positives, 0)
     if SLOTS[Z_NEGATIVE] >= 0:
         b_at_negatives = tl.where(b_positive, 0.0, b_s)
-        row_negative, col_negative = tl.sum(b_at_negatives, 1), tl.sum(b_at_negatives, 0)
+        row_negative = tl.sum(b_at_negatives, 1)
+        if not ONE_WAY:
+            col_negative = tl.sum(b_at_negatives, 0)
     if SLOTS[Z_MAX] >= 0:
         b_z = b_s
         if MARGIN:
             b_z = b_s + tl.where(b_positive, 0.0, shift)
         row_max, row_sum, _ = _softmax(b_z + col_pad, 1)
-        col_max, col_sum, _ = _softmax(b_z + row_pad, 0)
+        if not ONE_WAY:
+            col_max, col_sum, _ = _softmax(b_z + row_pad, 0)
     return (row_max, row_sum, row_positive, row_negative), (col_max, col_sum, col_positive, col_negative)
 
 

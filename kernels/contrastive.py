@@ -54,11 +54,37 @@ class Options(NamedTuple):
     interactive: bool = False
     cross: bool = False
     stats: bool = False  # also measure the diagnostics
+    sigmoid: bool = False  # the contrastive and the relational term take a sigmoid of each pair
+    ignore: bool = False  # rows and columns without a positive are left out of the means, else NaN
+    image_to_text: float = 0.5  # weight of the softmax over each row, > 0 or text_to_image is
+    text_to_image: float = 0.5  # weight of the softmax over each column
 
     @property
     def crossed(self) -> bool:
         """Return whether a term needs the logits between student and teacher, a and b."""
         return self.interactive or self.cross
+
+    @property
+    def one_way(self) -> bool:
+        """Return whether nothing is asked of the columns; the diagnostics are of both directions."""
+        return self.text_to_image == 0 and not self.stats
+
+    @property
+    def one_way_back(self) -> bool:
+        """Return whether nothing is asked of the rows, so that the call is one-way once it is transposed."""
+        return self.image_to_text == 0 and not self.stats
+
+    @property
+    def halved(self) -> bool:
+        """Return whether a term is half the mean over all rows plus half the mean over all columns."""
+        return self.image_to_text == self.text_to_image == 0.5 and not self.ignore
+
+
+class Biases(NamedTuple):
+    """What the sigmoid form adds to all logits: scalars of :func:`accumulation_dtype`."""
+
+    logit_bias: Tensor  # b
+    teacher_logit_bias: Tensor | None = None  # b', without a gradient
 
 
 class Statistics(NamedTuple):
@@ -74,11 +100,12 @@ class Statistics(NamedTuple):
 class Saved(NamedTuple):
     """Final statistics, one row of a matrix for each field of :class:`Statistics`.
 
-    A log-sum-exp that no enabled term needs may hold any number.
+    A log-sum-exp that no enabled term needs may hold any number. A row that counts in no mean has infinite ones,
+    and −∞ positives.
     """
 
     row_stats: Tensor  # [len(Statistics), N]
-    col_stats: Tensor  # [len(Statistics), M]
+    col_stats: Tensor  # [len(Statistics), M], or [0, M] if nothing is asked of the columns
 
 
 class Forward(NamedTuple):
@@ -156,6 +183,19 @@ IMPLEMENTATIONS = {
 def accumulation_dtype(features: Tensor) -> torch.dtype:
     """Return the dtype of statistics and terms: float32, or float64 for float64 features."""
     return torch.promote_types(features.dtype, torch.float32)
+
+
+def transposed(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+    """Return the call with images and texts exchanged: the same terms, for the diagnostics are not measured."""
+    turned = inputs._replace(
+        image=inputs.text,
+        text=inputs.image,
+        teacher_image=inputs.teacher_text,
+        teacher_text=inputs.teacher_image,
+        labels=inputs.text_labels,
+        text_labels=inputs.labels,
+    )
+    return turned, options._replace(image_to_text=options.text_to_image, text_to_image=options.image_to_text)
 
 
 def teacher_factor(inputs: Inputs, options: Options) -> Tensor | None:

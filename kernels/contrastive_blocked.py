@@ -48,11 +48,14 @@ def forward(inputs: Inputs, options: Options) -> Forward:
     """Return terms, statistics and diagnostics, in float64 for float64 features and else in float32."""
     logits = Logits(inputs, options)
     rows, cols = _walk(logits, inputs, options)
-    return _statistics.result(rows, cols, logits.shift, options)
+    return _statistics.result(rows, cols, logits.shift, options, Whole(logits.n, logits.m))
 
 
 def statistics(inputs: Inputs, options: Options) -> tuple[Side, Side]:
-    """Return the statistics of the rows and of the columns of a rectangle; see ``_statistics``."""
+    """Return the statistics of the rows and of the columns of a rectangle; see ``_statistics``.
+
+    If nothing is asked of the columns, they have none.
+    """
     return _walk(Logits(inputs, options), inputs, options)
 
 
@@ -63,16 +66,19 @@ def backward(
     options: Options,
     needs: Needs,
     whole: Whole | None = None,
+    weights: Tensor | None = None,
 ) -> Gradients:
     """Return the gradients of ``grad_terms · terms``.
 
     ``saved`` are the final statistics of whole rows and columns of a matrix of size ``whole``, of which the inputs
-    may be a rectangle.
+    may be a rectangle. ``weights`` [2] is what a row and a column weigh in a term, by default in the matrix that
+    the inputs are the whole of.
     """
     logits, plan = Logits(inputs, options), Plan.of(options, inputs.has_teacher, stats=False)
     whole = Whole(logits.n, logits.m) if whole is None else whole
-    rows, cols = slopes(grad_terms, saved, logits, options, plan, whole)
-    walk = GradientWalk(inputs, logits, rows, cols, options, plan, needs)
+    weights = _statistics.weights_of(saved, options, whole) if weights is None else weights
+    sides = slopes(grad_terms, saved, logits, options, plan, whole, weights)
+    walk = GradientWalk(inputs, logits, sides, options, plan, needs)
     for at_rows in logits.row_blocks():
         walk.visit(at_rows)
     return walk.gradients()
@@ -190,40 +196,45 @@ def _walk(logits: Logits, inputs: Inputs, options: Options) -> tuple[Side, Side]
     """Walk over the rectangle and return the statistics of its rows and of its columns."""
     positives, plan = Positives(inputs, logits), Plan.of(options, inputs.has_teacher, options.stats)
     shared = logits.shared_references()
-    rows, cols = _sums(logits, positives, plan, shared, shared)
-    if not (rows.exact and cols.exact):
-        rows, cols = _sums(logits, positives, plan, *_maxima(logits, positives, plan))
+    sides = _sums(logits, positives, plan, (shared, shared))
+    if not all(side.exact for side in sides):
+        sides = _sums(logits, positives, plan, _maxima(logits, positives, plan))
     smoothed = options.contrastive and options.smoothing > 0
-    return (
-        rows.statistics(positives, plan, logits.row_totals() if smoothed else None),
-        cols.statistics(positives, plan, logits.col_totals() if smoothed else None),
+    totals = (logits.row_totals, logits.col_totals)
+    rows, *cols = (
+        side.statistics(positives, plan, total() if smoothed else None)
+        for side, total in zip(sides, totals, strict=False)
     )
+    return rows, cols[0] if cols else {}
 
 
 def _sums(
-    logits: Logits, positives: Positives, plan: Plan, row_references: References, col_references: References
-) -> tuple[Sums, Sums]:
-    """Return the sums of one visit to every tile."""
-    rows = Sums(ROW, positives, row_references)
-    cols = Sums(COL, positives, col_references)
+    logits: Logits, positives: Positives, plan: Plan, references: tuple[References, References]
+) -> list[Sums]:
+    """Return the sums of one visit to every tile, of the rows and, if asked for, of the columns."""
+    sides = [Sums(mine, positives, references[mine != ROW]) for mine in plan.directions]
     keep = ("t", "s") if plan.stats else ("t",)
     for at_rows, at_cols in logits.tiles():
-        tile = Tile(logits, positives, at_rows, at_cols, row_references, col_references, keep)
-        for side in (rows, cols):
+        tile = Tile(logits, positives, at_rows, at_cols, *references, keep)
+        for side in sides:
             side.visit(tile, plan, logits.has_margin)
         if logits.has_margin and tile.shared:
-            for side in (rows, cols):
+            for side in sides:
                 side.visit_negatives(tile)
-    for side in (rows, cols):
+    for side in sides:
         side.close(logits.shift)
-    return rows, cols
+    return sides
 
 
 def _maxima(logits: Logits, positives: Positives, plan: Plan) -> tuple[References, References]:
     """Return the exact maxima of the rows and columns of every matrix: references that no logits can defeat."""
     names = plan.matrices + ("z",) * logits.has_margin
     best = tuple(
-        {name: torch.full_like(size, -math.inf) for name in names if direction in SOFTMAX_DIRECTIONS[name]}
+        {
+            name: torch.full_like(size, -math.inf)
+            for name in names
+            if direction in SOFTMAX_DIRECTIONS[name] and direction in plan.directions
+        }
         for direction, size in enumerate(positives.counts)
     )
     for at_rows, at_cols in logits.tiles():

@@ -14,21 +14,38 @@ included), stores the N×M matrices it talks about, and leaves all gradients to 
     cross       = ½ mean_i KL(t_i. ‖ a_i.)       + ½ mean_j KL(t_.j ‖ b_.j)           TRACER, XKD
     feature     = mean (u − u')² + mean (v − v')²                                     TRACER, FD
 
+**Directions.** Two other weights may take the place of the halves; a half of weight 0 is not looked at.
+
+**Left out.** With ``Options.ignore`` the means run over the rows (columns) that have a positive. The others are
+negatives still, and have no softmax of their own.
+
+**Sigmoid.** Each pair is a question of its own, with y = 2 P − 1 and biases b, b', and there is one direction:
+
+    contrastive = mean_i Σ_j softplus(−y_ij (z_ij + b))                               SigLIP
+    relational  = mean_i Σ_j KL(sigmoid(t_ij + b') ‖ sigmoid(s_ij + b))               of two outcomes
+
+The margin raises the negatives as before; a pair's target is certain, so that there is no smoothing. The means
+run over all N rows, with ``Options.ignore`` over those that have a positive, and the sums over all pairs. The
+other terms take softmaxes, which no bias changes.
+
 Sources: TRACER (arXiv 2605.29380) for the distillation terms, R-Adapter (arXiv 2408.05749) for the
-margin and the smoothed multi-positive targets q.
+margin and the smoothed multi-positive targets q, SigLIP (arXiv 2303.15343) for the sigmoid.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .contrastive import (
     DIRECTIONS,
     TERMS,
+    Biases,
     Inputs,
     Options,
     Saved,
@@ -76,13 +93,13 @@ def logit_matrices(inputs: Inputs, options: Options) -> Logits:
     return logits
 
 
-def targets(positives: Tensor, smoothing: float, dim: int) -> Tensor:
+def targets(positives: Tensor, options: Options, dim: int, smoothing: float = 0.0) -> Tensor:
     """Return the target distribution q along ``dim``: (1−ε) P/|P| + ε (1−P)/(M−|P|); without negatives P/|P|.
 
-    A row without any positive has no target: it comes out as NaN (0/0), and so does the loss.
+    A row without any positive has no target: unless it is left out, it comes out as NaN (0/0), as does the loss.
     """
     count = positives.sum(dim, keepdim=True)
-    hard = positives / count
+    hard = positives / (count.clamp(min=1) if options.ignore else count)
     if smoothing == 0.0:
         return hard
     negatives = positives.shape[dim] - count
@@ -91,35 +108,79 @@ def targets(positives: Tensor, smoothing: float, dim: int) -> Tensor:
 
 
 def cross_entropy(target: Tensor, logits: Tensor, dim: int) -> Tensor:
-    """Return the mean over rows (``dim=1``) or columns (``dim=0``) of CE(target, softmax(logits))."""
-    return -(target * logits.log_softmax(dim)).sum(dim).mean()
+    """Return CE(target, softmax(logits)) of each row (``dim=1``) or column (``dim=0``)."""
+    return -(target * logits.log_softmax(dim)).sum(dim)
 
 
 def kl(teacher: Tensor, student: Tensor, dim: int) -> Tensor:
-    """Return the mean over rows or columns of KL(softmax(teacher) ‖ softmax(student))."""
+    """Return KL(softmax(teacher) ‖ softmax(student)) of each row or column."""
     log_p, log_q = teacher.log_softmax(dim), student.log_softmax(dim)
-    return (log_p.exp() * (log_p - log_q)).sum(dim).mean()
+    return (log_p.exp() * (log_p - log_q)).sum(dim)
 
 
-def contrastive_terms(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+def mean(values: Tensor, positives: Tensor, options: Options, dim: int) -> Tensor:
+    """Return the mean over the rows (``dim=1``) or columns (``dim=0``) that count."""
+    if not options.ignore:
+        return values.mean()
+    counts = positives.sum(dim) > 0
+    return torch.where(counts, values, 0.0).sum() / counts.sum()
+
+
+def contrastive_terms(
+    inputs: Inputs, options: Options, biases: Biases | None = None
+) -> tuple[Tensor, Tensor]:
     """Return ``(terms, diagnostics)``, differentiable and detached, as ``contrastive.Forward`` holds them."""
-    positives, s, z, t, a, b = logit_matrices(inputs, options)
+    logits = logit_matrices(inputs, options)
+    positives, s, z, t, a, b = logits
     terms = {name: s.new_zeros(()) for name in TERMS}
-    if z is not None:
-        terms["contrastive"] = 0.5 * (
-            cross_entropy(targets(positives, options.smoothing, 1), z, 1)
-            + cross_entropy(targets(positives, options.smoothing, 0), z, 0)
-        )
-    if t is not None and options.relational:
-        terms["relational"] = 0.5 * (kl(t, s, 1) + kl(t, s, 0))
+
+    def halves(values: Callable[[int], Tensor]) -> Tensor:
+        weights = {1: options.image_to_text, 0: options.text_to_image}
+        parts = [
+            weight * mean(values(dim), positives, options, dim) for dim, weight in weights.items() if weight
+        ]
+        return torch.stack(parts).sum()
+
+    if options.sigmoid and biases is not None:
+        terms |= sigmoid_terms(logits, options, biases)
+    else:
+        if z is not None:
+            terms["contrastive"] = halves(
+                lambda dim: cross_entropy(targets(positives, options, dim, options.smoothing), z, dim)
+            )
+        if t is not None and options.relational:
+            terms["relational"] = halves(lambda dim: kl(t, s, dim))
     if a is not None and b is not None and options.interactive:
-        terms["interactive"] = 0.5 * (
-            cross_entropy(targets(positives, 0.0, 1), a, 1) + cross_entropy(targets(positives, 0.0, 0), b, 0)
+        terms["interactive"] = halves(
+            lambda dim: cross_entropy(targets(positives, options, dim), a if dim else b, dim)
         )
     if t is not None and a is not None and b is not None and options.cross:
-        terms["cross"] = 0.5 * (kl(t, a, 1) + kl(t, b, 0))
-    diagnostics = _diagnostics(s.detach(), t, positives) if options.stats else s.new_empty(0)
+        terms["cross"] = halves(lambda dim: kl(t, a if dim else b, dim))
+    diagnostics = _diagnostics(s.detach(), t, positives, options) if options.stats else s.new_empty(0)
     return torch.stack(list(terms.values())), diagnostics
+
+
+def sigmoid_terms(logits: Logits, options: Options, biases: Biases) -> dict[str, Tensor]:
+    """Return the contrastive and the relational term of single pairs, those that are on."""
+    positives, terms = logits.positives, {}
+
+    rows = (positives.sum(1) > 0).sum() if options.ignore else len(positives)
+
+    def over_pairs(values: Tensor) -> Tensor:
+        return values.sum() / rows
+
+    if logits.z is not None:
+        x = logits.z + biases.logit_bias
+        terms["contrastive"] = over_pairs(softplus(torch.where(positives > 0, -x, x)))
+    if logits.t is not None and biases.teacher_logit_bias is not None and options.relational:
+        t, s = logits.t + biases.teacher_logit_bias, logits.s + biases.logit_bias
+        terms["relational"] = over_pairs(t.sigmoid() * (t - s) - softplus(t) + softplus(s))
+    return terms
+
+
+def softplus(x: Tensor) -> Tensor:
+    """Return log(1 + eˣ), in full precision for any x."""
+    return -F.logsigmoid(-x)
 
 
 def feature_distance(student: Tensor, teacher: Tensor, rows: int) -> Tensor:
@@ -150,23 +211,25 @@ def statistics(inputs: Inputs, options: Options) -> Saved:
 # Diagnostics.
 
 
-def _diagnostics(student: Tensor, teacher: Tensor | None, positives: Tensor) -> Tensor:
+def _diagnostics(student: Tensor, teacher: Tensor | None, positives: Tensor, options: Options) -> Tensor:
     """Return the diagnostics of the margin-free logits, in the order of ``contrastive.diagnostic_names``."""
     values = []
+
+    def add(of_rows: Tensor, dim: int) -> None:
+        values.append(mean(of_rows, positives, options, dim))
+
     for logits in (student,) if teacher is None else (student, teacher):
         for dim in (1, 0):
             p = logits.softmax(dim)
-            is_right = positives.gather(dim, logits.argmax(dim, keepdim=True))
-            values += [
-                -(p * logits.log_softmax(dim)).sum(dim).mean(),
-                p.amax(dim).mean(),
-                (p * positives).sum(dim).mean(),
-                is_right.mean(),
-            ]
+            is_right = positives.gather(dim, logits.argmax(dim, keepdim=True)).squeeze(dim)
+            add(-(p * logits.log_softmax(dim)).sum(dim), dim)
+            add(p.amax(dim), dim)
+            add((p * positives).sum(dim), dim)
+            add(is_right, dim)
     if teacher is not None:
         for dim in (1, 0):
-            agree = student.argmax(dim) == teacher.argmax(dim)
-            values += [agree.to(student.dtype).mean(), kl(teacher, student, dim)]
+            add((student.argmax(dim) == teacher.argmax(dim)).to(student.dtype), dim)
+            add(kl(teacher, student, dim), dim)
     return torch.stack(values)
 
 

@@ -34,12 +34,12 @@ from torch import Tensor
 
 from . import _tiles
 from ._grid import Grid, plan, strips
-from ._statistics import SOFTMAX, Side, Whole
+from ._statistics import SOFTMAX, Side, Whole, leave_out, weights_of
 from ._tiles import Tile
 from ._triton import gpu, launch, require_gpu, triton
 from ._triton_backward import backward_kernel
 from ._triton_forward import combine_kernel, forward_kernel, merge_kernel
-from ._triton_tile import PARTIAL_NAMES, S_MAX, T_MAX, Z_MAX, slots_of
+from ._triton_tile import PARTIAL_NAMES, POSITIVES, S_MAX, T_MAX, Z_MAX, slots_of
 from .contrastive import (
     TERMS,
     Forward,
@@ -126,8 +126,9 @@ def walk(operands: Inputs, options: Options, partials: Partials) -> None:
         (*operands, partials.rows, partials.cols, partials.parked,
          float(options.margin), N, M, D, grid.rows, grid.cols),
         grid.tile, **partials.constants, D=D, LABELS=operands.labels is not None, MARGIN=options.margin != 0,
-        USE_S=slots[Z_MAX] >= 0 or slots[S_MAX] >= 0, USE_X=options.crossed, USE_T=slots[T_MAX] >= 0,
-        PRECISION=_tiles.precision(operands.image), BLOCK_D=grid.tile.block_d, MERGE=_tiles.MERGE,
+        ONE_WAY=options.one_way, USE_S=slots[Z_MAX] >= 0 or slots[S_MAX] >= 0, USE_X=options.crossed,
+        USE_T=slots[T_MAX] >= 0, PRECISION=_tiles.precision(operands.image),
+        BLOCK_D=grid.tile.block_d, MERGE=_tiles.MERGE,
     )  # fmt: skip
 
 
@@ -136,18 +137,48 @@ def combine(operands: Inputs, options: Options, partials: Partials) -> Forward:
     image, N, M = operands.image, len(operands.image), len(operands.text)
     tile, programs = _tiles.COMBINE, partials.grid.programs
     width = len(TERMS) + (len(diagnostic_names(operands.has_teacher)) if options.stats else 0)
-    saved = Saved(*(image.new_empty((len(Statistics._fields), n), dtype=torch.float32) for n in (N, M)))
-    grid = (triton.cdiv(max(N, M), tile.block_n), 2)
-    sums = image.new_zeros((2 * grid[0], width), dtype=torch.float32)
+    heights = len(Statistics._fields), 0 if options.one_way else len(Statistics._fields)
+    saved = Saved(
+        *(image.new_empty((k, n), dtype=torch.float32) for k, n in zip(heights, (N, M), strict=True))
+    )
+    grid = (triton.cdiv(N if options.one_way else max(N, M), tile.block_n), 1 if options.one_way else 2)
+    sums = image.new_zeros((grid[1] * grid[0], width), dtype=torch.float32)
     _launch(
         combine_kernel, grid,
         (partials.rows, partials.cols, operands.labels, operands.text_labels, operands.logit_scale, *saved, sums,
          float(options.margin), float(options.smoothing), N, M, programs[1], programs[0]),
         tile, **partials.constants, **_terms(options), WIDTH=width, LABELS=operands.labels is not None,
-        SMOOTHING=options.smoothing != 0, STATS=options.stats, BLOCK=tile.block_n,
+        SMOOTHING=options.smoothing != 0, STATS=options.stats, IGNORE=options.ignore, BLOCK=tile.block_n,
     )  # fmt: skip
+    if not options.halved:
+        sums = _reweighted(sums.view(grid[1], grid[0], width).sum(1), saved, options, Whole(N, M))
     terms, diagnostics = sums.sum(0).split([len(TERMS), width - len(TERMS)])
     return Forward(terms.clone(), *saved, diagnostics.clone())
+
+
+def _reweighted(sums: Tensor, saved: Saved, options: Options, whole: Whole) -> Tensor:
+    """Return the rows' and columns' shares of the outputs with the weights and the means that the options ask for.
+
+    Also marks the rows and columns that are left out of the means.
+    """
+    if options.ignore:
+        for stats in saved:
+            if len(stats):
+                leave_out(stats)
+    weights = weights_of(saved, options, whole)
+    assert weights is not None
+    of_terms = 2 * weights[:, None] * torch.stack([torch.full_like(weights[0], n) for n in whole])[:, None]
+    terms = (of_terms[: len(sums)] * sums[:, : len(TERMS)]).masked_fill(of_terms[: len(sums)] == 0, 0.0)
+    if not options.stats:
+        return terms
+    numbers = [
+        (stats[POSITIVES.value] >= 0).sum() if options.ignore else n
+        for stats, n in zip(saved, whole, strict=True)
+    ]
+    lengths = torch.stack(
+        [weights[0].new_ones(()) * n / number for n, number in zip(whole, numbers, strict=True)]
+    )
+    return torch.cat([terms, lengths[:, None] * sums[:, len(TERMS) :]], 1)
 
 
 @torch.no_grad()
@@ -171,8 +202,10 @@ def forward(inputs: Inputs, options: Options, *, tile: Tile | None = None) -> Fo
 
 def _forward_tile(inputs: Inputs, options: Options) -> Tile:
     slots = slots_of(inputs, options)
-    products = (slots[Z_MAX] >= 0 or slots[S_MAX] >= 0) + (slots[T_MAX] >= 0) + 2 * options.crossed
-    kernel = "forward with stats" if options.stats else "forward"
+    crossed = options.crossed * (1 if options.one_way else 2)
+    products = (slots[Z_MAX] >= 0 or slots[S_MAX] >= 0) + (slots[T_MAX] >= 0) + crossed
+    kernel = "forward, one way" if options.one_way else "forward"
+    kernel = "forward with stats" if options.stats else kernel
     return _tiles.choose(
         kernel, products, inputs.image, len(inputs.text), lambda tile: forward(inputs, options, tile=tile)
     )
@@ -188,6 +221,8 @@ def statistics(inputs: Inputs, options: Options, *, tile: Tile | None = None) ->
     partials = _scratch(inputs, options, _forward_tile(inputs, options) if tile is None else tile)
     walk(operands, options, partials)
     rows = _side(_merged(partials.rows, partials, len(operands.image)), partials.slots)
+    if options.one_way:
+        return rows, {}
     cols = _side(_merged(partials.cols, partials, len(operands.text)), partials.slots)
     for matrix in ("s", "t"):
         if f"arg_{matrix}" in rows:
@@ -256,7 +291,7 @@ class _Matrices(NamedTuple):
     def of(cls, options: Options, needs: Needs) -> _Matrices:
         s = options.contrastive or options.relational
         a = options.crossed and (needs.image or needs.logit_scale)
-        b = options.crossed and (needs.text or needs.logit_scale)
+        b = options.crossed and not options.one_way and (needs.text or needs.logit_scale)
         t = options.relational or (options.cross and (a or b))
         return cls(s, a, b, t, s and (needs.image or needs.text), a and needs.image, b and needs.text)
 
@@ -292,6 +327,7 @@ def backward(
     options: Options,
     needs: Needs,
     whole: Whole | None = None,
+    weights: Tensor | None = None,
     *,
     tile: Tile | None = None,
     strip_bytes: int | None = None,
@@ -304,6 +340,7 @@ def backward(
         saved: final statistics of the whole rows and columns.
         needs: which gradients to compute.
         whole: size of the matrix of which the inputs are a rectangle; by default they are all of it.
+        weights: [2], what a row and a column of that matrix weigh in a term; by default what ``saved`` says.
         tile: overrides the table of ``_tiles``.
         strip_bytes: bound on the scratch for gradient strips; see ``_grid.strips``.
     """
@@ -312,15 +349,16 @@ def backward(
     use = _Matrices.of(options, needs)
     if tile is None:
         tile = _tiles.choose(
-            "backward", use.products, inputs.image, len(inputs.text),
+            "backward, one way" if options.one_way else "backward", use.products, inputs.image, len(inputs.text),
             lambda tile: backward(
-                grad_terms, inputs, saved, options, needs, whole, tile=tile, strip_bytes=strip_bytes
+                grad_terms, inputs, saved, options, needs, whole, weights, tile=tile, strip_bytes=strip_bytes
             ),
         )  # fmt: skip
     operands = _operands(inputs, options)
     image, text, scale = operands.image, operands.text, operands.logit_scale
     N, M, D = len(image), len(text), image.shape[1]
     whole = Whole(N, M) if whole is None else whole
+    weights = weights_of(saved, options, whole) if weights is None else weights
 
     # The kernel reads rows without strides; an upstream gradient may be a broadcast number.
     grad_terms = grad_terms.to(torch.float32).contiguous()
@@ -341,7 +379,12 @@ def backward(
         )
 
     # The kernel works relative to the largest upstream gradient and to the smaller side.
-    gain = grad_terms.abs().amax() / (2 * min(whole))
+    gain = grad_terms.abs().amax()
+    if weights is None:
+        gain = gain / (2 * min(whole))
+    else:
+        largest = weights.to(torch.float32).amax()
+        gain, weights = gain * largest, weights.to(torch.float32) / largest
     d_image = torch.empty_like(image) if needs.image else None
     d_text: Tensor | None = None
     for i, first in enumerate(cut.starts):
@@ -349,10 +392,11 @@ def backward(
         _launch(
             backward_kernel, (triton.cdiv(last - first, grid.rows), grid.programs[1]),
             (grad_terms, *operands, *saved, ds, da, db, cut.stride, None if d_scales is None else d_scales[i],
-             float(options.margin), float(options.smoothing), N, M, D, *whole, first, last, grid.rows, grid.cols),
+             weights, float(options.margin), float(options.smoothing), N, M, D, *whole, first, last, grid.rows,
+             grid.cols),
             tile, **_terms(options), D=D, LABELS=operands.labels is not None, MARGIN=options.margin != 0,
             SMOOTHING=options.smoothing != 0, USE_S=use.s, USE_A=use.a, USE_B=use.b, USE_T=use.t,
-            D_LOGIT_SCALE=needs.logit_scale, PRECISION=_tiles.precision(image),
+            ONE_WAY=options.one_way, D_LOGIT_SCALE=needs.logit_scale, PRECISION=_tiles.precision(image),
             BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_D=tile.block_d,
         )  # fmt: skip
 

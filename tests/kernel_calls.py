@@ -86,14 +86,15 @@ def by_kernels(
     needs=ALL,
     dtype=torch.float32,
     tile=SMALL,
+    backward_tile: Tile | None = None,
     **how: Any,
 ) -> tuple[Forward, Gradients]:
-    """Return what the Triton launchers return, with ``tile`` for both passes; None takes the table's."""
+    """Return what the Triton launchers return, with ``tile`` for both passes or the first; None: the table's."""
     moved = to_device(inputs, dtype)
     forward = contrastive_triton.forward(moved, chosen, tile=tile)
     weights = weights.float().to(DEVICE)
     return forward, contrastive_triton.backward(
-        weights, moved, forward.saved, chosen, needs, tile=tile, **how
+        weights, moved, forward.saved, chosen, needs, tile=backward_tile or tile, **how
     )
 
 

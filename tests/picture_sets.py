@@ -33,19 +33,20 @@ def loaded(
     loader: str,
     crops: Crops | None = None,
     batch_size: int | None = None,
+    device: torch.device = CPU,
     **settings,
 ) -> torch.Tensor:
-    """Return all pictures [n, 3, S, S] in order, as evaluation shows them or with these crops."""
+    """Return all pictures [n, 3, S, S] in order, on the CPU, as evaluation shows them or with these crops."""
     if isinstance(index, list):
         index = index_of(index)
     chosen = LoadingSettings(loader=loader, **settings)
-    plan = evaluation_plan(index, wanted, batch_size or len(index), chosen, CPU)
+    plan = evaluation_plan(index, wanted, batch_size or len(index), chosen, device)
     if crops is not None:
         work = Work(0, np.arange(len(index)), crops)
         plan = Plan(index, wanted, chosen, lambda _: work, range(1), len(index))
     images, rows = zip(*load(plan), strict=True)
     assert torch.cat(rows).tolist() == list(range(len(index)))
-    return torch.cat(images)
+    return torch.cat(images).cpu()
 
 
 def levels(image: torch.Tensor, wanted: PictureFormat) -> torch.Tensor:

@@ -6,14 +6,28 @@ single process's result on the concatenation: values as they are, features' grad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
+import ranks_forms
 import torch
 import torch.distributed as dist
-from loss_calls import OPTIONS, WEIGHTS, in_float64, problem, without_teacher
+from loss_calls import OPTIONS, WEIGHTS, without_teacher
+from ranks_batches import (
+    EXACT,
+    call,
+    compare,
+    evenly,
+    expected,
+    meshes,
+    named,
+    part,
+    part_of,
+    unevenly,
+    whole_batch,
+)
 from three_runs import error
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,113 +35,12 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.rank_worker import products_taken, received
 from tracer._mesh import MeshShape
 from tracer.kernels.contrastive import Needs
-from tracer.losses import ClipLoss, MPMNCELoss, TracerLoss
-from tracer.ops import ContrastiveOutput, contrastive_loss
-
-ROWS = ("image", "teacher_image", "labels")
-COLUMNS = ("text", "teacher_text", "text_labels")
-# The single process's result is met to this in float64, relative to its norm.
-EXACT = 1e-12
-
-
-# ----------------------------------------------------------------------------------------------------------
-# A batch in parts
-# ----------------------------------------------------------------------------------------------------------
-
-
-def evenly(total: int) -> list[int]:
-    """Return the sizes of equal parts, the rank's rows, of so many rows."""
-    ranks = dist.get_world_size()
-    assert total % ranks == 0
-    return [total // ranks] * ranks
-
-
-def unevenly(total: int, empty: int | None = None) -> list[int]:
-    """Return unequal sizes; rank ``empty`` gets none."""
-    ranks = dist.get_world_size()
-    sizes = [0 if rank == empty else 1 + 2 * rank for rank in range(ranks)]
-    sizes[-1 if empty != ranks - 1 else 0] += total - sum(sizes)
-    assert min(sizes) >= 0
-    return sizes
-
-
-def part(x: Tensor, sizes: list[int]) -> Tensor:
-    """Return this rank's rows."""
-    return x.split(sizes)[dist.get_rank()]
-
-
-def part_of(kwargs: dict[str, Any], rows: list[int], columns: list[int]) -> dict[str, Any]:
-    """Return this rank's part of a call."""
-    mine = dict(kwargs)
-    mine |= {name: part(kwargs[name], rows) for name in ROWS if name in kwargs}
-    return mine | {name: part(kwargs[name], columns) for name in COLUMNS if name in kwargs}
-
-
-def call(
-    kwargs: dict[str, Any], needs: tuple[str, ...] = Needs._fields, **how: Any
-) -> tuple[ContrastiveOutput, dict[str, Tensor]]:
-    """Return the output of a call and the gradients of its loss by name."""
-    kwargs = dict(kwargs)
-    leaves = {name: kwargs.pop(name).clone().requires_grad_(name in needs) for name in Needs._fields}
-    output = contrastive_loss(*leaves.values(), **kwargs, **how)
-    if needs:
-        (1.5 * output.loss).backward()
-    return output, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-
-
-def named(output: ContrastiveOutput, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return everything that is compared."""
-    return {"loss": output.loss, **output.terms, **output.stats, **gradients}
-
-
-def expected(
-    kwargs: dict[str, Any], rows: list[int], columns: list[int], needs: tuple[str, ...], **how: Any
-) -> dict[str, Tensor]:
-    """Return what this rank must get, worked out in one process."""
-    output, gradients = call(kwargs, needs, **how)
-    ranks = dist.get_world_size()
-    sizes = {"image": rows, "text": columns}
-    mine = {name: ranks * part(g, sizes[name]) if name in sizes else g for name, g in gradients.items()}
-    return named(output, mine)
-
-
-def compare(
-    kwargs: dict[str, Any],
-    rows: list[int],
-    columns: list[int],
-    mesh: MeshShape,
-    impl: str,
-    needs: tuple[str, ...] = Needs._fields,
-) -> None:
-    """Assert that the ranks get what one process gets: in float64 to 1e-12, else with twice its error at most."""
-    truth = expected(in_float64(kwargs), rows, columns, needs, impl="eager")
-    mine = part_of(kwargs, rows, columns)
-    got = named(*call(mine, needs, impl=impl, group=dist.group.WORLD, mesh=mesh))
-    again = named(*call(mine, needs, impl=impl, group=dist.group.WORLD, mesh=mesh))
-    assert got.keys() == truth.keys()
-    one = None
-    if kwargs["image"].dtype != torch.float64:
-        one = expected(kwargs, rows, columns, needs, impl=impl)
-    for name, exact in truth.items():
-        assert torch.equal(got[name], again[name]), f"{name} differs when the call is repeated"
-        allowed = EXACT if one is None else 2 * error(one[name], exact) + 1e-6
-        assert error(got[name], exact) <= allowed, f"{name}: {error(got[name], exact):.3g} > {allowed:.3g}"
-
-
-def whole_batch(n: int, m: int, classes: int = 7, **others: Any) -> dict[str, Any]:
-    """Return a call on a global batch, in which each image has a positive text and each text an image."""
-    return problem(n, m, d=16, classes=classes, **others)
-
+from tracer.losses import ClipLoss, MPMNCELoss, SigLipLoss, TracerLoss
+from tracer.ops import contrastive_loss
 
 # ----------------------------------------------------------------------------------------------------------
 # Values and gradients
 # ----------------------------------------------------------------------------------------------------------
-
-
-def meshes(ranks: int) -> Iterator[MeshShape]:
-    """Yield every shape of a mesh of so many ranks."""
-    yield from ((p, ranks // p) for p in range(1, ranks + 1) if ranks % p == 0)
-    yield "ring"
 
 
 def everything(mesh: MeshShape, impl: str) -> None:
@@ -235,12 +148,13 @@ def under_ddp() -> None:
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(8 * ranks, 12, generator=generator, dtype=torch.float64)
     text = torch.randn(8 * ranks, 9, generator=generator, dtype=torch.float64)
-    one, ours = Towers(), DistributedDataParallel(Towers())
-    ClipLoss()(*one(image, text)).backward()
-    loss = ClipLoss(rank=dist.get_rank(), world_size=ranks)
-    loss(*ours(part(image, evenly(len(image))), part(text, evenly(len(text))))).backward()
-    for (name, want), got in zip(one.named_parameters(), ours.parameters(), strict=True):
-        assert error(got.grad, want.grad) < EXACT, name
+    for make in (ClipLoss, SigLipLoss):
+        one, ours = Towers(), DistributedDataParallel(Towers())
+        make()(*one(image, text)).backward()
+        loss = make(rank=dist.get_rank(), world_size=ranks)
+        loss(*ours(part(image, evenly(len(image))), part(text, evenly(len(text))))).backward()
+        for (name, want), got in zip(one.named_parameters(), ours.parameters(), strict=True):
+            assert error(got.grad, want.grad) < EXACT, name
 
 
 def modules() -> None:
@@ -248,7 +162,7 @@ def modules() -> None:
     ranks, kwargs = dist.get_world_size(), whole_batch(24, 24, dtype=torch.float64)
     mine, sizes = part_of(kwargs, evenly(24), evenly(24)), evenly(24)
     who = {"rank": dist.get_rank(), "world_size": ranks}
-    for make in (ClipLoss, MPMNCELoss):
+    for make in (ClipLoss, MPMNCELoss, SigLipLoss):
         arguments = [[of[name] for name in ("image", "text", "logit_scale")] for of in (kwargs, mine)]
         labels = [kwargs["labels"], mine["labels"]]
         want = make()(*arguments[0], labels=labels[0])
@@ -357,6 +271,13 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "margin": (lambda mine: mine.update(margin=0.1), r"margin is 0.0 on rank 0 but 0.1 on rank \d"),
     "weight": (lambda mine: mine.update(cross=0.5), r"cross is 0.0 on rank 0 but 0.5 on rank \d"),
     "stats": (lambda mine: mine.update(stats=True), r"stats is False on rank 0 but True"),
+    "contrast": (lambda mine: mine.update(contrast="sigmoid"), r"contrast is softmax on rank 0 but sigmoid"),
+    "directions": (
+        lambda mine: mine.update(directions=(1, 0)),
+        r"directions is \(0.5, 0.5\) on rank 0 but \(1",
+    ),
+    "ignore_index": (lambda mine: mine.update(ignore_index=-1), r"ignore_index is None on rank 0 but -1"),
+    "one rank's contrast": (lambda mine: mine.update(contrast="hinge"), r"unknown contrast 'hinge'"),
     "impl": (lambda mine: mine.update(impl="eager"), r"impl is blocked on rank 0 but eager"),
     "mesh": (lambda mine: mine.update(mesh="ring"), r"mesh is \(\d, \d\) on rank 0 but ring"),
     "dtype": (halves(FEATURES, torch.float64), r"dtype is torch.float32 on rank 0 but torch.float64"),
@@ -429,4 +350,4 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
         named |= {f"compiled-{mesh}": partial(compiled, mesh) for mesh in ((2, 1), (1, 2), "ring")}
     if world_size in (2, 3):
         named |= {f"refused-{name}": partial(refused, *how) for name, how in REFUSALS.items()}
-    return named
+    return named | ranks_forms.cases(world_size)

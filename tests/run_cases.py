@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tracer.data.batches import TrainingBatches
-from tracer.errors import UserError
+from tracer.errors import Refused, UserError
 from tracer.files import aside
 from tracer.models.clip import load_clip
 from tracer.models.weights import save_weights
@@ -115,6 +116,21 @@ def equals_one_process(name: str, changes: dict[str, object], stage: int, other:
             torch.testing.assert_close(got[key], value, rtol=1e-3, atol=1e-4, msg=f"{file.name}, {key}")
 
 
+def cut_off(config: Config, batches: int) -> None:
+    """Interrupt a run on all ranks after so many batches."""
+    whole = TrainingBatches.__iter__
+
+    def some(self):
+        for n, batch in enumerate(whole(self)):
+            if n == batches:
+                raise KeyboardInterrupt
+            yield batch
+
+    with mock.patch.object(TrainingBatches, "__iter__", some), pytest.raises(KeyboardInterrupt):
+        finetune(config)
+    dist.barrier()
+
+
 def cut_and_resumed(name: str, changes: dict[str, object]) -> None:
     """A run that is cut off on all ranks ends bit for bit as one that is not."""
     changes = {"steps": 5, "save_every": 2, "output": folder() / name} | changes
@@ -122,21 +138,10 @@ def cut_and_resumed(name: str, changes: dict[str, object]) -> None:
         changes["deepspeed"] = folder() / "scale.json"
         changes["deepspeed"].write_text('{"fp16": {"initial_scale_power": 8}}')
     config = dataclasses.replace(settings(), **changes)
-    whole = TrainingBatches.__iter__
-
-    def some(self):
-        for n, batch in enumerate(whole(self)):
-            if n == 3:
-                raise KeyboardInterrupt
-            yield batch
-
-    with mock.patch.object(TrainingBatches, "__iter__", some), pytest.raises(KeyboardInterrupt):
-        finetune(config)
-    dist.barrier()
+    cut_off(config, 3)
     checkpoint = aside(config.output) / "checkpoint-2"
-    assert {p.name for p in checkpoint.glob("rank-*.pt")} == {
-        f"rank-{rank}.pt" for rank in range(dist.get_world_size())
-    }
+    parts = {f"rank-{rank}.safetensors" for rank in range(dist.get_world_size())}
+    assert {p.name for p in checkpoint.glob("rank-*")} == parts
     run = finetune(config)
     other = finetune(dataclasses.replace(config, output=folder() / f"{name}-whole", save_every=500))
     dist.barrier()
@@ -144,6 +149,45 @@ def cut_and_resumed(name: str, changes: dict[str, object]) -> None:
         assert file.read_bytes() == (other / file.name).read_bytes(), file.name
     assert [row["loss"] for row in read_log(run)] == [row["loss"] for row in read_log(other)]
     assert not list(run.glob("checkpoint*"))
+
+
+def in_a_process_of_its_own(part: str, configs: list[Config]) -> None:
+    """Cut runs off ("cut") or end them ("go on") in one process without ranks."""
+    if dist.get_rank() == 0:
+        files = []
+        for config in configs:
+            files.append(folder() / f"{config.output.name}.yaml")
+            files[-1].write_text(config.to_yaml())
+        alone = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+        command = [sys.executable, str(Path(__file__).with_name("alone_runs.py")), part, *map(str, files)]
+        done = subprocess.run(command, env=alone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    dist.barrier()
+
+
+def on_other_numbers_of_ranks() -> None:
+    """A run begun on two ranks ends on one, or the other way round, as the unbroken run on two does."""
+    changes = {"steps": 4, "save_every": 2}
+    methods = ((0, {}), (1, {}), (2, {"adapters": True}), (3, {}))
+    runs = [
+        dataclasses.replace(settings(), zero_stage=z, output=folder() / f"other-{z}", **changes, **method)
+        for z, method in methods
+    ]
+    for config in runs[::2]:
+        cut_off(config, 3)
+    in_a_process_of_its_own("go on", runs[::2])
+    in_a_process_of_its_own("cut", runs[1::2])
+    for config in runs[1::2]:
+        finetune(config)
+    for config in runs:
+        whole = finetune(dataclasses.replace(config, output=folder() / f"unbroken-{config.zero_stage}"))
+        dist.barrier()
+        assert [row["step"] for row in read_log(config.output)] == [1, 2, 3, 4]
+        for file in sorted(whole.glob("*.safetensors")):
+            got = load_file(config.output / file.name)
+            for key, value in load_file(file).items():
+                gap = (got[key].double() - value.double()).norm() / value.double().norm().clamp(min=1)
+                assert float(gap) < 1e-6, f"stage {config.zero_stage}, {file.name}, {key}: {float(gap)}"
 
 
 def masters(precision: str, stage: int) -> None:
@@ -172,6 +216,35 @@ def refused() -> None:
     ):
         finetune(dataclasses.replace(config, **resnet))
     assert finetune(dataclasses.replace(config, **resnet, lock_batchnorm=True, steps=2, warmup=0))
+
+
+def disagreeing() -> None:
+    """A rank with other settings is named before anything is trained, and later the pairs that are not finite."""
+    here = dist.get_rank()
+    config = dataclasses.replace(settings(), output=folder() / "disagreeing", lr=1e-4 * (1 + here))
+    with pytest.raises(UserError) as e:
+        finetune(config)
+    says = (
+        r"rank 1 on host \S+ differs from rank 0 in --lr \(on rank 0 0.0001, here 0.0002\): start all ranks"
+    )
+    assert isinstance(e.value, Refused) if here == 0 else re.match(says, str(e.value))
+    dist.barrier()
+    assert not aside(config.output).exists()
+    bad = "7.png"  # in the first batch of some rank
+    original = TrainingBatches.__iter__
+
+    def spoiled(self):
+        for batch in original(self):
+            numbers = batch.index.tolist()
+            rows = [n for n, i in enumerate(numbers) if self._index.id(i).endswith(f"/{bad}")]
+            batch.image[rows] = math.nan
+            yield batch
+
+    config = dataclasses.replace(config, lr=1e-4, batch_size=40, max_skipped=2, steps=4)
+    with mock.patch.object(TrainingBatches, "__iter__", spoiled), pytest.raises(UserError) as e:
+        finetune(config)
+    says = rf".*in 2 steps in a row; .* step 2, batch 2 with '.*/{bad}', whose features are not finite: lower"
+    assert isinstance(e.value, Refused) or re.match(says, str(e.value)), e.value
 
 
 TRACER: dict[str, object] = {}
@@ -206,4 +279,5 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
         table[f"resumed-{name}"] = partial(cut_and_resumed, f"resumed-{name}", changes)
     for precision, stage in (("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2), ("fp16", 2), ("bf16", 3)):
         table[f"masters-{precision}-stage{stage}"] = partial(masters, precision, stage)
+    table |= {"other-numbers-of-ranks": on_other_numbers_of_ranks, "disagreeing": disagreeing}
     return table | {"refused": refused}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from benchmarks import published
 from tracer.kernels.contrastive import TERMS
-from tracer.losses import ClipLoss, MPMNCELoss, TracerLoss
+from tracer.losses import ClipLoss, MPMNCELoss, SigLipLoss, TracerLoss
 from tracer.ops import contrastive_loss
 
 
@@ -53,6 +53,140 @@ def test_clip_loss_takes_open_clips_arguments():
     ours = inspect.signature(ClipLoss.forward).parameters
     assert list(ours)[: len(theirs)] == list(theirs)
     assert list(ours)[len(theirs) :] == ["labels"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# SigLipLoss: what open_clip's own tests check of its loss (tests/test_siglip_chunked_loss.py there, and how a
+# chunk's size, a locked tower, autocast and a missing bias change nothing).
+
+
+def siglip_leaves(n=64, m=64, needs=(1, 1, 1, 1), dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda rows: F.normalize(torch.randn(rows, 32, generator=generator, dtype=torch.float64), dim=1)  # noqa: E731
+    tensors = (draw(n), draw(m), torch.tensor(10.0), torch.tensor(-10.0))
+    return [x.to(dtype).requires_grad_(bool(need)) for x, need in zip(tensors, needs, strict=True)]
+
+
+def written_out(u, v, scale, bias=0.0, negative_only=False):
+    logits = scale * u @ v.T + bias
+    y = -torch.ones_like(logits)
+    if not negative_only:
+        y.diagonal().fill_(1)
+    return -F.logsigmoid(y * logits).sum() / len(u)
+
+
+def test_siglip_loss_takes_open_clips_arguments():
+    theirs = inspect.signature(open_clip.loss.SigLipLoss.__init__).parameters
+    ours = inspect.signature(SigLipLoss.__init__).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert list(ours)[len(theirs)] == "chunk_size"  # of open_clip's next release
+    assert all(ours[name].default == parameter.default for name, parameter in theirs.items())
+    theirs = inspect.signature(open_clip.loss.SigLipLoss.forward).parameters
+    assert list(inspect.signature(SigLipLoss.forward).parameters) == [*theirs, "labels"]
+
+
+@pytest.mark.parametrize("impl", ["eager", "blocked"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_siglip_loss_equals_open_clips(impl, dtype, tolerance):
+    leaves = siglip_leaves(dtype=dtype)
+    theirs = open_clip.loss.SigLipLoss()(*leaves)
+    assert_same_gradients(SigLipLoss(impl=impl)(*leaves), theirs, leaves, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 1, 7, 64])
+@pytest.mark.parametrize("negative_only", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(19, 19), (19, 11), (11, 19)])
+@pytest.mark.parametrize("needs", [(1, 1, 1, 1), (0, 1, 1, 1), (1, 0, 1, 1), (0, 0, 1, 1)])
+def test_a_block_of_any_shape(chunk_size, negative_only, n, m, needs):
+    leaves = siglip_leaves(n, m, needs)
+    asked = [x for x in leaves if x.requires_grad]
+    got = SigLipLoss(chunk_size=chunk_size)._loss(*leaves, negative_only=negative_only)
+    expected = written_out(*leaves, negative_only=negative_only)
+    assert_same_gradients(got, expected, asked, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_siglip_loss_under_autocast_and_without_a_bias(with_bias, enabled):
+    leaves = siglip_leaves(35, 35)[: 3 + with_bias]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        plain, chunked = SigLipLoss()(*leaves), SigLipLoss(chunk_size=8)(*leaves)
+    assert_same_gradients(chunked, plain, leaves, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(plain, written_out(*leaves), leaves, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_siglip_loss_of_large_logits_in_low_precision(dtype):
+    """All pairs of logit 10: their sum exceeds float16's range, the loss is float32's."""
+    zeros = torch.zeros(256, 8, dtype=dtype, requires_grad=True)
+    bias = torch.full((), 10, dtype=dtype)
+    loss = SigLipLoss()(zeros, zeros, torch.ones((), dtype=dtype), bias)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(
+        loss, written_out(zeros.float(), zeros.float(), 1.0, 10.0), rtol=2e-4, atol=2e-3
+    )
+    loss.backward()
+    assert zeros.grad.isfinite().all()
+
+
+def test_siglip_loss_without_a_graph_and_as_a_dictionary():
+    leaves = siglip_leaves()
+    with torch.no_grad():
+        loss = SigLipLoss(chunk_size=7)(*leaves, output_dict=True)["contrastive_loss"]
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, SigLipLoss()(*leaves).detach())
+
+
+@pytest.mark.parametrize("dist_impl", ["bidir", "shift", "reduce", "gather", None])
+def test_siglip_loss_accepts_each_exchange(dist_impl):
+    assert SigLipLoss(dist_impl=dist_impl).dist_impl == (dist_impl or "bidir")
+
+
+def test_siglip_loss_with_labels():
+    leaves, labels = siglip_leaves(), torch.arange(64) % 7
+    expected = contrastive_loss(
+        *leaves[:3], contrast="sigmoid", logit_bias=leaves[3], labels=labels, impl="eager"
+    ).loss
+    torch.testing.assert_close(SigLipLoss()(*leaves, labels=labels), expected)
+
+
+def test_what_siglip_loss_refuses():
+    with pytest.raises(
+        ValueError, match="unknown dist_impl 'ring'; choose one of bidir, shift, reduce, gather"
+    ):
+        SigLipLoss(dist_impl="ring")
+    with pytest.raises(ValueError, match="chunk_size must be >= 0, got -1"):
+        SigLipLoss(chunk_size=-1)
+    with pytest.raises(ValueError, match="SigLipLoss: world_size = 2, but there is no process group"):
+        SigLipLoss(world_size=2)(*siglip_leaves())
+
+
+def test_one_direction_of_the_clip_loss():
+    student, _ = pairs()
+    both, rows, cols = (ClipLoss(directions=d)(*student) for d in ((0.5, 0.5), (1, 0), (0, 1)))
+    torch.testing.assert_close(both, 0.5 * (rows + cols))
+    assert MPMNCELoss(directions=(1, 0)).directions == (1, 0)
+
+
+def test_tracer_loss_takes_every_form():
+    student, teacher = pairs()
+    labels = torch.arange(48) % 7
+    labels[:4] = -1
+    bias = torch.tensor(-5.0, dtype=torch.float64, requires_grad=True)
+    weights = {"relational": 0.9, "interactive": 0.9, "cross": 0.9, "feature": 1800.0}
+    given = {"teacher_image": teacher[0], "teacher_text": teacher[1], "teacher_logit_scale": teacher[2]}
+    for form, biases in (
+        ({"contrast": "sigmoid"}, {"logit_bias": bias, "teacher_logit_bias": -4.0}),
+        ({"directions": (1.0, 0.0), "ignore_index": -1}, {}),
+    ):
+        loss = TracerLoss(**form)(*student, teacher=teacher, labels=labels, **biases).loss
+        expected = contrastive_loss(
+            *student, labels=labels, **given, **weights, **form, **biases, impl="eager"
+        ).loss
+        leaves = [*student, *([bias] if biases else [])]
+        assert_same_gradients(loss, expected, leaves, rtol=1e-9, atol=1e-9)
+    unused = TracerLoss()(*student, teacher=teacher, labels=labels, logit_bias=bias).loss
+    assert unused == TracerLoss()(*student, teacher=teacher, labels=labels).loss
 
 
 def test_dictionary_of_losses():

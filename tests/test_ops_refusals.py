@@ -51,6 +51,31 @@ REFUSALS = {
         {"impl": "triton", "image": torch.zeros(9, 12), "text": torch.zeros(9, 12)},
         "'triton' needs D to be a multiple of 8, got D = 12; use impl='blocked'",
     ),
+    "contrast": ({"contrast": "hinge"}, "unknown contrast 'hinge'; choose one of softmax, sigmoid"),
+    "a sigmoid's smoothing": (
+        {"contrast": "sigmoid", "smoothing": 0.1},
+        "smoothing = 0.1 has no meaning for contrast='sigmoid'.*use smoothing=0",
+    ),
+    "a sigmoid's directions": (
+        {"contrast": "sigmoid", "directions": (1, 0)},
+        r"directions = \(1, 0\) have no meaning for contrast='sigmoid'.*leave them out",
+    ),
+    "a bias of softmaxes": ({"logit_bias": -10.0}, "logit_bias changes no softmax; use contrast='sigmoid'"),
+    "a teacher's bias of softmaxes": ({"teacher_logit_bias": 1.0}, "teacher_logit_bias changes no softmax"),
+    "logit_bias": (
+        {"contrast": "sigmoid", "logit_bias": torch.ones(3)},
+        "logit_bias must hold one element",
+    ),
+    "directions of weight 0": ({"directions": (0, 0)}, r"two finite weights >= 0, .*, got \(0, 0\)"),
+    "a negative direction": ({"directions": (1, -1)}, r"two finite weights >= 0, .*, got \(1, -1\)"),
+    "directions nan": ({"directions": (math.nan, 1)}, "two finite weights >= 0"),
+    "one direction": ({"directions": (1,)}, r"two finite weights >= 0, .*, got \(1,\)"),
+    "a number for directions": ({"directions": 0.5}, "two finite weights >= 0, .*, got 0.5"),
+    "ignore_index without labels": ({"ignore_index": -1}, "ignore_index needs labels; pass them"),
+    "ignore_index": (
+        {"ignore_index": 0.5, "labels": torch.zeros(9, dtype=torch.long)},
+        "ignore_index must be an integer or None, got 0.5",
+    ),
     "integers": (
         {"image": torch.zeros(9, 16).long(), "text": torch.zeros(9, 16).long()},
         "cast the features",

@@ -33,7 +33,7 @@ from zero_run import (
     train_step,
 )
 
-from tracer._average_zero import OPTIMIZER_ATTRIBUTES, PARAMETER_ATTRIBUTES
+from tracer._zero_masters import OPTIMIZER_ATTRIBUTES, PARAMETER_ATTRIBUTES
 from tracer.teacher import WMA, MovingAverageTeacher, Uniform, build_teacher
 
 STAGES = (0, 1, 2, 3)

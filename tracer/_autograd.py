@@ -35,28 +35,29 @@ from tracer.kernels.contrastive import (
 _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", int: "SymInt"}
 
 
-def _schema(*records: type) -> str:
-    """Return the arguments of a schema: every field of the records, in order; those of Needs by ``needs_…``."""
+def schema(*records: type) -> str:
+    """Return the arguments of a schema: every field of the records, in order; those of needs by ``needs_…``."""
     fields = [
-        f"{_SCHEMA_TYPES[hint]} {'needs_' if record is Needs else ''}{name}"
+        f"{_SCHEMA_TYPES[hint]} {'needs_' if record.__name__.endswith('Needs') else ''}{name}"
         for record in records
         for name, hint in get_type_hints(record).items()
     ]
     return ", ".join(fields)
 
 
-def _records(values: Iterable[Any], *records: Any) -> list[Any]:
+def records(values: Iterable[Any], *records: Any) -> list[Any]:
     """Build the records from their flat fields."""
     values = iter(values)
     return [record(*islice(values, len(record._fields))) for record in records]
 
 
-def implementation(impl: str) -> ModuleType:
+def implementation(impl: str, form: str = "softmax") -> ModuleType:
     """Return the module of an implementation; the first call that needs Triton imports it."""
-    return importlib.import_module(f"tracer.kernels.{IMPLEMENTATIONS[impl].module}")
+    module = IMPLEMENTATIONS[impl].module
+    return importlib.import_module(f"tracer.kernels.{module if form == 'softmax' else f'{form}_{impl}'}")
 
 
-def _without_autocast(kind: str) -> AbstractContextManager[None]:
+def without_autocast(kind: str) -> AbstractContextManager[None]:
     """Switch autocast off on this kind of device, where it exists at all."""
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
@@ -76,44 +77,58 @@ def rectangle_statistics(impl: str, inputs: Inputs, options: Options) -> tuple[T
 
 
 def rectangle_gradients(
-    impl: str, grad_terms: Tensor, inputs: Inputs, saved: Saved, options: Options, needs: Needs, whole: Whole
+    impl: str,
+    grad_terms: Tensor,
+    inputs: Inputs,
+    saved: Saved,
+    options: Options,
+    needs: Needs,
+    whole: Whole,
+    weights: Tensor | None = None,
 ) -> Gradients:
-    """Return the gradients of ``grad_terms · terms`` through a rectangle of the matrix of size ``whole``."""
-    values = iter(_backward(impl, grad_terms, *inputs, *saved, *options, *needs, *whole))
+    """Return the gradients of ``grad_terms · terms`` through a rectangle of the matrix of size ``whole``.
+
+    ``weights`` [2]: what a row and a column of that matrix weigh in a term; None if the rectangle is all of it.
+    """
+    values = iter(_backward(impl, grad_terms, *inputs, *saved, *options, *needs, *whole, weights))
     return Gradients(*(next(values) if need else None for need in needs))
 
 
 def _run_forward(impl: str, *arguments: Any) -> tuple[Tensor, ...]:
-    inputs, options = _records(arguments, Inputs, Options)
-    with _without_autocast(inputs.image.device.type):
+    inputs, options = records(arguments, Inputs, Options)
+    with without_autocast(inputs.image.device.type):
         return tuple(implementation(impl).forward(inputs, options))
 
 
 def _fake_forward(impl: str, *arguments: Any) -> tuple[Tensor, ...]:
-    inputs, options = _records(arguments, Inputs, Options)
+    inputs, options = records(arguments, Inputs, Options)
     image, dtype = inputs.image, accumulation_dtype(inputs.image)
     measured = len(diagnostic_names(inputs.has_teacher)) if options.stats else 0
     return tuple(
         Forward(
             terms=image.new_empty(len(TERMS), dtype=dtype),
             row_stats=image.new_empty(len(Statistics._fields), image.shape[0], dtype=dtype),
-            col_stats=image.new_empty(len(Statistics._fields), inputs.text.shape[0], dtype=dtype),
+            col_stats=image.new_empty(
+                0 if options.one_way else len(Statistics._fields), inputs.text.shape[0], dtype=dtype
+            ),
             diagnostics=image.new_empty(measured, dtype=dtype),
         )
     )
 
 
 def _run_backward(impl: str, grad_terms: Tensor, *arguments: Any) -> list[Tensor]:
-    inputs, saved, options, needs, whole = _records(arguments, Inputs, Saved, Options, Needs, Whole)
+    values = iter(arguments)
+    inputs, saved, options, needs, whole = records(values, Inputs, Saved, Options, Needs, Whole)
+    weights = next(values, None)
     if not (len(inputs.image) and len(inputs.text)):  # a rank without a batch
         return [torch.zeros_like(x) for x in _needed(inputs, needs)]
-    with _without_autocast(inputs.image.device.type):
-        gradients = implementation(impl).backward(grad_terms, inputs, saved, options, needs, whole)
+    with without_autocast(inputs.image.device.type):
+        gradients = implementation(impl).backward(grad_terms, inputs, saved, options, needs, whole, weights)
     return [gradient for gradient, need in zip(gradients, needs, strict=True) if need]
 
 
 def _fake_backward(impl: str, grad_terms: Tensor, *arguments: Any) -> list[Tensor]:
-    inputs, _, _, needs, _ = _records(arguments, Inputs, Saved, Options, Needs, Whole)
+    inputs, _, _, needs, _ = records(arguments, Inputs, Saved, Options, Needs, Whole)
     return [x.new_empty(x.shape) for x in _needed(inputs, needs)]
 
 
@@ -122,23 +137,25 @@ def _needed(inputs: Inputs, needs: Needs) -> list[Tensor]:
 
 
 def _run_statistics(impl: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-    inputs, options = _records(arguments, Inputs, Options)
+    inputs, options = records(arguments, Inputs, Options)
     image, dtype = inputs.image, accumulation_dtype(inputs.image)
     names = statistic_names(options, inputs.has_teacher)
     if len(image) and len(inputs.text):
-        with _without_autocast(image.device.type):
-            sides = implementation(impl).statistics(inputs, options)
+        with without_autocast(image.device.type):
+            rows, cols = implementation(impl).statistics(inputs, options)
     else:  # a rank without a batch
-        sides = tuple(_statistics.nothing(len(x), names, image) for x in (image, inputs.text))
-    rows, cols = (pack(side, names, dtype) for side in sides)
-    return rows, cols
+        rows, cols = (_statistics.nothing(len(x), names, image) for x in (image, inputs.text))
+    if options.one_way:
+        return pack(rows, names, dtype), image.new_empty(len(inputs.text), 0, dtype=dtype)
+    return pack(rows, names, dtype), pack(cols, names, dtype)
 
 
 def _fake_statistics(impl: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-    inputs, options = _records(arguments, Inputs, Options)
+    inputs, options = records(arguments, Inputs, Options)
     image, width = inputs.image, len(statistic_names(options, inputs.has_teacher))
     rows, cols = (
-        image.new_empty(len(x), width, dtype=accumulation_dtype(image)) for x in (image, inputs.text)
+        image.new_empty(len(x), k, dtype=accumulation_dtype(image))
+        for x, k in ((image, width), (inputs.text, 0 if options.one_way else width))
     )
     return rows, cols
 
@@ -147,19 +164,22 @@ _forward = torch.library.custom_op(
     "tracer::contrastive_loss",
     _run_forward,
     mutates_args=(),
-    schema=f"(str impl, {_schema(Inputs, Options)}) -> ({', '.join(['Tensor'] * len(Forward._fields))})",
+    schema=f"(str impl, {schema(Inputs, Options)}) -> ({', '.join(['Tensor'] * len(Forward._fields))})",
 )
 _backward = torch.library.custom_op(
     "tracer::contrastive_loss_backward",
     _run_backward,
     mutates_args=(),
-    schema=f"(str impl, Tensor grad_terms, {_schema(Inputs, Saved, Options, Needs, Whole)}) -> Tensor[]",
+    schema=(
+        f"(str impl, Tensor grad_terms, {schema(Inputs, Saved, Options, Needs, Whole)}, Tensor? weights=None) "
+        "-> Tensor[]"
+    ),
 )
 _rectangle_statistics = torch.library.custom_op(
     "tracer::contrastive_statistics",
     _run_statistics,
     mutates_args=(),
-    schema=f"(str impl, {_schema(Inputs, Options)}) -> (Tensor, Tensor)",
+    schema=f"(str impl, {schema(Inputs, Options)}) -> (Tensor, Tensor)",
 )
 _forward.register_fake(_fake_forward)
 _backward.register_fake(_fake_backward)
@@ -168,16 +188,16 @@ _rectangle_statistics.register_fake(_fake_statistics)
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.impl, *arguments = inputs
-    tensors, ctx.options = _records(arguments, Inputs, Options)
+    tensors, ctx.options = records(arguments, Inputs, Options)
     result = Forward(*output)
     ctx.save_for_backward(*tensors, *result.saved)
     ctx.mark_non_differentiable(*result.saved, result.diagnostics)
 
 
 def _differentiate(ctx: Any, grad_terms: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    inputs, saved = _records(ctx.saved_tensors, Inputs, Saved)
+    inputs, saved = records(ctx.saved_tensors, Inputs, Saved)
     _, *needs_gradient = ctx.needs_input_grad
-    asked, _ = _records(needs_gradient, Inputs, Options)
+    asked, _ = records(needs_gradient, Inputs, Options)
     needs = Needs(*(getattr(asked, name) for name in Needs._fields))
     whole = Whole(len(inputs.image), len(inputs.text))
     gradients = rectangle_gradients(ctx.impl, grad_terms, inputs, saved, ctx.options, needs, whole)

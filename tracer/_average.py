@@ -212,6 +212,19 @@ class Average:
         for saved, tensors in parts:
             for name, tensor in tensors.items():
                 tensor.copy_(saved[name])
+        self.loaded()
+
+    def part(self, name: str) -> tuple[Tensor, int] | None:
+        """Return what this process holds of the average of a parameter or buffer, a flat view to read or to write,
+        and at which element it begins; None where the average has no copy of it.
+
+        Call :meth:`loaded` after writing.
+        """
+        tensor = self.averages.get(name, self.copied.get(name))
+        return None if tensor is None else (tensor.view(-1), 0)
+
+    def loaded(self) -> None:
+        """Bring what is derived from the averages up to date, after these have been written."""
         for name, tensor in self.rounded.items():
             tensor.copy_(self.averages[name])
 

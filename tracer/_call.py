@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from tracer import _checks
 from tracer._agreement import Sizes, agree
 from tracer._mesh import Mesh, MeshShape, check_shape, mesh_of
-from tracer.kernels.contrastive import Inputs, Options, accumulation_dtype
+from tracer.kernels.contrastive import Biases, Inputs, Options, accumulation_dtype
 
 
 class Given(NamedTuple):
@@ -27,6 +27,11 @@ class Given(NamedTuple):
     teacher_image: Tensor | None
     teacher_text: Tensor | None
     teacher_logit_scale: Tensor | float | None
+    logit_bias: Tensor | float | None = None
+    teacher_logit_bias: Tensor | float | None = None
+    contrast: str = "softmax"
+    directions: tuple[float, float] = (0.5, 0.5)
+    ignore_index: int | None = None
 
 
 class Call(NamedTuple):
@@ -36,6 +41,7 @@ class Call(NamedTuple):
     inputs: Inputs
     options: Options
     teacher: tuple[Tensor, Tensor] | None  # its features in their own dtype
+    biases: Biases | None = None  # with Options.sigmoid
 
 
 def prepare(given: Given, options: Options, weights: dict[str, float], impl: str, ranks: int = 1) -> Call:
@@ -47,12 +53,17 @@ def prepare(given: Given, options: Options, weights: dict[str, float], impl: str
     """
     image, text = given.image, given.text
     _checks.check_numbers(options.margin, options.smoothing, options.teacher_temperature, weights, impl)
+    options = _checks.with_form(
+        options, given.contrast, given.directions, given.logit_bias, given.teacher_logit_bias
+    )._replace(ignore=given.ignore_index is not None)
     _checks.check_features(image, text, may_be_empty=ranks > 1)
     labels, text_labels = _checks.check_labels(image, text, given.labels, given.text_labels)
+    labels, text_labels = _checks.without_partners(labels, text_labels, given.ignore_index)
     teacher = _checks.check_teacher(image, text, given.teacher_image, given.teacher_text, weights)
-    impl = _checks.resolve(impl, image, text, ranks)
+    impl = _checks.resolve(impl, image, text, ranks, options.sigmoid)
     scale = _checks.scalar("logit_scale", given.logit_scale, image.device, accumulation_dtype(image))
-    _checks.refuse_forward_mode(impl, ranks, image, text, scale)
+    biases = _biases(given, scale, teacher is not None) if options.sigmoid else None
+    _checks.refuse_forward_mode(impl, ranks, image, text, scale, *() if biases is None else biases[:1])
     # The kernels see one dtype: autocast's if it is on, else the student's.
     dtype = image.dtype
     if dtype != torch.float64 and _checks.autocast_is_on(image):
@@ -64,7 +75,19 @@ def prepare(given: Given, options: Options, weights: dict[str, float], impl: str
         inputs = inputs._replace(
             teacher_image=teacher[0].to(dtype), teacher_text=teacher[1].to(dtype), teacher_logit_scale=sigma
         )
-    return Call(impl, inputs, options, teacher)
+    return Call(impl, inputs, options, teacher, biases)
+
+
+def _biases(given: Given, scale: Tensor, has_teacher: bool) -> Biases:
+    """Return b, 0 if it is left out, and b', the student's if it is left out."""
+    bias = 0.0 if given.logit_bias is None else given.logit_bias
+    bias = _checks.scalar("logit_bias", bias, scale.device, scale.dtype)
+    if not has_teacher:
+        return Biases(bias)
+    teacher_bias = bias if given.teacher_logit_bias is None else given.teacher_logit_bias
+    return Biases(
+        bias, _checks.scalar("teacher_logit_bias", teacher_bias, scale.device, scale.dtype).detach()
+    )
 
 
 def prepare_on_ranks(
@@ -109,12 +132,15 @@ def prepare_on_ranks(
     return call, mesh_of(group, mesh), sizes
 
 
+_DIFFERENTIABLE = ("image", "text", "logit_scale", "logit_bias")
+
+
 def _described(call: Call, given: Given, weights: dict[str, float]) -> dict[str, object]:
     """Return what must be alike on all ranks, by the names of the arguments."""
     inputs, differentiable = call.inputs, torch.is_grad_enabled()
     asks = {
         f"{name}.requires_grad": bool(differentiable and isinstance(x, Tensor) and x.requires_grad)
-        for name, x in (("image", given.image), ("text", given.text), ("logit_scale", given.logit_scale))
+        for name, x in ((name, getattr(given, name)) for name in _DIFFERENTIABLE)
     }
     presence = {
         name: "a tensor" if x is not None else "None"
@@ -133,4 +159,7 @@ def _described(call: Call, given: Given, weights: dict[str, float]) -> dict[str,
         "smoothing": call.options.smoothing,
         "teacher_temperature": call.options.teacher_temperature,
         "stats": call.options.stats,
+        "contrast": "sigmoid" if call.options.sigmoid else "softmax",
+        "directions": (call.options.image_to_text, call.options.text_to_image),
+        "ignore_index": given.ignore_index,
     }

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tracer.kernels.contrastive import IMPLEMENTATIONS
+from tracer.kernels.contrastive import IMPLEMENTATIONS, Options
 
 Labels: TypeAlias = Tensor | Sequence[int]  # a NumPy array serves as a sequence
 
 IMPLS = ("auto", *IMPLEMENTATIONS)
+CONTRASTS = ("softmax", "sigmoid")
 # Up to this many entries of the logit matrix (256 x 256, 256 KiB in float32) the definition is as fast as
 # the tiled walk on a CPU or faster, and its memory is as bounded.
 _SMALL = 2**16
@@ -41,6 +42,69 @@ def check_numbers(
     for name, weight in weights.items():
         if not 0 <= weight < math.inf:
             raise ValueError(f"contrastive_loss: weight {name} must be a finite number >= 0, got {weight}")
+
+
+def with_form(
+    options: Options,
+    contrast: str,
+    directions: tuple[float, float],
+    logit_bias: Tensor | float | None,
+    teacher_logit_bias: Tensor | float | None,
+) -> Options:
+    """Return the options with the form of the contrastive term, once it is known that they fit together."""
+    if contrast not in CONTRASTS:
+        raise ValueError(
+            f"contrastive_loss: unknown contrast {contrast!r}; choose one of {', '.join(CONTRASTS)}"
+        )
+    rows, cols = _weights(directions)
+    sigmoid = contrast == "sigmoid"
+    if sigmoid and options.smoothing:
+        raise ValueError(
+            f"contrastive_loss: smoothing = {options.smoothing} has no meaning for contrast='sigmoid', whose "
+            "targets are those of single pairs; use smoothing=0"
+        )
+    if sigmoid and (rows, cols) != (0.5, 0.5):
+        raise ValueError(
+            f"contrastive_loss: directions = {directions} have no meaning for contrast='sigmoid', which looks at "
+            "each pair once; leave them out"
+        )
+    for name, bias in (("logit_bias", logit_bias), ("teacher_logit_bias", teacher_logit_bias)):
+        if bias is not None and not sigmoid:
+            raise ValueError(
+                f"contrastive_loss: {name} changes no softmax; use contrast='sigmoid', or leave it out"
+            )
+    return options._replace(sigmoid=sigmoid, image_to_text=rows, text_to_image=cols)
+
+
+def _weights(directions: tuple[float, float]) -> tuple[float, float]:
+    """Return the weights of both directions."""
+    try:
+        rows, cols = (float(weight) for weight in directions)
+    except (TypeError, ValueError):
+        rows = cols = math.nan
+    if not (0 <= rows < math.inf and 0 <= cols < math.inf and rows + cols > 0):
+        raise ValueError(
+            "contrastive_loss: directions must be two finite weights >= 0, image to text and text to image, and "
+            f"one of them > 0, got {directions!r}"
+        )
+    return rows, cols
+
+
+def without_partners(
+    labels: Tensor | None, text_labels: Tensor | None, ignore_index: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the labels, those equal to ``ignore_index`` replaced by two that no other label equals."""
+    if ignore_index is None:
+        return labels, text_labels
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise ValueError(f"contrastive_loss: ignore_index must be an integer or None, got {ignore_index!r}")
+    if labels is None or text_labels is None:
+        raise ValueError("contrastive_loss: ignore_index needs labels; pass them, or leave it out")
+    lowest = torch.iinfo(torch.int64).min
+    return (
+        labels.masked_fill(labels == ignore_index, lowest),
+        text_labels.masked_fill(text_labels == ignore_index, lowest + 1),
+    )
 
 
 def check_features(
@@ -176,10 +240,14 @@ def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.
     return value.reshape(()).to(device=device, dtype=dtype)
 
 
-def resolve(impl: str, image: Tensor, text: Tensor, ranks: int = 1) -> str:
+def resolve(impl: str, image: Tensor, text: Tensor, ranks: int = 1, sigmoid: bool = False) -> str:
     """Return the implementation to use, once it is known that it can take these features.
 
-    ``ranks``: how many divide the logits among them; each then has a whole tile's work at any size.
+    Args:
+        impl: what was asked for.
+        image, text: the features.
+        ranks: how many divide the logits among them; each then has a whole tile's work at any size.
+        sigmoid: whether each pair is on its own, so that one walk does and the definition has no advantage.
     """
     kernels = IMPLEMENTATIONS["triton"]
     if impl == "auto":
@@ -187,7 +255,7 @@ def resolve(impl: str, image: Tensor, text: Tensor, ranks: int = 1) -> str:
         if image.device.type == "cuda" and fits:
             impl = "triton"
         else:
-            small = ranks == 1 and len(image) * len(text) <= _SMALL
+            small = ranks == 1 and not sigmoid and len(image) * len(text) <= _SMALL
             impl = "eager" if small else "blocked"
     chosen = IMPLEMENTATIONS[impl]
     if image.dtype not in chosen.dtypes:

@@ -23,8 +23,8 @@ from tracer._agreement import Sizes
 from tracer._collectives import arrived, gather
 from tracer._mesh import Mesh
 from tracer.kernels import _statistics, contrastive_eager
-from tracer.kernels._statistics import Side, Whole
-from tracer.kernels.contrastive import Inputs, Needs, Options, Saved, accumulation_dtype
+from tracer.kernels._statistics import Counted, Side, Whole
+from tracer.kernels.contrastive import Biases, Inputs, Needs, Options, Saved, accumulation_dtype
 
 
 def contrastive_terms(
@@ -35,9 +35,15 @@ def contrastive_terms(
     ``inputs`` are this rank's. An engine averages gradients over the R ranks, so those of the features, which only
     their rank has, carry the factor R; that of logit_scale, which every rank has whole, carries none.
     """
-    if impl == "eager":
-        return contrastive_eager.contrastive_terms(_gathered_with_gradient(inputs, mesh, sizes), options)
     return _Terms.apply(impl, mesh, sizes, options, *inputs)
+
+
+def by_definition(
+    inputs: Inputs, options: Options, biases: Biases | None, mesh: Mesh, sizes: Sizes
+) -> tuple[Tensor, Tensor]:
+    """Return what :func:`contrastive_terms` does by the definition, which every rank computes as a whole."""
+    everyones = _gathered_with_gradient(inputs, mesh, sizes)
+    return contrastive_eager.contrastive_terms(everyones, options, biases)
 
 
 def sum_over_ranks(x: Tensor, mesh: Mesh) -> Tensor:
@@ -55,9 +61,12 @@ class _Terms(torch.autograd.Function):
         kept = walk.inputs_of(inputs, mesh, sizes)
         rows, cols = walk.statistics(impl, kept, options, mesh, sizes)
         whole = Whole(sum(sizes.images), sum(sizes.texts))
-        terms, diagnostics = _result(rows, cols, inputs, options, mesh, whole)
-        own = Saved(*(_statistics.final_statistics(side).to(terms.dtype) for side in (rows, cols)))
-        ctx.save_for_backward(*kept, *walk.saved_of(own, mesh, sizes))
+        means = _counted(rows, cols, options, mesh, whole)
+        terms, diagnostics = _result(rows, cols, inputs, options, mesh, whole, means)
+        finals = _statistics.finals(rows, cols, options, len(inputs.text))
+        own = Saved(*(stats.to(terms.dtype) for stats in finals))
+        weights = None if options.halved else _statistics.side_weights(options, *means, own.row_stats)
+        ctx.save_for_backward(*kept, *walk.saved_of(own, mesh, sizes), weights)
         ctx.call = impl, mesh, sizes, options, whole
         ctx.mark_non_differentiable(diagnostics)
         return terms, diagnostics
@@ -67,11 +76,11 @@ class _Terms(torch.autograd.Function):
     def backward(ctx: Any, grad_terms: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         impl, mesh, sizes, options, whole = ctx.call
         tensors, fields = ctx.saved_tensors, len(Inputs._fields)
-        inputs, saved = Inputs(*tensors[:fields]), Saved(*tensors[fields:])
+        inputs, saved, weights = Inputs(*tensors[:fields]), Saved(*tensors[fields:-1]), tensors[-1]
         asked = dict(zip(Inputs._fields, ctx.needs_input_grad[4:], strict=True))
         needs = Needs(*(asked[name] for name in Needs._fields))
         walk = _ring if mesh.ring else _rectangle
-        own = walk.gradients(impl, grad_terms, inputs, saved, options, needs, mesh, sizes, whole)
+        own = walk.gradients(impl, grad_terms, inputs, saved, options, needs, mesh, sizes, whole, weights)
         dtype = inputs.image.dtype
         by_name = {"image": own.image, "text": own.text}
         by_name = {name: None if x is None else (mesh.size * x).to(dtype) for name, x in by_name.items()}
@@ -81,12 +90,23 @@ class _Terms(torch.autograd.Function):
         return None, None, None, None, *(by_name.get(name) for name in Inputs._fields)
 
 
+def _counted(rows: Side, cols: Side, options: Options, mesh: Mesh, whole: Whole) -> Counted:
+    """Return over how many rows and columns of all ranks the means run."""
+    if not options.ignore:
+        return Counted(*whole)
+    own = [
+        _statistics.counted(side, options) if side else 0 * rows["positives"].sum() for side in (rows, cols)
+    ]
+    numbers = torch.stack([x.double() for x in own if isinstance(x, Tensor)])
+    return Counted(*gather(numbers[None], [1] * mesh.size, mesh.everyone).sum(0).unbind())
+
+
 def _result(
-    rows: Side, cols: Side, inputs: Inputs, options: Options, mesh: Mesh, whole: Whole
+    rows: Side, cols: Side, inputs: Inputs, options: Options, mesh: Mesh, whole: Whole, means: Counted
 ) -> tuple[Tensor, Tensor]:
     """Return terms and diagnostics: what this rank's rows and columns add to each, summed over the ranks."""
     shift = inputs.logit_scale.double() * (options.margin / _statistics.LN2)
-    shares = _statistics.shares(rows, cols, shift, options, whole)
+    shares = _statistics.shares(rows, cols, shift, options, whole, means)
     terms, diagnostics = (
         gather(share[None], [1] * mesh.size, mesh.everyone).sum(0) if len(share) else share
         for share in shares

@@ -68,6 +68,8 @@ def statistics(impl: str, rectangle: Inputs, options: Options, mesh: Mesh, sizes
         cols = with_indices(cols, names, positions(sizes.images, mesh.row_ranks, device))
     n, m = _of(sizes.images, mesh.row_ranks), _of(sizes.texts, mesh.col_ranks)
     rows = to_owners(rows, n, mesh.rank % mesh.cols, mesh.row)
+    if options.one_way:
+        return _statistics.merge(_statistics.unpack(arrived(rows), names)), {}
     cols = to_owners(cols, m, mesh.rank // mesh.cols, mesh.col)
     return (
         _statistics.merge(_statistics.unpack(arrived(rows), names)),
@@ -89,6 +91,9 @@ def with_indices(packed: Tensor, names: tuple[str, ...], at: Tensor) -> Tensor:
 def saved_of(saved: Saved, mesh: Mesh, sizes: Sizes) -> Saved:
     """Return the final statistics of the rows and columns of the rank's rectangle."""
     rows = gather(saved.row_stats.T, _of(sizes.images, mesh.row_ranks), mesh.row)
+    if not len(saved.col_stats):  # nothing is asked of the columns
+        width = sum(_of(sizes.texts, mesh.col_ranks))
+        return Saved(arrived(rows).T.contiguous(), saved.col_stats.new_empty(0, width))
     cols = gather(saved.col_stats.T, _of(sizes.texts, mesh.col_ranks), mesh.col)
     return Saved(arrived(rows).T.contiguous(), arrived(cols).T.contiguous())
 
@@ -103,18 +108,25 @@ def gradients(
     mesh: Mesh,
     sizes: Sizes,
     whole: Whole,
+    weights: Tensor | None,
 ) -> Gradients:
     """Return the gradients of this rank's features, added up over all ranks that have a part of them.
 
     That of logit_scale is this rank's part of it.
     """
-    through = rectangle_gradients(impl, grad_terms, rectangle, saved, options, needs, whole)
+    through = rectangle_gradients(impl, grad_terms, rectangle, saved, options, needs, whole, weights)
+    image, text = of_owners(through.image, through.text, mesh, sizes, accumulation_dtype(rectangle.image))
+    return through._replace(image=image, text=text)
+
+
+def of_owners(
+    image: Tensor | None, text: Tensor | None, mesh: Mesh, sizes: Sizes, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of this rank's features in ``dtype``, from those of all rectangles' in rank order."""
     n, m = _of(sizes.images, mesh.row_ranks), _of(sizes.texts, mesh.col_ranks)
-    image, text = through.image, through.text
     if image is not None:
         image = to_owners(image, n, mesh.rank % mesh.cols, mesh.row)
     if text is not None:
         text = to_owners(text, m, mesh.rank // mesh.cols, mesh.col)
-    dtype = accumulation_dtype(rectangle.image)
     image, text = (None if x is None else arrived(x).to(dtype).sum(0) for x in (image, text))
-    return through._replace(image=image, text=text)
+    return image, text

@@ -43,17 +43,18 @@ def statistics(impl: str, inputs: Inputs, options: Options, mesh: Mesh, sizes: S
     device = inputs.image.device
     rows: Tensor | None = None
     cols: Tensor | None = None
-    for owner, block in _passing(_columns(inputs), mesh, sizes):
+    for owner, block in passing(columns(inputs), mesh, sizes):
         row_part, col_part = rectangle_statistics(impl, inputs._replace(**block), options)
         if options.stats:  # indices of the rectangle become those of the global batch
             row_part = with_indices(row_part, names, positions(sizes.texts, [owner], device))
             col_part = with_indices(col_part, names, positions(sizes.images, [mesh.rank], device))
         rows = _merged(rows, row_part, names)
+        if options.one_way:
+            continue
         follows = sizes.texts[(owner + 1) % mesh.size]
         cols = pass_on(_merged(cols, col_part, names), follows, mesh)
     assert rows is not None  # a ring has at least one block
-    assert cols is not None
-    return _statistics.unpack(rows, names), _statistics.unpack(arrived(cols), names)
+    return _statistics.unpack(rows, names), {} if cols is None else _statistics.unpack(arrived(cols), names)
 
 
 def gradients(
@@ -66,17 +67,22 @@ def gradients(
     mesh: Mesh,
     sizes: Sizes,
     whole: Whole,
+    weights: Tensor | None,
 ) -> Gradients:
     """Return the gradients of this rank's features, and its part of that of logit_scale."""
     dtype = accumulation_dtype(inputs.image)
     image = torch.zeros_like(inputs.image, dtype=dtype) if needs.image else None
     text: Tensor | None = None
     scale = torch.zeros_like(inputs.logit_scale) if needs.logit_scale else None
-    travelling = _columns(inputs) | {"col_stats": saved.col_stats.T}
-    for owner, block in _passing(travelling, mesh, sizes):
-        final = saved._replace(col_stats=block.pop("col_stats").T.contiguous())
+    travelling = columns(inputs)
+    if len(saved.col_stats):  # else nothing is asked of the columns
+        travelling["col_stats"] = saved.col_stats.T
+    for owner, block in passing(travelling, mesh, sizes):
+        final = saved
+        if "col_stats" in block:
+            final = saved._replace(col_stats=block.pop("col_stats").T.contiguous())
         rectangle = inputs._replace(**block)
-        part = rectangle_gradients(impl, grad_terms, rectangle, final, options, needs, whole)
+        part = rectangle_gradients(impl, grad_terms, rectangle, final, options, needs, whole, weights)
         if image is not None and part.image is not None:
             image += part.image
         if scale is not None and part.logit_scale is not None:
@@ -88,14 +94,14 @@ def gradients(
     return Gradients(image, None if text is None else arrived(text), scale)
 
 
-def _columns(inputs: Inputs) -> Block:
+def columns(inputs: Inputs) -> Block:
     """Return what travels: the texts and what belongs to them."""
     names = ("text", "teacher_text", "text_labels")
     block = {name: getattr(inputs, name) for name in names}
     return {name: x for name, x in block.items() if x is not None}
 
 
-def _passing(block: Block, mesh: Mesh, sizes: Sizes) -> Iterator[tuple[int, Block]]:
+def passing(block: Block, mesh: Mesh, sizes: Sizes) -> Iterator[tuple[int, Block]]:
     """Yield the owner and the content of each block that passes by, this rank's own first."""
     for step in range(mesh.size):
         owner = (mesh.rank + step) % mesh.size

@@ -30,7 +30,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 from tracer import __version__
 from tracer.data.config import IndexConfig
 from tracer.demo.across import CompareConfig
-from tracer.demo.config import DemoConfig, PretrainConfig
+from tracer.demo.config import DemoConfig, PretrainConfig, SweepConfig
 from tracer.errors import Refused, Stopped, UserError, how_to_install
 from tracer.evaluation.config import EvaluateConfig
 from tracer.options import NAMED, check_command, check_options, normalised, unknown
@@ -45,6 +45,12 @@ def _demo(config: DemoConfig) -> None:
     from tracer.demo.compare import demo
 
     print(f"report: {demo(config)}")
+
+
+def _sweep(config: SweepConfig) -> None:
+    from tracer.demo.sweep import sweep
+
+    print(f"report: {sweep(config)}")
 
 
 def _finetune(config: Config) -> None:
@@ -124,6 +130,9 @@ COMMANDS = {
     "demo": Command(
         DemoConfig, "fine-tune a small CLIP in several ways on real pictures and compare them", _demo
     ),
+    "sweep": Command(
+        SweepConfig, "compare methods, each at the setting of a grid that validation chooses", _sweep
+    ),
     "finetune": Command(Config, "fine-tune an open_clip model on your own pictures", _finetune),
     "evaluate": Command(
         EvaluateConfig, "zero-shot accuracy and calibration of a model on your own sets", _evaluate
@@ -154,15 +163,15 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    It is 0 for success, 2 for a mistake of the user, 130 for Ctrl-C and 143 for SIGTERM, which Slurm and
-    Kubernetes send. A training step that either of the two signals interrupts is finished and saved first.
+    It is 0 for success, 2 for a mistake of the user, 130 for Ctrl-C. Training that SIGTERM interrupts, which Slurm
+    and Kubernetes send, is saved and ends with 0; other work ends with 143. Ctrl-C saves first, too.
     """
     threading.excepthook = _thread_error
     try:
         with _sigterm_raises():
             run(*parse(_without_local_rank(sys.argv[1:] if argv is None else argv)))
     except Stopped as stopped:
-        return _end(f"tracer: {stopped}", 128 + stopped.signal)
+        return _end(f"tracer: {stopped}", stopped.code)
     except Refused:
         return 2
     except (UserError, argparse.ArgumentError, argparse.ArgumentTypeError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from signal import SIGTERM
+
 
 class UserError(ValueError):
     """Bad input in the rooms behind the command line, which prints its one line; the library raises ValueError."""
@@ -12,12 +14,17 @@ class Stopped(BaseException):
 
     Args:
         message: what was saved, and how to go on.
-        signal: number of the signal; the command line ends with 128 + this number, as shells do.
+        signal: number of the signal.
+        saved: whether the work so far was saved on its account.
+
+    Attributes:
+        code: the exit code: 0 where SIGTERM was obeyed and the work saved, since the system that sent it did what
+            it should; else 128 + the signal's number, as shells have it.
     """
 
-    def __init__(self, message: str, signal: int) -> None:
+    def __init__(self, message: str, signal: int, saved: bool = False) -> None:
         super().__init__(message)
-        self.signal = signal
+        self.code = 0 if saved and signal == SIGTERM else 128 + signal
 
 
 class Refused(UserError):

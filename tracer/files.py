@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -223,6 +224,15 @@ def write_json(path: Path, value: object) -> None:
         ValueError: it holds NaN or an infinite number, for which JSON has no name.
     """
     path.write_text(json.dumps(value, indent=1, allow_nan=False))
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file, read in pieces: weights may be larger than the memory that is free."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

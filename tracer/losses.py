@@ -1,7 +1,8 @@
 """Loss modules over :func:`tracer.ops.contrastive_loss`, each a few lines.
 
 ``ClipLoss`` takes the place of ``open_clip.loss.ClipLoss`` (same constructor, same call), so that
-open_clip's own training script runs with it: see ``examples/open_clip_training.py``. With
+open_clip's own training script runs with it: see ``examples/open_clip_training.py``. ``SigLipLoss`` takes that of
+``open_clip.loss.SigLipLoss``. With
 ``output_dict=True`` every module returns ``{"..._loss": tensor}`` whose values sum to the loss.
 
 Image i and text j are positives of each other where their labels are equal, without labels where i = j. The
@@ -22,49 +23,11 @@ from tracer.ops import ContrastiveOutput, contrastive_loss
 from tracer.recipes import R_ADAPTER, TRACER
 
 
-class ClipLoss(nn.Module):
-    """The CLIP loss; with labels, every pair of equal labels is a positive.
+class _Loss(nn.Module):
+    """What the drop-ins for open_clip's losses share: the ranks of the default process group."""
 
-    Constructor arguments are those of ``open_clip.loss.ClipLoss`` in the same order. ``local_loss``,
-    ``gather_with_grad`` and ``cache_labels`` choose among ways to compute the same loss there; here they
-    are accepted and change nothing.
-
-    With ``world_size`` > 1 the loss is that of the batches of all ranks of the default process group, each rank
-    passing its own, and gradients suit an engine that averages them over the ranks, as DDP, FSDP and ZeRO do: see
-    ``group`` of :func:`tracer.ops.contrastive_loss`, and ``mesh`` there.
-
-    Raises:
-        ValueError: ``use_horovod`` with several ranks; when called, a ``rank`` or ``world_size`` that is not
-            that of the default process group.
-    """
-
-    margin = 0.0
-    smoothing = 0.0
-
-    def __init__(
-        self,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-        impl: str = "auto",
-        mesh: MeshShape = None,
-    ) -> None:
-        super().__init__()
-        if world_size > 1 and use_horovod:
-            raise ValueError(
-                f"{type(self).__name__}: use_horovod is not supported; start the ranks with torch.distributed"
-            )
-        self.local_loss = local_loss
-        self.gather_with_grad = gather_with_grad
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
-        self.use_horovod = use_horovod
-        self.impl = impl
-        self.mesh = mesh
+    rank: int
+    world_size: int
 
     @property
     def _group(self) -> ProcessGroup | None:
@@ -84,6 +47,53 @@ class ClipLoss(nn.Module):
         if self.rank != dist.get_rank():
             raise ValueError(f"{name}: rank = {self.rank}, but this process is rank {dist.get_rank()}")
         return dist.group.WORLD
+
+
+class ClipLoss(_Loss):
+    """The CLIP loss; with labels, every pair of equal labels is a positive.
+
+    Constructor arguments are those of ``open_clip.loss.ClipLoss`` in the same order. ``local_loss``,
+    ``gather_with_grad`` and ``cache_labels`` choose among ways to compute the same loss there; here they
+    are accepted and change nothing.
+
+    With ``world_size`` > 1 the loss is that of the batches of all ranks of the default process group, each rank
+    passing its own, and gradients suit an engine that averages them over the ranks, as DDP, FSDP and ZeRO do: see
+    ``group`` of :func:`tracer.ops.contrastive_loss`, and ``mesh`` and ``directions`` there.
+
+    Raises:
+        ValueError: ``use_horovod`` with several ranks; when called, a ``rank`` or ``world_size`` that is not
+            that of the default process group.
+    """
+
+    margin = 0.0
+    smoothing = 0.0
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        impl: str = "auto",
+        mesh: MeshShape = None,
+        directions: tuple[float, float] = (0.5, 0.5),
+    ) -> None:
+        super().__init__()
+        if world_size > 1 and use_horovod:
+            raise ValueError(
+                f"{type(self).__name__}: use_horovod is not supported; start the ranks with torch.distributed"
+            )
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+        self.impl = impl
+        self.mesh = mesh
+        self.directions = directions
 
     def forward(
         self,
@@ -108,11 +118,113 @@ class ClipLoss(nn.Module):
             smoothing=self.smoothing,
             group=self._group,
             mesh=self.mesh,
+            directions=self.directions,
             impl=self.impl,
         ).loss
         if isinstance(logit_bias, Tensor):
             loss = loss + 0.0 * logit_bias.sum().to(loss)  # in the graph, as a distributed wrapper expects it
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(_Loss):
+    """The SigLIP loss (arXiv 2303.15343): a sigmoid of each pair; with labels, equal ones make positives.
+
+    Constructor arguments are those of ``open_clip.loss.SigLipLoss`` in the same order. ``cache_labels``,
+    ``dist_impl`` and ``chunk_size`` choose among ways to compute the same loss there; here they are accepted and
+    change nothing, for no matrix of logits is stored.
+
+    With ``world_size`` > 1 the loss is that of the batches of all ranks of the default process group, divided by
+    all their rows. It is the same on every rank, where open_clip's divides what a rank's images add by the rank's
+    rows; the gradients that an averaging engine makes of both are equal. ``mesh="ring"`` sends texts and their
+    gradients round the ranks, as open_clip's does.
+
+    Raises:
+        ValueError: an unknown ``dist_impl`` or a negative ``chunk_size``; when called, a ``rank`` or
+            ``world_size`` that is not that of the default process group.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+        impl: str = "auto",
+        mesh: MeshShape = None,
+    ) -> None:
+        super().__init__()
+        exchanges = ("bidir", "shift", "reduce", "gather")
+        if dist_impl is not None and dist_impl not in exchanges:
+            raise ValueError(
+                f"SigLipLoss: unknown dist_impl {dist_impl!r}; choose one of {', '.join(exchanges)}"
+            )
+        if chunk_size < 0:
+            raise ValueError(f"SigLipLoss: chunk_size must be >= 0, got {chunk_size}")
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+        self.chunk_size = chunk_size
+        self.impl = impl
+        self.mesh = mesh
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+        labels: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the loss of normalised features [N, D]; ``labels`` [N], integer, name the class of each pair.
+
+        ``logit_scale`` and ``logit_bias`` are numbers or tensors of one element, which get their gradients.
+        """
+        loss = self._of(image_features, text_features, logit_scale, logit_bias, labels, labels, self._group)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _loss(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        negative_only: bool = False,
+    ) -> Tensor:
+        """Return the loss of one block of pairs, as open_clip's method of this name, which its callers use.
+
+        Image i and text i belong together, or with ``negative_only`` no pair does; N may differ from M.
+        """
+        n, m, device = len(image_features), len(text_features), image_features.device
+        labels, text_labels = torch.arange(n, device=device), torch.arange(m, device=device)
+        if negative_only:
+            text_labels = text_labels + n
+        return self._of(image_features, text_features, logit_scale, logit_bias, labels, text_labels, None)
+
+    def _of(
+        self,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None,
+        labels: Tensor | None,
+        text_labels: Tensor | None,
+        group: ProcessGroup | None,
+    ) -> Tensor:
+        return contrastive_loss(
+            image,
+            text,
+            logit_scale,
+            labels=labels,
+            text_labels=text_labels,
+            contrast="sigmoid",
+            logit_bias=logit_bias,
+            group=group,
+            mesh=self.mesh if group is not None else None,
+            impl=self.impl,
+        ).loss
 
 
 class MPMNCELoss(ClipLoss):
@@ -125,7 +237,7 @@ class MPMNCELoss(ClipLoss):
         self,
         margin: float = R_ADAPTER.margin,
         smoothing: float = R_ADAPTER.smoothing,
-        **options: bool | int | str,
+        **options: bool | int | str | tuple[float, float],
     ) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
         self.margin = margin
@@ -143,6 +255,8 @@ class TracerLoss(nn.Module):
         projection_product, projection_orthogonal: λ_F, λ_O.
         margin, smoothing: δ, ε of the contrastive term (MPM-NCE).
         teacher_temperature: divides the teacher's logits.
+        contrast, directions, ignore_index: the form of the contrastive term, the weights of both directions, and
+            the label of what has no partner.
         impl, group, mesh: see :func:`tracer.ops.contrastive_loss`. The penalties on the projections are the same
             on every rank, and their gradients carry no factor.
     """
@@ -162,6 +276,9 @@ class TracerLoss(nn.Module):
         impl: str = "auto",
         group: ProcessGroup | None = None,
         mesh: MeshShape = None,
+        contrast: str = "softmax",
+        directions: tuple[float, float] = (0.5, 0.5),
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__()
         self.distill_weights = {
@@ -179,6 +296,9 @@ class TracerLoss(nn.Module):
             "impl": impl,
             "group": group,
             "mesh": mesh,
+            "contrast": contrast,
+            "directions": directions,
+            "ignore_index": ignore_index,
         }
 
     def forward(
@@ -192,6 +312,8 @@ class TracerLoss(nn.Module):
         projections: tuple[Tensor, Tensor] | None = None,
         stats: bool = False,
         output_dict: bool = False,
+        logit_bias: Tensor | float | None = None,
+        teacher_logit_bias: Tensor | float | None = None,
     ) -> ContrastiveOutput | dict[str, Tensor]:
         """Return the loss, its unweighted terms and, on request, diagnostics.
 
@@ -203,11 +325,16 @@ class TracerLoss(nn.Module):
                 of open_clip's ``visual.proj`` and ``text_projection`` (of a Linear: its ``weight.T``).
                 Without them no penalty is taken.
             output_dict: return the *weighted* terms, named ``..._loss``, in a dictionary.
+            logit_bias, teacher_logit_bias: b and b' of the sigmoid; with softmaxes, which no bias changes, they
+                are accepted and have no part in the loss.
         """
         weights = self.distill_weights if teacher is not None else dict.fromkeys(self.distill_weights, 0.0)
         teacher_image, teacher_text, teacher_logit_scale = (
             teacher if teacher is not None else (None, None, None)
         )
+        biases = {"logit_bias": logit_bias, "teacher_logit_bias": teacher_logit_bias}
+        if self.options["contrast"] == "softmax":
+            biases = {}
         loss, terms, measured = contrastive_loss(
             image_features,
             text_features,
@@ -218,6 +345,7 @@ class TracerLoss(nn.Module):
             teacher_text=teacher_text,
             teacher_logit_scale=teacher_logit_scale,
             stats=stats,
+            **biases,  # type: ignore[arg-type]
             **weights,  # type: ignore[arg-type]
             **self.options,  # type: ignore[arg-type]
         )

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from tracer import _autograd, _mesh, _ranks
+from tracer import _autograd, _mesh, _ranks, _sigmoid
 from tracer._call import Call, Given, prepare, prepare_on_ranks
 from tracer._checks import Labels
 from tracer.diagnostics import named_diagnostics, sampled_diagnostics
 from tracer.kernels import average_foreach, contrastive_eager
 from tracer.kernels._tensor_lists import Table as AverageTable
-from tracer.kernels.contrastive import TERMS, Options
+from tracer.kernels.contrastive import TERMS, Options, transposed
 
 __all__ = ["AverageTable", "ContrastiveOutput", "average_", "contrastive_loss", "sampled_diagnostics"]
 
@@ -66,6 +66,11 @@ def contrastive_loss(
     mesh: _mesh.MeshShape = None,
     impl: str = "auto",
     stats: bool = False,
+    contrast: str = "softmax",
+    logit_bias: Tensor | float | None = None,
+    teacher_logit_bias: Tensor | float | None = None,
+    directions: tuple[float, float] = (0.5, 0.5),
+    ignore_index: int | None = None,
 ) -> ContrastiveOutput:
     """Return the multi-positive contrastive loss with optional margin and distillation.
 
@@ -105,12 +110,28 @@ def contrastive_loss(
             on one the squarest mesh. ``impl="eager"`` gathers everything, whatever the mesh.
         impl: ``"auto"``, ``"triton"``, ``"blocked"`` or ``"eager"``; see the top of this file.
         stats: also measure the diagnostics.
+        contrast: ``"softmax"`` over rows and columns (CLIP), or ``"sigmoid"`` of each pair (SigLIP, arXiv
+            2303.15343): mean over rows of Σ_j softplus(−y_ij (z_ij + b)), y = 1 for positives and −1 for the rest.
+            The relational term is then the divergence of the pairs' probabilities, teacher from student; the
+            other distillation terms and the diagnostics take softmaxes still. A margin raises the negatives;
+            smoothing and directions are refused.
+        logit_bias: b of the sigmoid, a number or a tensor of one element, which gets its gradient; 0 if left out.
+        teacher_logit_bias: b' of the teacher's pairs; the student's (detached) if left out.
+        directions: weights ≥ 0 of the image-to-text and the text-to-image half of every term with softmaxes.
+            (1, 0) is the one-directional loss of retrieval and of a locked image tower (LiT); the half of weight
+            0 is not computed, unless the diagnostics are asked for. Its rows, or columns, need no positive.
+        ignore_index: a label, −1 say, of images and texts without a partner, such as hard negatives. They are
+            negatives of everything and have no softmax of their own: the means of the terms with softmaxes, and of
+            the diagnostics, run over the rows (columns) that have a positive, whatever their label. The sums
+            over a sigmoid's pairs are divided by the number of rows that have a positive.
 
     Returns:
         :class:`ContrastiveOutput`. ``loss`` and each of ``terms`` can be differentiated once, with
-        respect to ``image``, ``text`` and ``logit_scale``; ``impl="eager"`` without a group any number of
-        times and in forward mode. ``"auto"`` allows that only where it picks ``eager``: ask for it by name.
-        The loss is NaN where a feature is NaN or infinite or a row or column has no positive.
+        respect to ``image``, ``text``, ``logit_scale`` and ``logit_bias``; ``impl="eager"`` without a group any
+        number of times and in forward mode. ``"auto"`` allows that only where it picks ``eager``: ask for it by
+        name.
+        The loss is NaN where a feature is NaN or infinite or, without ignore_index, the softmax of a row or
+        column has no positive.
 
     Raises:
         ValueError: sizes, dtypes, devices or numbers that don't fit, or that differ between ranks; the
@@ -119,8 +140,9 @@ def contrastive_loss(
     """
     weights = {"relational": relational, "interactive": interactive, "cross": cross, "feature": feature}
     given = Given(
-        image, text, logit_scale, labels, text_labels, teacher_image, teacher_text, teacher_logit_scale
-    )
+        image, text, logit_scale, labels, text_labels, teacher_image, teacher_text, teacher_logit_scale,
+        logit_bias, teacher_logit_bias, contrast, directions, ignore_index,
+    )  # fmt: skip
     options = Options(
         margin=float(margin),
         smoothing=float(smoothing),
@@ -138,7 +160,7 @@ def contrastive_loss(
     else:
         call, layout, sizes = prepare_on_ranks(make, given, weights, ranks, mesh)
         N, M = sum(sizes.images), sum(sizes.texts)
-        terms, measured = _ranks.contrastive_terms(call.impl, call.inputs, options, layout, sizes)
+        terms, measured = _terms_of(call, _sigmoid.Ranks(layout, sizes))
     distance = None
     if call.teacher is not None and feature:
         distance = contrastive_eager.feature_distance(image, call.teacher[0], N)
@@ -148,11 +170,27 @@ def contrastive_loss(
     return _weighted(terms, distance, weights, named)
 
 
-def _terms_of(call: Call) -> tuple[Tensor, Tensor]:
-    """Return the vector of terms and the diagnostics of a call on one process."""
-    if call.impl == "eager":
-        return contrastive_eager.contrastive_terms(call.inputs, call.options)
-    return _autograd.contrastive_terms(call.impl, call.inputs, call.options)
+def _terms_of(call: Call, ranks: _sigmoid.Ranks | None = None) -> tuple[Tensor, Tensor]:
+    """Return the vector of terms and the diagnostics, over the batches of the ranks if there are several."""
+    impl, inputs, options, biases = call.impl, call.inputs, call.options, call.biases
+    if impl == "eager" and ranks is None:
+        return contrastive_eager.contrastive_terms(inputs, options, biases)
+    if impl == "eager" and ranks is not None:
+        return _ranks.by_definition(inputs, options, biases, *ranks)
+    of_pairs = None
+    if biases is not None:
+        of_pairs = _sigmoid.contrastive_terms(impl, inputs, biases, options, ranks)
+        if not (options.crossed or options.stats):
+            return of_pairs, of_pairs.new_empty(0)
+        options = options._replace(contrastive=False, relational=False)
+    if options.one_way_back:
+        inputs, options = transposed(inputs, options)
+        ranks = ranks and ranks.transposed()
+    if ranks is None:
+        terms, measured = _autograd.contrastive_terms(impl, inputs, options)
+    else:
+        terms, measured = _ranks.contrastive_terms(impl, inputs, options, *ranks)
+    return terms if of_pairs is None else terms + of_pairs, measured
 
 
 def _weighted(

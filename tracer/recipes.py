@@ -65,6 +65,7 @@ class RAdapterRecipe:
     alpha: float = 0.5  # α by which folded adapters are scaled; 0.8 for retrieval
 
 
+SIGLIP_BIAS = -10.0  # b before training (arXiv 2303.15343)
 TRACER = TracerRecipe()
 WMA = WMARecipe()
 EMA = EMARecipe()

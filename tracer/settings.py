@@ -13,6 +13,7 @@ from tracer.errors import UserError
 
 # The condition on a number, under the words by which the message states it.
 MUST_BE: dict[str, Callable[[float], bool]] = {
+    "a finite number": lambda x: True,
     "at least 0": lambda x: x >= 0,
     "at least 1": lambda x: x >= 1,
     "above 0": lambda x: x > 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import competitors, measure
+from benchmarks import competitors, measure, packages
 
 
 @pytest.mark.parametrize("case", competitors.CASES)
@@ -30,6 +30,28 @@ def test_everyone_is_right(case, precision):
             step = competitors.Problem(64, 32).step(case, name, precision)
             step()
             competitors.check(case, name, precision, step.result(), 64, 32)
+
+
+if not torch.cuda.is_available():  # where there is a GPU, the test above runs them on it
+
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    @pytest.mark.parametrize("name", [packages.MEMEFF, packages.SIGLIP_KERNEL])
+    def test_kernels_of_other_packages_are_right_in_the_interpreter(name, precision):
+        with packages.as_if_on("sm_90", multiprocessors=4):
+            step = competitors.Problem(64, 32).step("clip", name, precision)
+            step()
+            competitors.check("clip", name, precision, step.result(), 64, 32)
+
+
+def test_only_memeff_may_leave_out_the_gradient_of_the_scale():
+    step = competitors.Problem(32, 16).step("clip", competitors.OURS, "fp32")
+    step()
+    (*others, _), none = step.result(), torch.empty(0)
+    competitors.check("clip", packages.MEMEFF, "fp32", [*others, none], 32, 16)
+    with pytest.raises(measure.WrongResult, match="scale gradient of ours"):
+        competitors.check("clip", competitors.OURS, "fp32", [*others, none], 32, 16)
+    with pytest.raises(measure.WrongResult, match="text gradient of memeff is missing"):
+        competitors.check("clip", packages.MEMEFF, "fp32", [*others[:2], none, none], 32, 16)
 
 
 @pytest.mark.parametrize("case", ["full", "clip"])

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import competitors, gpu, losses, losses_page, measure, page, published
+from benchmarks import competitors, gpu, losses, losses_page, measure, packages, page, published
 from benchmarks.harness import command_line, plain
 from tracer.kernels import _grid
 
@@ -32,7 +32,7 @@ def test_memory_of_the_loss_is_linear():
 def test_another_package_that_is_wrong_gets_no_speed_and_ours_goes_on(monkeypatch):
     monkeypatch.setattr(losses, "lacks_package", lambda name: None)
     right = published.clip_loss
-    monkeypatch.setattr(published, "inf_cl_loss", lambda *inputs: 1.01 * right(*inputs))
+    monkeypatch.setattr(packages, "inf_cl_loss", lambda *inputs: 1.01 * right(*inputs))
     bench = losses.Bench(budget=60, repeats=3, patience=15)
     row = bench.row(competitors.Size("clip", "fp32", 40, 16), [competitors.OURS, competitors.INF_CL], 1)
     assert "wrong result, so nothing was timed" in row["competitors"][competitors.INF_CL]["note"]

@@ -29,11 +29,11 @@ def test_a_file_is_named_after_the_machine(machine, name):
 
 def test_page_keeps_what_a_failed_part_had_before(part, here, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "machine", lambda: here)
-    monkeypatch.setattr(bench, "run_part", lambda name, quick: part())
+    monkeypatch.setattr(bench, "run_part", lambda name, quick, options: part())
     results = bench.run(["losses"], folder=tmp_path)
     assert results.name == "intel-xeon-amx-2-cores.json"
 
-    def fail(name, quick):
+    def fail(name, quick, options):
         raise PartFailed(f"{name} failed")
 
     monkeypatch.setattr(bench, "run_part", fail)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import work
+from benchmarks import counting, work
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
@@ -79,7 +79,7 @@ def test_allocations_are_counted_while_they_live():
     import torch
 
     inputs = torch.zeros(1024)
-    with work.Allocated(inputs) as made:
+    with counting.Allocated(inputs) as made:
         inputs.view(2, 512).add_(1)  # no memory of its own
         kept = inputs + 1
         for _ in range(3):

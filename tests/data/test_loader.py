@@ -26,6 +26,7 @@ from tracer.data.order import Crops, random_crops
 from tracer.data.threads import effect_of_scaling
 from tracer.data.window import centre_window, random_window
 from tracer.errors import UserError
+from tracer.machine import compute_device
 from tracer.models.picture_format import PictureFormat
 
 CLIP = PictureFormat(224, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
@@ -59,6 +60,15 @@ def test_photographs_have_the_pixels_of_open_clips_validation(photographs, loade
     got = difference(loaded(photographs, CLIP, loader), photographs)
     assert got[0] <= mean
     assert got[1] <= largest + 1e-3
+
+
+def test_the_device_decodes_as_the_cpu_does(photographs):
+    """On a GPU DALI's decoder is nvJPEG, whose inverse transform rounds otherwise than libjpeg's."""
+    device = compute_device()
+    mean, largest = (0.3, 4) if device.type == "cpu" else (1.0, 10)
+    away = difference(loaded(photographs, CLIP, "dali", device=device), photographs)
+    assert away[0] <= mean
+    assert away[1] <= largest + 1e-3
 
 
 def test_scaled_decoding_is_close_and_its_effect_is_said(tmp_path):

@@ -107,3 +107,21 @@ def test_corpus_holds_neither_test_nor_training_pictures_nor_their_copies(small_
     apps = [texts for texts in built.captions if "my app" in texts]
     assert len({int(n) for n, c in zip(built.labels, built.captions, strict=True) if "my app" in c}) == 1
     assert len(apps) >= 10  # six themes in two styles, less what looks like a test picture
+
+
+def test_validation_and_test_divide_the_home_set(small_world):
+    prepared = benchmark.prepare(small_world / "icons", workers=1)
+    paths = (prepared.eval_data["shaded"], prepared.validation, prepared.rest)
+    whole, validation, rest = ([row["image"] for row in rows_of(path)] for path in paths)
+    assert validation
+    assert sorted(validation + rest) == sorted(whole)
+    assert {row["group"] for row in rows_of(prepared.eval_data["shaded"])} == {"gnome", "Tango"}
+
+
+def test_a_group_is_validated_as_a_whole():
+    home, group = np.arange(60) % 5 > 0, np.arange(60) // 4
+    chosen = split.validated(home, group, [f"icon {n}" for n in range(60)])
+    assert not (chosen & ~home).any()
+    for number in range(15):
+        assert len(set(chosen[home & (group == number)].tolist())) == 1
+    assert 0 < chosen.sum() < home.sum()

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from evaluation import layouts
 
 from tracer.cli import main
 from tracer.data.build import read_index
@@ -15,6 +16,7 @@ from tracer.evaluation.config import EvaluateConfig
 from tracer.evaluation.evaluate import evaluate
 from tracer.evaluation.zero_shot import evaluate_zero_shot
 from tracer.models.clip import load_clip
+from tracer.models.imagenet import wnids
 from tracer.models.weights import save_weights
 
 
@@ -57,6 +59,38 @@ def test_the_command_prints_the_scores(tiny_config, drawings, tmp_path, capsys):
     table, scores = capsys.readouterr().out, json.loads((tmp_path / "scores.json").read_text())["scores"]
     assert "held_out" in table
     assert f"{100 * scores['held_out']['accuracy']:.1f}" in table
+
+
+def test_markdown_and_a_set_that_is_not_whole(tiny_config, tmp_path, capsys):
+    layouts.adversarial(tmp_path / "a")
+    layouts.karpathy(tmp_path / "coco", 12)
+    argv = ["evaluate", "--eval_data.a", tmp_path / "a", "--eval_data.coco", tmp_path / "coco"]
+    classes = {wnid: [wnid] for wnid in wnids("a")}
+    (tmp_path / "classes.json").write_text(json.dumps(classes))
+    argv += ["--classes", tmp_path / "classes.json", "--model", tiny_config, "--pretrained", "null"]
+    argv += ["--cache", tmp_path / "cache", "--output", tmp_path / "scores.md"]
+    assert main([str(a) for a in argv]) == 0
+    table, page = capsys.readouterr().out, (tmp_path / "scores.md").read_text()
+    assert "200 of 7500" in table
+    assert "12 of 5000" in table
+    assert table.count("incomplete") == 2
+    assert "| a (incomplete: 200 of 7,500 pictures) | 200 |" in page
+    assert "| coco (incomplete: 12 of 5,000 pictures) | 12 |" in page
+    assert main([str(a) for a in argv]) == 0  # an earlier page of this command is replaced
+    (tmp_path / "scores.md").write_text("notes of mine")
+    assert main([str(a) for a in argv]) == 2
+    assert (tmp_path / "scores.md").read_text() == "notes of mine"
+
+
+def test_mixed_precision_moves_the_features_and_little_else(tiny_config, drawings):
+    torch.manual_seed(0)
+    config = {"eval_data": {"set": drawings / "train.csv"}, "model": str(tiny_config), "pretrained": None}
+    scores = []
+    for precision in ("fp32", "amp_bf16"):
+        torch.manual_seed(0)
+        scores.append(evaluate(EvaluateConfig(**config, precision=precision))["set"])
+    assert scores[0]["nll"] != scores[1]["nll"]
+    assert scores[0]["nll"] == pytest.approx(scores[1]["nll"], abs=0.05)
 
 
 def test_something_to_evaluate_on_is_needed():

@@ -15,7 +15,8 @@ from tracer.data.decoded import DecodedPictures
 from tracer.errors import UserError
 from tracer.evaluation.metrics import calibration_error
 from tracer.evaluation.prompts import class_prompts
-from tracer.evaluation.zero_shot import class_probabilities, classifier, evaluate_zero_shot
+from tracer.evaluation.sets import EvaluationSet
+from tracer.evaluation.zero_shot import classifier, evaluate_zero_shot, predict
 from tracer.models.clip import Clip, load_clip
 from tracer.models.picture_format import PictureFormat
 
@@ -79,11 +80,12 @@ def test_probabilities_and_scores_are_what_numpy_says(tmp_path):
     logits = LOGIT_SCALE * unit(colours / 255 - 0.5) @ weights.T
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     truth = np.array([list(PROMPTS).index(label) for label in labels])
-    got = class_probabilities(clip, index, classifier(clip, prompts))
-    np.testing.assert_allclose(got, p, atol=1e-5)
+    got = predict(clip, EvaluationSet(index, prompts=prompts), classifier(clip, prompts))
+    np.testing.assert_array_equal(got.predicted, p.argmax(1))
+    np.testing.assert_allclose(got.confidence, p.max(1), atol=1e-5)
     assert 0.4 < (p.argmax(1) == truth).mean() < 0.95
     assert score["accuracy"] == pytest.approx((p.argmax(1) == truth).mean())
-    assert score["ece"] == calibration_error(got, torch.from_numpy(truth))
+    assert score["ece"] == calibration_error(got.confidence, got.predicted == truth)
     assert score["pictures"] == 90
 
 

@@ -23,7 +23,8 @@ from tracer.models.clip import load_clip
 from tracer.models.picture_format import PictureFormat
 from tracer.models.weights import save_weights
 from tracer.train.config import Config
-from tracer.train.run import finetune, fingerprint
+from tracer.train.identity import fingerprint
+from tracer.train.run import finetune
 
 FORMAT = {
     "mean": (0.0, 0.0, 0.0),

@@ -148,7 +148,7 @@ def test_dropout_is_restored(config, stage):
     torch.manual_seed(step_seed(config.seed, 1))
     parts = zip(batch.image.tensor_split(3), batch.text.tensor_split(3), strict=True)
     image, text, scale = zip(*(encode(model, *part) for part in parts), strict=True)
-    objective(config)(torch.cat(image), torch.cat(text), scale[0], labels=batch.label).loss.backward()
+    objective(config, model)(torch.cat(image), torch.cat(text), scale[0], labels=batch.label).loss.backward()
     assert error(got, torch.cat([p.grad.flatten() for p in model.parameters()])) < 1e-5
     # and a step after it draws other numbers
     seen = gradients(config, dropping())[0]

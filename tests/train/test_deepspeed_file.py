@@ -11,7 +11,8 @@ import pytest
 from tracer.errors import UserError
 from tracer.train.deepspeed_file import DECIDED_BY, REFUSED
 from tracer.train.engine import deepspeed_settings
-from tracer.train.run import finetune, fingerprint
+from tracer.train.identity import fingerprint
+from tracer.train.run import finetune
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def test_a_deepspeed_checkpoint_of_adapters_resumes_bit_for_bit(config, tmp_path
         return start_engine(config, clip.model)
 
     def step(run) -> None:
-        run.backward(objective(config)(*encode(run, *batch)).loss)
+        run.backward(objective(config, run)(*encode(run, *batch)).loss)
         run.step()
 
     def size(folder) -> int:

@@ -96,25 +96,6 @@ def test_the_first_rank_of_each_host_goes_before_the_others():
     assert [type(result) for result in results] == [Refused, Refused, UserError, Refused]
 
 
-@pytest.mark.parametrize("sent", [{0: 3}, {1: 3}, {0: 3, 1: 4}, {0: 4, 1: 3}, {0: 3, 1: 3}])
-def test_all_ranks_stop_after_the_same_step(sent):
-    """Wherever the signal comes; no rank ends a step that another has not begun, as with collectives."""
-    barrier = threading.Barrier(2)
-
-    def work(here: Ranks) -> tuple[int, int]:
-        for step in range(1, 10):
-            barrier.wait(10)  # the collectives of the step
-            time.sleep(0.02 * here.rank)
-            signal = 15 if step >= sent.get(here.rank, 99) else None
-            if (number := here.stop_step(step, signal)) is not None:
-                return step, number
-        return 99, 0
-
-    assert together(2, work) == [(4, 15), (4, 15)]
-    assert Ranks().stop_step(3, 15) == 15
-    assert Ranks().stop_step(3, None) is None
-
-
 def test_a_batch_is_shared_equally():
     check_batch_size(12, 4)
     with pytest.raises(UserError, match=r"--batch_size 14 is .* by 4 ranks equally: give 12 or 16, or start"):

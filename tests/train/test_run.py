@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from tracer.adapters import fold, read_adapters
 from tracer.errors import UserError
 from tracer.files import aside
+from tracer.train.identity import fingerprint
 from tracer.train.log import read_log
-from tracer.train.run import finetune, fingerprint
+from tracer.train.run import finetune
 
 
 def test_a_run_is_whole_and_says_what_it_did(config, capsys):
@@ -142,8 +143,10 @@ def test_adapters_train_alone_and_are_folded(config, changes):
         assert torch.equal(value, student[name])
     assert (folder / "teacher.safetensors").exists() == (config.method == "tracer")
     rows = read_log(folder)
-    after = [row["contrastive"] for row in rows[1:]]  # distillation begins at zero, and can only rise
-    assert min(after) < rows[0]["contrastive"]  # one step alone may drop most adapters
+    # On the same batches, with the same adapters dropped, but hardly moved. Distillation begins at zero.
+    still = read_log(finetune(dataclasses.replace(config, lr=1e-9, output=folder.with_name("still"))))
+    gains = [before["contrastive"] - row["contrastive"] for row, before in zip(rows, still, strict=True)]
+    assert sum(gains) > 0.01
     assert (rows[-1]["relational"] > 1e-5) == (config.method == "tracer")  # a teacher that isn't the student
 
 

@@ -5,22 +5,16 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cut_runs import kill
 from PIL import Image
 
 from tracer.errors import UserError
-from tracer.files import aside
-from tracer.train.checkpoint import newest
 from tracer.train.config import Config
 from tracer.train.log import read_log
 from tracer.train.run import finetune
@@ -129,19 +123,8 @@ def test_every_source_trains_the_same_model(spoiled, tmp_path, loader):
 def test_a_run_that_is_killed_at_random_steps_ends_as_an_unbroken_one(spoiled, tmp_path, source):
     config = dataclasses.replace(spoiled, train_data=write(tmp_path)[source])
     whole = finetune(dataclasses.replace(config, output=tmp_path / "whole"))
-    (tmp_path / "settings.yaml").write_text(config.to_yaml())
-    command = [sys.executable, "-m", "tracer.cli", "finetune", "--config", str(tmp_path / "settings.yaml")]
-    draw, part = random.Random(source), aside(config.output)
-    for kill_after in sorted(draw.sample(range(2, 26), 2)):
-        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        patience = time.monotonic() + 120
-        while (last := newest(part)) is None or int(last.name.rpartition("-")[2]) < kill_after:
-            assert run.poll() is None, run.communicate()[0].decode()
-            assert time.monotonic() < patience
-            time.sleep(0.002)
-        os.kill(run.pid, signal.SIGKILL)
-        run.communicate()
-        assert run.returncode == -signal.SIGKILL
+    for step in sorted(random.Random(source).sample(range(2, 26), 2)):
+        kill(config, tmp_path / "settings.yaml", after=step)
     end = finetune(config)
     for name in ("student.safetensors", "skipped.jsonl"):
         assert (end / name).read_bytes() == (whole / name).read_bytes()

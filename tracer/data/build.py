@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -73,6 +74,23 @@ def read_index(
         )
     _judge(name, about, chosen.max_bad)
     return Index(name, columns, about, cache, about.templates or [TEMPLATE])
+
+
+def index_samples(name: str, samples: Iterable[Sample], settings: LoadingSettings) -> Index:
+    """Index what a reader of a floor above yields: look at every picture, as :func:`read_index` does; keep "
+    "nothing.
+
+    Raises:
+        UserError: there are no pictures, or more of them than ``settings.max_bad`` allows cannot be used.
+    """
+    index = collect(name, samples)
+    about = index.about
+    columns = _look(index.columns, about, settings, decode=False)
+    about.bytes = _bytes(columns)
+    if not len(index):
+        raise UserError(f"'{name}' holds no pictures")
+    _judge(name, about, settings.max_bad)
+    return replace(index, columns=columns)
 
 
 def collect(name: str, samples: Iterable[Sample]) -> Index:

@@ -26,6 +26,7 @@ class Index:
         about: classes, formats, faults.
         shards: local copies of shards at an address; None where there are none.
         templates: captions of a sample without its own: ``{}`` stands for the name of its class.
+        border: pixels that are cut off each side of every picture.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Index:
     about: About
     shards: ShardCache | None = None
     templates: list[str] = field(default_factory=lambda: [TEMPLATE])
+    border: int = 0
 
     def __len__(self) -> int:
         return len(self.columns.file)
@@ -130,5 +132,7 @@ class Index:
         samples = (columns.offset, columns.size, columns.label, columns.first, columns.count)
         for column in (*samples, *texts):
             digest.update(np.ascontiguousarray(column).data)
-        digest.update(json.dumps([self.about.classes, self.about.names, self.templates]).encode())
+        digest.update(
+            json.dumps([self.about.classes, self.about.names, self.templates, self.border]).encode()
+        )
         return digest.hexdigest()

@@ -93,6 +93,33 @@ def read_picture(
         raise UndecodableError(name, reason_of(error)) from error
 
 
+def without_border(picture: Picture, border: int, name: object, *, exif: bool = False) -> Picture:
+    """Return a picture without so many pixels on each side; PIL decodes it, unless nothing is cut off.
+
+    Raises:
+        UndecodableError: the picture is damaged, or nothing would be left of it.
+    """
+    if not border:
+        return picture
+    height, width = picture.shape
+    if min(height, width) <= 2 * border:
+        raise UndecodableError(name, f"nothing of its {width}×{height} pixels is left without its border")
+    inside = (border, border, width - border, height - border)
+    shape = (height - 2 * border, width - 2 * border)
+    if picture.transparent is not None:
+        return Picture(shape, transparent=picture.transparent.crop(inside))
+    pixels = picture.pixels
+    if picture.content is not None:
+        try:
+            with Image.open(io.BytesIO(picture.content)) as image:
+                upright = ImageOps.exif_transpose(image) if exif else image
+                pixels = np.array(upright.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UndecodableError(name, reason_of(error)) from error
+    assert pixels is not None
+    return Picture(shape, pixels=pixels[border:-border, border:-border].copy())
+
+
 def check_pixels(height: int, width: int, most: int) -> None:
     """Raise UserError for a picture of more than ``most`` pixels, which nothing must decode."""
     if height * width > most:

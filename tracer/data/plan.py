@@ -12,7 +12,7 @@ import torch
 from tracer.data.config import LoadingSettings
 from tracer.data.index import Index
 from tracer.data.order import Crops, Order
-from tracer.data.picture import Picture, UndecodableError, read_picture, reason_of
+from tracer.data.picture import Picture, UndecodableError, read_picture, reason_of, without_border
 from tracer.data.skipped import Skipped
 from tracer.errors import UserError
 from tracer.models.picture_format import PictureFormat
@@ -78,8 +78,9 @@ class Plan:
             UserError, OSError: it cannot be read.
         """
         settings = self.settings
-        content = self.index.read(row)
-        return read_picture(content, self.index.id(row), exif=settings.exif, max_pixels=settings.max_pixels)
+        name, content = self.index.id(row), self.index.read(row)
+        picture = read_picture(content, name, exif=settings.exif, max_pixels=settings.max_pixels)
+        return without_border(picture, self.index.border, name, exif=settings.exif)
 
     def first_good(self, work: Work, place: int, load: Callable[[int], T]) -> tuple[int, T]:
         """Return the picture at a place of a batch, or its stand-in, and what ``load`` makes of it.

@@ -62,7 +62,7 @@ def _csv(source: Path) -> Iterator[Row]:
     line = 1
     try:
         with source.open(newline="", encoding="utf-8-sig") as file:  # Excel begins a file with this mark
-            separator = _separator(source, file.readline())
+            separator = separator_of(source, file.readline())
             file.seek(0)
             rows = csv.reader(file, strict=True, skipinitialspace=True, delimiter=separator)
             header = [name.strip() for name in next(rows, [])]
@@ -79,7 +79,7 @@ def _csv(source: Path) -> Iterator[Row]:
         raise UserError(f"{_csv_fault(source, line, str(error))}") from error
 
 
-def _separator(source: Path, header: str) -> str:
+def separator_of(source: Path, header: str) -> str:
     """Return the separator by which the header names a picture column; a comma where none does."""
     names = {name for known in NAMES.values() for name in known}
 

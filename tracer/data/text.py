@@ -10,11 +10,6 @@ from tracer.errors import UserError
 TEMPLATE = "a photo of a {}"
 
 
-def default_caption(label: str) -> str:
-    """Return "a photo of a …" with the class name in words: its underscores and hyphens become spaces."""
-    return TEMPLATE.replace("{}", words(label))
-
-
 def words(label: str) -> str:
     """Return a class id in words: its underscores and hyphens become spaces."""
     return label.replace("_", " ").replace("-", " ")

@@ -16,11 +16,11 @@ from tqdm import tqdm
 from tracer.demo.captions import captions, class_of, read_classes, words
 from tracer.demo.packages import describe, download
 from tracer.demo.render import has_one_ink, on_paper, render_all
-from tracer.demo.split import ambiguous, fingerprints, groups, repeats, split
+from tracer.demo.split import ambiguous, fingerprints, groups, repeats, split, validated
 from tracer.demo.themes import LINE, THEMES, TRAIN_FAMILY, Icon, read_themes
 from tracer.files import remove_folder, whole_folder, write_json
 
-RECIPE = 1  # raised whenever the same packages would give other files
+RECIPE = 2  # raised whenever the same packages would give other files
 
 # family of themes → its role as an evaluation set, seen from the training data
 FAMILY_ROLES = {
@@ -32,14 +32,22 @@ FAMILY_ROLES = {
 }
 
 
+HOME = next(family for family, role in FAMILY_ROLES.items() if role == "in-distribution")
+
+
 @dataclass
 class Benchmark:
-    """Files of the prepared benchmark; ``eval_data`` is in the order of FAMILY_ROLES, in-distribution first."""
+    """Files of the prepared benchmark; ``eval_data`` is in the order of FAMILY_ROLES, in-distribution first.
+
+    ``validation`` and ``rest`` divide the in-distribution test pictures, a group as a whole.
+    """
 
     train_data: Path
     eval_data: dict[str, Path]
     roles: dict[str, str]
     classes: Path
+    validation: Path
+    rest: Path
 
 
 @dataclass
@@ -47,8 +55,8 @@ class Pictures:
     """The icons of the benchmark's classes, rendered and split; each field but the last has n entries.
 
     ``rgb`` [n, S, S, 3] uint8, ``labels`` and ``families`` [n] str, ``prints`` [n, 576] float32 (see
-    :func:`tracer.demo.split.fingerprints`), ``test`` [n] bool. ``ambiguous`` counts the icons that were left
-    out because they stand for two classes.
+    :func:`tracer.demo.split.fingerprints`), ``groups`` [n] int, ``test`` [n] bool. ``ambiguous`` counts the icons
+    that were left out because they stand for two classes.
     """
 
     icons: list[Icon]
@@ -56,6 +64,7 @@ class Pictures:
     labels: np.ndarray
     families: np.ndarray
     prints: np.ndarray
+    groups: np.ndarray
     test: np.ndarray
     ambiguous: int
 
@@ -80,6 +89,8 @@ def prepare(root: Path, workers: int = 2) -> Benchmark:
         eval_data={family: root / "eval" / f"{family}.csv" for family in FAMILY_ROLES},
         roles=dict(FAMILY_ROLES),
         classes=root / "classes.json",
+        validation=root / "eval" / "validation.csv",
+        rest=root / "eval" / f"{HOME}-test.csv",
     )
 
 
@@ -108,8 +119,9 @@ def labelled_pictures(icons: list[Icon], classes: dict[str, str], workers: int) 
     labelled = [labelled[i] for i in keep]
     rgb, labels, families, prints = rgb[keep], labels[keep], families[keep], prints[keep]
     styles = [f"{icon.theme}/{line}" for icon, line in zip(labelled, one_ink[keep], strict=True)]
-    test = split(labels, families, groups(labels, styles, prints), [icon.key for icon in labelled])
-    return Pictures(labelled, rgb, labels, families, prints, test, int(left_out.sum()))
+    group = groups(labels, styles, prints)
+    test = split(labels, families, group, [icon.key for icon in labelled])
+    return Pictures(labelled, rgb, labels, families, prints, group, test, int(left_out.sum()))
 
 
 def _write(folder: Path, files: dict[str, Path], icons: list[Icon], workers: int) -> None:
@@ -124,6 +136,8 @@ def _write(folder: Path, files: dict[str, Path], icons: list[Icon], workers: int
     chosen[rows[repeated]] = False
     sets = {"train": train}
     sets |= {f"eval/{family}": chosen & (pictures.families == family) for family in FAMILY_ROLES}
+    validation = validated(sets[f"eval/{HOME}"], pictures.groups, [icon.key for icon in pictures.icons])
+    sets |= {"eval/validation": validation, f"eval/{HOME}-test": sets[f"eval/{HOME}"] & ~validation}
 
     known = {icon.name for icon in icons}
     texts = [
@@ -157,13 +171,14 @@ def _write_set(
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("image", "label", "captions"))
+        writer.writerow(("image", "label", "captions", "group"))  # pictures of a hand are alike
         for i in rows:
             picture = folder / "pictures" / f"{pictures.icons[i].key}.png"
             picture.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pictures.rgb[i]).save(picture)
             relative = os.path.relpath(picture, path.parent)
-            writer.writerow((relative, pictures.labels[i], "|".join(dict.fromkeys(texts[i]))))
+            hand = pictures.icons[i].theme
+            writer.writerow((relative, pictures.labels[i], "|".join(dict.fromkeys(texts[i])), hand))
             bar.update()
 
 

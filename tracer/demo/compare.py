@@ -8,27 +8,30 @@ import shlex
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from tracer.data.index import Index
-from tracer.demo.benchmark import prepare
-from tracer.demo.config import ICONS, DemoConfig
+from tracer.demo.benchmark import HOME, prepare
+from tracer.demo.config import ICONS, DemoConfig, SweepConfig
 from tracer.demo.judge import Judge, Rows, choose_examples, finished_run, scored_row
 from tracer.demo.methods import METHODS, TRAINED_VARIANTS, Runs, train_all
-from tracer.evaluation.evaluate import evaluation_sets
-from tracer.evaluation.record import Classes, classes_for, head
-from tracer.evaluation.zero_shot import Scores
+from tracer.errors import UserError
+from tracer.evaluation.evaluate import refuse_nothing
+from tracer.evaluation.recognise import check_eval_data, read_sets
+from tracer.evaluation.record import digest_of_start, head
+from tracer.evaluation.scores import Scores, finite
+from tracer.evaluation.sets import EvaluationSet
 from tracer.files import check_folder, claim_folder, whole_file, write_json
 from tracer.machine import machine, versions
 from tracer.models.choice import check_model, choose_model
 from tracer.models.clip import Clip, load_clip
 from tracer.models.registry import registered_model
-from tracer.models.weights import digest_of
 from tracer.report.page import write_report
 from tracer.report.results import read_results
 from tracer.report.terminal import print_results
-from tracer.train.cautions import caution_of_size
+from tracer.train.cautions import cautions_of_sizes
 from tracer.train.run import adapt, training_index
+
+AnyDemo = TypeVar("AnyDemo", bound=DemoConfig)
 
 
 def demo(config: DemoConfig) -> Path:
@@ -42,28 +45,31 @@ def demo(config: DemoConfig) -> Path:
     command = command_line(config)
     check_folder(config.output)  # before the work, which takes long
     check_model(config.model, config.pretrained)
-    config, sets, classes = prepare_data(config)
+    config, sets = prepare_data(config)
     refuse_unadaptable(config)  # before the training, which takes long
     claim_folder(config.output)
     clock.lap("data")
-    judge = Judge.of(config, sets, classes.prompts)
+    judge = Judge.of(config, sets)
     baseline = judge.baseline()
     runs = train_all(config, baseline)
     clock.lap("training")
-    methods, curves = score_all(config, runs, judge, baseline.scores)
+    start = {name: finite(each.score) for name, each in baseline.items()}
+    methods, curves = score_all(config, runs, judge, start)
     examples = choose_examples(judge, {key: runs[key][0] for key in METHODS})
     clock.lap("evaluation")
-    weights: dict[str, str | None] = {"zero-shot": digest_of(judge.start)}
+    weights: dict[str, str | None] = {
+        "zero-shot": digest_of_start(config.model, config.pretrained, judge.start)
+    }
     results = {
-        **head("comparison", judge.clip.name, weights, classes),
+        **head("comparison", judge.clip.name, weights, sets),
         "title": "Robust fine-tuning, compared",
         "command": command,
         "start": describe_start(config, judge.clip),
-        "domains": describe_domains(config, sets, classes.prompts),
+        "domains": describe_domains(config, sets),
         "methods": methods,
         "curves": curves,
         "examples": examples,
-        "notices": [text for index in sets if (text := caution_of_size(index.name, len(index)))],
+        "notices": cautions_of_sizes(sets),
         "settings": config.plain() | config.taken(),
         "versions": versions(),
         "machine": machine(),
@@ -81,7 +87,7 @@ def command_line(config: DemoConfig) -> str:
             continue
         items = value.items() if isinstance(value, dict) else [("", value)]
         for key, item in items:
-            if isinstance(item, tuple | bool):
+            if isinstance(item, tuple | list | bool):
                 text = json.dumps(item)
             else:
                 text = "null" if item is None else str(item)
@@ -90,27 +96,42 @@ def command_line(config: DemoConfig) -> str:
     return f'make demo ARGS="{" ".join(options)}"' if options else "make demo"
 
 
-def prepare_data(config: DemoConfig) -> tuple[DemoConfig, list[Index], Classes]:
-    """Return the settings with every default filled in, the evaluation sets, and the classes.
+def prepare_data(config: AnyDemo) -> tuple[AnyDemo, list[EvaluationSet]]:
+    """Return the settings with every default filled in, and the evaluation sets with the prompts of their classes.
 
     Raises:
-        UserError: the settings name no evaluation set, or data that cannot be read.
+        UserError: the settings name no evaluation set, or data that cannot be read or classified.
     """
     if config.train_data == ICONS / "train.csv":
         config = _with_icons(config)
         config.validate()  # again, now that the sets have names
-    sets = evaluation_sets(config.eval_data, config)
+    refuse_nothing(config.eval_data)
+    check_eval_data(config.eval_data)
     pictures = training_index(config)
-    classes = classes_for(config.classes, config.prompt_template, pictures, sets)
-    return config.resolve(len(pictures)), sets, classes
+    sets = read_sets(config.eval_data, config, config.classes, pictures, config.prompt_template)
+    captioned = next((each.name for each in sets if each.retrieval), None)
+    if captioned:
+        raise UserError(
+            f"'{captioned}' has captions and no labels: the demo compares classification, so label its pictures "
+            f"or "
+            f"leave --eval_data.{captioned} out"
+        )
+    return config.resolve(len(pictures)), sets
 
 
-def _with_icons(config: DemoConfig) -> DemoConfig:
-    """Prepare the icon benchmark and fill in its sets, unless the user named others."""
+def _with_icons(config: AnyDemo) -> AnyDemo:
+    """Prepare the icon benchmark and fill in its sets, unless the user named others.
+
+    A sweep is validated on a part of the in-distribution test pictures, and tested on the rest of them.
+    """
     benchmark = prepare(ICONS, workers=config.workers)
+    sets = benchmark.eval_data
+    if isinstance(config, SweepConfig):
+        sets = {name: benchmark.rest if name == HOME else path for name, path in sets.items()}
+        config = dataclasses.replace(config, validation=config.validation or benchmark.validation)
     return dataclasses.replace(
         config,
-        eval_data=config.eval_data or benchmark.eval_data,
+        eval_data=config.eval_data or sets,
         kinds=config.kinds or benchmark.roles,
         classes=config.classes or (None if config.prompt_template else benchmark.classes),
     )
@@ -137,10 +158,10 @@ def score_all(config: DemoConfig, runs: Runs, judge: Judge, zero_shot: Scores) -
         weights = partial(judge.folded, alpha=alpha)
         scaled[alpha] = judge.rows(f"R-Adapter, α = {alpha:g}", weights, runs["r-adapter"])
 
-    methods = [_method("zero-shot", "Zero-shot", "no training", [scored_row(zero_shot)])]
-    methods += [_method(key, m.name, m.note, finished[key]) for key, m in METHODS.items()]
+    methods = [method_row("zero-shot", "Zero-shot", "no training", [scored_row(zero_shot)])]
+    methods += [method_row(key, m.name, m.note, finished[key]) for key, m in METHODS.items()]
     note = f"plain run and start averaged, α = {config.wise_alpha:g}"
-    wise_ft = _method("wise-ft", "WiSE-FT", note, wise[config.wise_alpha])
+    wise_ft = method_row("wise-ft", "WiSE-FT", note, wise[config.wise_alpha])
     methods.insert(-1, wise_ft)  # R-Adapter stays last, before its variants
     if config.ablate:
         methods += score_variants(config, runs, judge, finished, scaled[1.0])
@@ -157,18 +178,19 @@ def score_variants(
         unscaled: the full method's rows at α = 1.
     """
     variants = [
-        _method(key, m.name, m.note, finished[key], "r-adapter") for key, m in TRAINED_VARIANTS.items()
+        method_row(key, m.name, m.note, finished[key], "r-adapter") for key, m in TRAINED_VARIANTS.items()
     ]
     last = partial(judge.folded, alpha=config.adapter_alpha, file="adapters_last")
     rows = judge.rows("R-Adapter, last", last, runs["r-adapter"])
     return [
         *variants,
-        _method("r-adapter-no-average", "R-Adapter, no accumulation", "the last step", rows, "r-adapter"),
-        _method("r-adapter-no-scaling", "R-Adapter, no re-scaling", "α = 1", unscaled, "r-adapter"),
+        method_row("r-adapter-no-average", "R-Adapter, no accumulation", "the last step", rows, "r-adapter"),
+        method_row("r-adapter-no-scaling", "R-Adapter, no re-scaling", "α = 1", unscaled, "r-adapter"),
     ]
 
 
-def _method(key: str, name: str, note: str, runs: Rows, variant_of: str | None = None) -> dict[str, Any]:
+def method_row(key: str, name: str, note: str, runs: Rows, variant_of: str | None = None) -> dict[str, Any]:
+    """Return a method as results.json holds it."""
     return {"key": key, "name": name, "note": note, "runs": runs, "variant_of": variant_of}
 
 
@@ -190,17 +212,18 @@ def describe_start(config: DemoConfig, clip: Clip) -> dict[str, Any]:
     }
 
 
-def describe_domains(config: DemoConfig, sets: list[Index], prompts: dict[str, list[str]]) -> Rows:
+def describe_domains(config: DemoConfig, sets: list[EvaluationSet]) -> Rows:
     """Return the evaluation sets with their roles; by default the first is in-distribution, the others shifted."""
     return [
         {
-            "name": index.name,
-            "kind": config.kinds.get(index.name, "shifted" if n else "in-distribution"),
-            "pictures": len(index),
-            "classes": len(index.classes),
-            "chance": 1 / len(prompts),
+            "name": each.name,
+            "kind": config.kinds.get(each.name, "shifted" if n else "in-distribution"),
+            "pictures": len(each.index),
+            "expected": each.expected,
+            "classes": len(each.index.classes),
+            "chance": 1 / len(each.class_ids),
         }
-        for n, index in enumerate(sets)
+        for n, each in enumerate(sets)
     ]
 
 

@@ -1,9 +1,8 @@
-"""Settings of the commands ``demo`` and ``pretrain``."""
+"""Settings of the commands ``demo``, ``sweep`` and ``pretrain``."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -11,6 +10,7 @@ from tracer.errors import UserError
 from tracer.files import cache_folder
 from tracer.recipes import R_ADAPTER
 from tracer.settings import check_ranges, check_set_names
+from tracer.train.baselines import BASELINES
 from tracer.train.config import Config
 
 ICONS = cache_folder() / "demo" / "icons"  # where the demo keeps its data
@@ -84,7 +84,53 @@ class DemoConfig(Config):
                 )
 
 
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(DemoConfig)}
+DEFAULTS = {field.name: field.default for field in fields(DemoConfig)}
+
+
+@dataclass
+class SweepConfig(DemoConfig):
+    """Compare methods at the settings that in-distribution validation chooses for each, of the same grid.
+
+    Args:
+        validation: pictures by which settings are chosen, as train_data; none of them is in an evaluation set.
+            Default: for the icons a part of their in-distribution test pictures, divided by their grouping rule.
+        methods: names of --baseline of finetune.
+        grid: setting → values; each method is trained with every combination. lr_times multiplies the learning
+            rate that a method has otherwise.
+        soups: also mix the trials of each method into uniform, greedy and Fisher-weighted soups.
+    """
+
+    output: Path = Path("runs/sweep")
+    validation: Path | None = None
+    methods: tuple[str, ...] = ("flyp", "flyp-multi", "frozen", "ema", "wma", "r-adapter")
+    grid: dict[str, list[int | float]] = field(default_factory=lambda: {"lr_times": [1 / 3, 1.0, 3.0]})
+    soups: bool = True
+
+    lr: float | None = 3e-4
+    batch_size: int = 64
+
+    default_steps: ClassVar[int] = 300
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting that makes no sense, naming it and the remedy."""
+        super().validate()
+        unknown = next((name for name in self.methods if name not in BASELINES), None)
+        if unknown or not self.methods:
+            raise UserError(f"--methods {unknown or 'is empty'}: the methods are {', '.join(BASELINES)}")
+        known = {f.name for f in fields(Config)} - {"output", "seed", "baseline", "eval_data", "train_data"}
+        for name, values in self.grid.items():
+            if name not in known | {"lr_times"}:
+                raise UserError(
+                    f"--grid.{name} is not a setting of a run: give one of finetune's, or lr_times"
+                )
+            if not values:
+                raise UserError(f"--grid.{name} has no values: give a list of at least one")
+        if {"lr", "lr_times"} <= self.grid.keys():
+            raise UserError("--grid.lr and --grid.lr_times exclude each other: give one of them")
+        if self.validation is None and self.train_data != ICONS / "train.csv":
+            raise UserError(
+                "a sweep chooses by --validation: give a folder, table or shards of pictures for it"
+            )
 
 
 @dataclass

@@ -9,23 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from tracer.adapters import fold, read_adapters
 from tracer.data.decoded import DecodedPictures
-from tracer.data.index import Index
 from tracer.demo.config import DemoConfig
 from tracer.errors import UserError
-from tracer.evaluation.zero_shot import (
-    Right,
-    Scores,
-    add_gains,
-    class_probabilities,
-    classifier,
-    evaluate_zero_shot,
-)
+from tracer.evaluation.scores import Scored, Scores, add_gains, finite
+from tracer.evaluation.sets import EvaluationSet
+from tracer.evaluation.zero_shot import classifier, evaluate_sets, predict
 from tracer.machine import compute_device
 from tracer.models.clip import Clip, load_clip
 from tracer.models.soups import interpolate
@@ -58,47 +53,38 @@ class Judge:
 
     clip: Clip
     start: Weights
-    sets: list[Index]
-    prompts: dict[str, list[str]]
+    sets: list[EvaluationSet]
     workers: int
     decoded: DecodedPictures = field(default_factory=DecodedPictures)  # small sets stay for the next model
     max_bad: float = 0.0
-    before: Right | None = None  # which pictures the start classifies rightly
+    start_scored: Baseline = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: DemoConfig, sets: list[Index], prompts: dict[str, list[str]]) -> Judge:
+    def of(cls, config: DemoConfig, sets: list[EvaluationSet]) -> Judge:
         """Load the start, and return a judge that keeps a copy of its weights."""
         clip = load_clip(config.model, config.pretrained)
         start = {name: value.clone() for name, value in clip.model.state_dict().items()}
         clip.model.to(compute_device())
-        return cls(
-            clip, start, sets, prompts, config.workers, DecodedPictures(loading=config), config.max_bad
+        return cls(clip, start, sets, config.workers, DecodedPictures(loading=config), config.max_bad)
+
+    def scored(self, weights: Weights) -> dict[str, Scored]:
+        """Return the scores of the model with these weights, with their gains once the start is scored."""
+        self.clip.model.load_state_dict(weights)
+        scored = evaluate_sets(
+            self.clip, self.sets, workers=self.workers, decoded=self.decoded, max_bad=self.max_bad
         )
+        add_gains(scored, self.start_scored)
+        return scored
 
     def baseline(self) -> Baseline:
         """Return the scores of the start; those of other weights then have their gains above it."""
-        scores = self.scores(self.start)
-        assert self.before is not None  # the first scores are the start's
-        return Baseline(scores, self.before)
+        if not self.start_scored:
+            self.start_scored = self.scored(self.start)
+        return self.start_scored
 
     def scores(self, weights: Weights) -> Scores:
-        """Return the scores of the model with these weights, with their gains once the start is scored."""
-        self.clip.model.load_state_dict(weights)
-        right: Right = {}
-        scores = evaluate_zero_shot(
-            self.clip,
-            self.sets,
-            self.prompts,
-            workers=self.workers,
-            decoded=self.decoded,
-            max_bad=self.max_bad,
-            right=right,
-        )
-        if self.before is None:
-            self.before = right
-        else:
-            add_gains(scores, right, self.before)
-        return scores
+        """Return the scores of the model with these weights."""
+        return {name: finite(each.score) for name, each in self.scored(weights).items()}
 
     def rows(self, title: str, weights: Callable[[Path], Weights], folders: list[Path]) -> Rows:
         """Return a row for each seed: the scores of the weights that are made of the run's folder."""
@@ -123,11 +109,12 @@ def choose_examples(judge: Judge, runs: dict[str, Path], per_set: int = 4) -> Ro
     states |= {key: load_file(folder / "student.safetensors") for key, folder in runs.items()}
     draw = random.Random(0)
     samples = [
-        index.take(sorted(draw.sample(range(len(index)), min(64, len(index))))) for index in judge.sets
+        each.take(np.array(sorted(draw.sample(range(len(each.index)), min(64, len(each.index))))))
+        for each in judge.sets
     ]
     predictions = {key: _predictions(judge, state, samples) for key, state in states.items()}
     examples = []
-    for n, index in enumerate(samples):
+    for n, index in enumerate(each.index for each in samples):
         rows = draw.sample(range(len(index)), len(index))
         differ = [r for r in rows if len({p[n][r][0] for p in predictions.values()}) > 1]
         for r in list(dict.fromkeys(differ[: per_set // 2] + rows))[:per_set]:
@@ -142,12 +129,16 @@ def choose_examples(judge: Judge, runs: dict[str, Path], per_set: int = 4) -> Ro
     return examples
 
 
-def _predictions(judge: Judge, state: Weights, samples: list[Index]) -> list[list[tuple[str, float]]]:
+def _predictions(judge: Judge, state: Weights, samples: list[EvaluationSet]) -> list[list[tuple[str, float]]]:
     """Return the most probable class and its probability, for each picture of each sample."""
     judge.clip.model.load_state_dict(state)
-    names, weights = list(judge.prompts), classifier(judge.clip, judge.prompts)
+    weights = {id(each.prompts): classifier(judge.clip, each.prompts) for each in samples}
     predictions = []
-    for index in samples:
-        probability, best = class_probabilities(judge.clip, index, weights, decoded=judge.decoded).max(1)
-        predictions.append([(names[c], float(p)) for c, p in zip(best, probability, strict=True)])
+    for each in samples:
+        kept, names = (
+            predict(judge.clip, each, weights[id(each.prompts)], decoded=judge.decoded),
+            each.class_ids,
+        )
+        chosen = zip(kept.predicted.tolist(), kept.confidence.tolist(), strict=True)
+        predictions.append([(names[number], confidence) for number, confidence in chosen])
     return predictions

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from tracer.demo.config import DemoConfig
 from tracer.files import aside, check_ours, remove_folder
-from tracer.train.checkpoint import belongs
 from tracer.train.config import Config
-from tracer.train.run import Series, finetune, fingerprint, is_run_of
+from tracer.train.identity import differences_from, identity_of, is_run_of
+from tracer.train.run import Series, finetune
 from tracer.train.scoring import Baseline
 
 
@@ -74,15 +74,20 @@ def train_all(config: DemoConfig, baseline: Baseline | None = None) -> Runs:
 def finetune_once(
     config: DemoConfig, key: str, changes: dict[str, Any], seed: int, series: Series | None = None
 ) -> Path:
-    """Return the folder of one run; train it unless it is there with the same settings, data, start and version.
-
-    An unfinished run with the same settings is resumed. A run with other settings, finished or not, is
-    replaced.
-    """
+    """Return the folder of one run of a method; see :func:`run_once`."""
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)} | changes
     run = Config(**settings | {"seed": seed, "output": config.output / f"{key}-{seed}"})
     if run.adapted:
         run.lr = config.adapter_lr
+    return run_once(run, series)
+
+
+def run_once(run: Config, series: Series | None = None) -> Path:
+    """Return the folder of a run; train it unless it is there with the same settings, data, start and version.
+
+    An unfinished run with the same settings is resumed. A run with other settings, finished or not, is
+    replaced. ``series`` says of which series of runs it is part.
+    """
     part = aside(run.output)
     for folder in (run.output, part):
         if os.path.lexists(folder):
@@ -93,6 +98,6 @@ def finetune_once(
         if part.exists():
             remove_folder(part)
         run.output.rename(part)  # so that it is never half deleted under its own name
-    if part.exists() and not belongs(part, fingerprint(run)):
+    if part.exists() and differences_from(part, identity_of(run)):
         remove_folder(part)
     return finetune(run, series or Series(run.output.name, None))

@@ -112,6 +112,7 @@ def fit(config: PretrainConfig, corpus: Corpus) -> Path:
                 raise Stopped(
                     f"stopped after step {step}, which is saved; the same command goes on from there",
                     request.signal,
+                    saved=True,
                 )
     weights = {name: value.half() for name, value in model.state_dict().items()}
     if first_not_finite(weights) is not None:

@@ -88,6 +88,15 @@ def split(labels: np.ndarray, families: np.ndarray, group: np.ndarray, keys: Seq
     return test
 
 
+def validated(home: np.ndarray, group: np.ndarray, keys: Sequence[str]) -> np.ndarray:
+    """Return which of the pictures ``home`` [n] bool are for validation: whole groups, by the toss of a coin."""
+    chosen = np.zeros(len(home), bool)
+    for number in np.unique(group[home]):
+        rows = np.flatnonzero(home & (group == number))
+        chosen[rows] = hash_to_unit(f"validation:{min(keys[int(i)] for i in rows)}") < 0.5
+    return chosen
+
+
 def repeats(labels: np.ndarray, families: np.ndarray, prints: np.ndarray) -> np.ndarray:
     """Return which pictures, [n] bool, show the same as an earlier one of their class and family."""
     repeat = np.zeros(len(labels), bool)

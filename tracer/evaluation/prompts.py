@@ -18,7 +18,7 @@ from tracer.models.registry import Tokenizer
 
 
 def names_of(training: Index, sets: list[Index]) -> dict[str, str]:
-    """Return the display names of the classes, by their ids."""
+    """Return the display names of the classes of the training data and of evaluation sets, by their ids."""
     known = {name: words for index in sets for name, words in index.names.items()}
     return known | training.names
 
@@ -41,17 +41,17 @@ def class_prompts(
     """Return the prompts of each class, in the order of the class numbers.
 
     Args:
-        path: JSON file {class: [prompt, …]}; None means prompts for each of ``classes``, made of its name.
+        path: JSON file {class: [prompt, …]}; None means the templates with the name of each of ``classes``.
         classes: ids of the classes, not used where a file is given.
         names: display names of the classes; default: their ids in words.
-        templates: a prompt of every class each, with ``{}`` for the name.
+        templates: prompts with ``{}`` for the name of a class.
 
     Raises:
         UserError: the file is missing or malformed, or there are fewer than two classes.
     """
     names = names or {}
     prompts = (
-        {name: [t.replace("{}", words(names.get(name, name))) for t in templates] for name in classes}
+        {each: [t.replace("{}", names.get(each) or words(each)) for t in templates] for each in classes}
         if path is None
         else _read_prompts(path)
     )

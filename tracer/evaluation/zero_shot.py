@@ -1,9 +1,10 @@
-"""Zero-shot classification of evaluation sets."""
+"""Zero-shot evaluation: classification and retrieval on evaluation sets, a batch of pictures at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypedDict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,175 +16,243 @@ from tracer.data.index import Index
 from tracer.data.names import note
 from tracer.data.picture import UndecodableError
 from tracer.errors import UserError
-from tracer.evaluation.metrics import accuracy, calibration_error
+from tracer.evaluation.metrics import Predictions
 from tracer.evaluation.prompts import check_labels
-from tracer.models.clip import MAX_LOGIT_SCALE, Clip
+from tracer.evaluation.retrieval import Ranks, ranks
+from tracer.evaluation.scores import Scored, Scores, score_classes, score_retrieval
+from tracer.evaluation.sets import EvaluationSet
+from tracer.models.clip import Clip, bounded_logit_scale, contrast_of
 
-if TYPE_CHECKING:
-    from typing_extensions import NotRequired  # part of typing from Python 3.11 on
-
+T = TypeVar("T")
 TEXTS_AT_ONCE = 256
+PICTURES_AT_ONCE = 256
 
 
-class Score(TypedDict):
-    """A model's results on one evaluation set: top-1 accuracy and expected calibration error, in [0, 1].
-
-    ``gain`` is the accuracy above that of the start, and ``gain_error`` its standard error over the choice of
-    the pictures; see :func:`add_gains`.
-    """
-
-    accuracy: float
-    ece: float
-    pictures: int
-    gain: NotRequired[float]
-    gain_error: NotRequired[float]
-
-
-Scores = dict[str, Score]  # by name of the evaluation set
-
-Right = dict[str, Tensor]  # by name of the evaluation set, [N] bool: which pictures were classified rightly
-
-
-def add_gains(scores: Scores, right: Right, before: Right) -> None:
-    """Add to each score its gain above another model on the same pictures, and the gain's standard error.
-
-    The error is that of a mean of paired differences: pictures that both models classify alike add nothing to it.
-
-    Args:
-        scores: of the model; changed in place.
-        right: of the model.
-        before: of the other one.
-    """
-    for name, score in scores.items():
-        difference = right[name].double() - before[name].double()
-        score["gain"] = float(difference.mean())
-        score["gain_error"] = float(difference.var(correction=0).sqrt()) / len(difference) ** 0.5
-
-
-def evaluate_zero_shot(
+def evaluate_sets(
     clip: Clip,
-    sets: list[Index],
-    prompts: dict[str, list[str]],
+    sets: list[EvaluationSet],
     *,
     workers: int = 2,
     decoded: DecodedPictures | None = None,
     max_bad: float = 0.0,
-    right: Right | None = None,
+    precision: str = "fp32",
+) -> dict[str, Scored]:
+    """Score a model on every set: by name, what the set's rules give.
+
+    Args:
+        clip: the model, on the device where it shall run; it is left in evaluation mode.
+        sets: from :func:`~tracer.evaluation.recognise.read_sets`.
+        workers: threads that decode pictures.
+        decoded: where pictures stay decoded for the next model; default: nowhere.
+        max_bad: share of a set's pictures that may fail; they are named in a note and not scored.
+        precision: fp32, or amp_bf16 for towers in bfloat16 autocast; logits are in float32 in any case.
+
+    Raises:
+        UserError: a feature is not finite, or more pictures fail.
+    """
+    weights: dict[int, Tensor] = {}  # by the prompts, which several sets may share
+    scored = {}
+    for each in sets:
+        if not each.retrieval and id(each.prompts) not in weights:
+            weights[id(each.prompts)] = classifier(clip, each.prompts, precision=precision)
+
+        def score(good: EvaluationSet) -> Scored:
+            if good.retrieval:
+                ranked = retrieve(clip, good.index, workers=workers, decoded=decoded, precision=precision)
+                return score_retrieval(good, ranked)
+            own = weights[id(good.prompts)]
+            predictions = predict(clip, good, own, workers=workers, decoded=decoded, precision=precision)
+            return score_classes(good, predictions)
+
+        scored[each.name] = _of_good_pictures(each, max_bad, score)
+    return scored
+
+
+def evaluate_zero_shot(
+    clip: Clip, sets: list[Index], prompts: dict[str, list[str]], **options: Any
 ) -> Scores:
-    """Classify every picture of every set by the prompts that fit it best, and score the result.
+    """Classify every picture of every index by the prompts that fit it best, and score the result.
 
     Args:
         clip: the model, on the device where it shall run; it is left in evaluation mode.
         sets: labelled pictures.
         prompts: {class: [prompt, …]}, from :func:`~tracer.evaluation.prompts.class_prompts`.
-        workers: threads that decode pictures.
-        decoded: where pictures stay decoded for the next model; default: nowhere.
-        max_bad: share of a set's pictures that may fail; they are named in a note and not scored.
-        right: here goes which pictures of each set were classified rightly.
+        options: those of :func:`evaluate_sets`.
 
     Raises:
-        UserError: a set has a label without prompts, or more pictures fail.
+        UserError: a set has a label without prompts, a feature is not finite, or too many pictures fail.
     """
     check_labels(sets, prompts)
-    weights = classifier(clip, prompts)
-    number = {name: i for i, name in enumerate(prompts)}
-    scores: Scores = {}
-    for index in sets:
-        probabilities, index = _of_good_pictures(
-            index,
-            max_bad,
-            lambda good: class_probabilities(clip, good, weights, workers=workers, decoded=decoded),
-        )
-        # check_labels has refused pictures without a label, whose number is −1.
-        numbers = torch.tensor([number.get(label, -1) for label in index.classes])
-        truth = numbers[torch.from_numpy(index.label_numbers)]
-        if right is not None:
-            right[index.name] = probabilities.argmax(1) == truth
-        scores[index.name] = {
-            "accuracy": accuracy(probabilities, truth),
-            "ece": calibration_error(probabilities, truth),
-            "pictures": len(index),
-        }
-    return scores
+    whole = [EvaluationSet(index, prompts=prompts) for index in sets]
+    return {name: scored.score for name, scored in evaluate_sets(clip, whole, **options).items()}
 
 
-def _of_good_pictures(
-    index: Index, max_bad: float, probabilities: Callable[[Index], Tensor]
-) -> tuple[Tensor, Index]:
-    """Return the probabilities of the pictures that can be read, and the index of these."""
-    good, failed = index, 0
+def _of_good_pictures(each: EvaluationSet, max_bad: float, score: Callable[[EvaluationSet], T]) -> T:
+    """Return what ``score`` makes of the pictures that can be read."""
+    good, failed = each, 0
     while True:
         try:
-            return probabilities(good), good
+            return score(good)
         except UndecodableError as error:
             failed += 1
-            if error.row < 0 or failed > max_bad * len(index):
+            if error.row < 0 or failed > max_bad * len(each.index):
                 raise
-            note(f"'{index.name}': {error}; it is not scored")
-            good = good.take([row for row in range(len(good)) if row != error.row])
+            note(f"'{each.name}': {error}; it is not scored")
+            rows = torch.arange(len(good.index)).numpy()
+            good = good.take(rows[rows != error.row])
 
 
 @torch.inference_mode()
-def classifier(clip: Clip, prompts: dict[str, list[str]]) -> Tensor:
+def classifier(clip: Clip, prompts: dict[str, list[str]], *, precision: str = "fp32") -> Tensor:
     """Return zero-shot weights [C, D]: per class the normalised mean of its prompts' normalised features.
 
-    This is prompt ensembling in feature space (Radford et al. 2021, arXiv 2103.00020, section 3.1.4).
+    This is prompt ensembling in feature space (Radford et al. 2021, arXiv 2103.00020, section 3.1.4). The
+    features of :data:`TEXTS_AT_ONCE` prompts are in memory at a time.
 
     Raises:
         UserError: a feature is not finite.
     """
+    texts = [text for group in prompts.values() for text in group]
+    sizes = torch.tensor([len(group) for group in prompts.values()])
+    owner = torch.repeat_interleave(torch.arange(len(prompts)), sizes)
+    sums, start = None, 0
+    for features in _text_features(clip, texts, precision):
+        if sums is None:
+            sums = features.new_zeros(len(prompts), features.shape[1])
+        sums.index_add_(0, owner[start : start + len(features)].to(features.device), features)
+        start += len(features)
+    assert sums is not None
+    return F.normalize(sums, dim=-1)
+
+
+def _text_features(clip: Clip, texts: list[str], precision: str) -> Iterator[Tensor]:
+    """Yield the normalised features of texts, [≤ TEXTS_AT_ONCE, D] float32 at a time."""
     clip.model.eval()
     device = next(clip.model.parameters()).device
-    texts = [text for group in prompts.values() for text in group]
-    features = torch.cat(
-        [
-            clip.model.encode_text(clip.tokenizer(texts[i : i + TEXTS_AT_ONCE]).to(device), normalize=True)
-            for i in range(0, len(texts), TEXTS_AT_ONCE)
-        ]
-    )
-    if not features.isfinite().all():
-        raise UserError("the model's text features are NaN or infinite: its weights diverged in training")
-    groups = features.split([len(group) for group in prompts.values()])
-    return F.normalize(torch.stack([group.mean(0) for group in groups]), dim=-1)
+    parts = range(0, len(texts), TEXTS_AT_ONCE)
+    for start in tqdm(parts, desc="encoding prompts", leave=False, delay=3):
+        tokens = clip.tokenizer(texts[start : start + TEXTS_AT_ONCE]).to(device)
+        with autocast(device, precision):
+            features = clip.model.encode_text(tokens, normalize=True)
+        if not features.isfinite().all():
+            raise UserError("the model's text features are NaN or infinite: its weights diverged in training")
+        yield features.float() if precision == "fp32" else F.normalize(features.float(), dim=-1)
+
+
+def _picture_features(
+    clip: Clip, index: Index, workers: int, decoded: DecodedPictures | None, precision: str
+) -> Iterator[Tensor]:
+    """Yield the normalised features of pictures in order, [≤ PICTURES_AT_ONCE, D] float32 at a time."""
+    clip.model.eval()
+    device = next(clip.model.parameters()).device
+    store = DecodedPictures(0) if decoded is None else decoded
+    batches = store.batches(index, clip.picture_format, PICTURES_AT_ONCE, workers, device)
+    start = 0
+    with tqdm(total=len(index), desc=index.name, unit="image", leave=False, delay=3) as bar:
+        for images in batches:
+            with autocast(device, precision):
+                features = clip.model.encode_image(images, normalize=True)
+            features = features.float() if precision == "fp32" else F.normalize(features.float(), dim=-1)
+            bad = (~features.isfinite()).any(1).nonzero()
+            if len(bad):
+                picture = index.id(start + int(bad[0]))
+                raise UserError(
+                    f"the model's probabilities are NaN, first '{picture}': its weights diverged in training"
+                )
+            start += len(features)
+            bar.update(len(features))
+            yield features
 
 
 @torch.inference_mode()
-def class_probabilities(
+def predict(
     clip: Clip,
-    index: Index,
+    each: EvaluationSet,
     weights: Tensor,
     *,
-    batch_size: int = 256,
     workers: int = 2,
     decoded: DecodedPictures | None = None,
-) -> Tensor:
-    """Return the probabilities [N, C] of the classes for every picture of ``index``, on the CPU.
+    precision: str = "fp32",
+) -> Predictions:
+    """Classify the pictures of a set; no more logits than those of a batch of pictures are in memory.
 
     Args:
         clip: the model, on the device of ``weights``.
-        index: N pictures.
-        weights: zero-shot weights [C, D] of a :func:`classifier`.
-        batch_size: pictures that are encoded at once.
-        workers: threads that decode pictures.
-        decoded: where pictures stay decoded for the next model; default: nowhere.
+        each: the set.
+        weights: zero-shot weights [C, D] of a :func:`classifier` of its prompts.
+        workers, decoded, precision: see :func:`evaluate_sets`.
 
     Raises:
-        UserError: a probability is not finite; the largest of a row of NaN would be the first class.
+        UserError: a feature is not finite; the largest logit of a row of NaN would be that of the first class.
     """
-    clip.model.eval()
-    scale = clip.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
-    decoded = DecodedPictures(limit=0) if decoded is None else decoded
-    batches = decoded.batches(index, clip.picture_format, batch_size, workers, weights.device)
-    total = -(-len(index) // batch_size)
-    rows = []
-    for image in tqdm(batches, desc=f"evaluating {index.name}", total=total, delay=3, leave=False):
-        features = clip.model.encode_image(image, normalize=True)
-        rows.append((scale * features @ weights.T).softmax(-1).cpu())
-    probabilities = torch.cat(rows)
-    bad = (~probabilities.isfinite().all(1)).nonzero()
-    if len(bad):
-        raise UserError(
-            f"the model's probabilities for {len(bad)} of {len(index)} pictures of '{index.name}' are NaN, first "
-            f"'{index.id(int(bad[0]))}': its weights diverged in training"
-        )
-    return probabilities
+    scale, contrast = logit_scale(clip), contrast_of(clip.model)
+    bias = clip.model.logit_bias.float() if contrast == "sigmoid" else 0.0
+    choose, truth = _choice(each, weights.device), torch.from_numpy(each.truth)
+    parts, start = [], 0
+    for features in _picture_features(clip, each.index, workers, decoded, precision):
+        logits = choose(scale * features @ weights.T + bias)
+        own = truth[start : start + len(features)].to(logits.device)
+        parts.append(Predictions.of(logits, own, contrast))
+        start += len(features)
+    return Predictions.joined(parts)
+
+
+def _choice(each: EvaluationSet, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return what turns the classifier's logits [n, C] into those of the set's classes."""
+    if not each.classes:
+        return lambda logits: logits
+    members = each.members
+    rows = torch.tensor([row for group in members for row in group], device=device)
+    owner = [n for n, group in enumerate(members) for _ in group]
+    columns = torch.tensor(owner, device=device)
+
+    def choose(logits: Tensor) -> Tensor:
+        start = logits.new_full((len(logits), len(members)), -torch.inf)
+        return start.scatter_reduce(1, columns.expand(len(logits), -1), logits[:, rows], "amax")
+
+    return choose
+
+
+@torch.inference_mode()
+def retrieve(
+    clip: Clip,
+    index: Index,
+    *,
+    workers: int = 2,
+    decoded: DecodedPictures | None = None,
+    precision: str = "fp32",
+) -> Ranks:
+    """Rank all captions of a set for each picture, and all pictures for each caption.
+
+    Args:
+        clip: the model, on the device where it shall run.
+        index: pictures with captions.
+        workers, decoded, precision: see :func:`evaluate_sets`.
+
+    Raises:
+        UserError: a feature is not finite.
+    """
+    images = torch.cat(list(_picture_features(clip, index, workers, decoded, precision)))
+    counts = torch.tensor([index.caption_count(row) for row in range(len(index))])
+    texts = [caption for captions in index.captions for caption in captions]
+    owner = torch.repeat_interleave(torch.arange(len(index)), counts).to(images.device)
+    return ranks(images, torch.cat(list(_text_features(clip, texts, precision))), owner)
+
+
+def logit_scale(clip: Clip) -> Tensor:
+    """Return the model's logit scale, exponentiated and bounded as in training.
+
+    Raises:
+        UserError: it is not finite.
+    """
+    scale = bounded_logit_scale(clip.model).float()
+    if not scale.isfinite().all():
+        raise UserError("the model's logit scale is NaN or infinite: its weights diverged in training")
+    return scale
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Return the context in which the towers run."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)

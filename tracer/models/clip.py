@@ -103,6 +103,17 @@ def load_clip(name: str, pretrained: str | None) -> Clip:
     return Clip(name, model, tokenizer, _picture_format(name, wanted), config)
 
 
+def contrast_of(model: Any) -> str:
+    """Return the form of the contrastive loss that a model was made for: ``"sigmoid"`` if it has a logit bias."""
+    return "softmax" if getattr(model, "logit_bias", None) is None else "sigmoid"
+
+
+def bounded_logit_scale(model: Any) -> Tensor:
+    """Return σ, exponentiated and bounded by ``MAX_LOGIT_SCALE``; models with a logit bias know no bound."""
+    scale = model.logit_scale.exp()
+    return scale if contrast_of(model) == "sigmoid" else scale.clamp(max=MAX_LOGIT_SCALE)
+
+
 def openai_templates() -> list[str]:
     """Return open_clip's 80 ImageNet templates, in which ``{}`` stands for the name of the class."""
     return [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
@@ -368,25 +379,38 @@ class Features(NamedTuple):
     logit_scale: Tensor
 
 
-def encode(forward: Callable[..., Any], image: Tensor, text: Tensor) -> Features:
+class BiasedFeatures(NamedTuple):
+    """:class:`Features` of a model that adds a bias to its logits, as SigLIP's do: a scalar too."""
+
+    image: Tensor
+    text: Tensor
+    logit_scale: Tensor
+    logit_bias: Tensor
+
+
+def encode(forward: Callable[..., Any], image: Tensor, text: Tensor) -> Features | BiasedFeatures:
     """Return the features of pictures and texts, in float32, with σ bounded by ``MAX_LOGIT_SCALE``.
 
     The bound changes the value of σ and not its gradient, so that training can bring σ back below it (CLIP's
-    published weights start on the bound).
+    published weights start on the bound). A model with a logit bias knows no bound: published SigLIP weights
+    lie above it.
 
     Args:
         forward: an open_clip model, or any call with the same results: a tuple that begins with image features,
-            text features and logit scale, or a dictionary of them.
+            text features, logit scale and logit bias, if it has one, or a dictionary of them.
         image: pictures [N, 3, S, S].
         text: tokens [M, context].
     """
     output = forward(image, text)
     if isinstance(output, dict):
-        output = output["image_features"], output["text_features"], output["logit_scale"]
-    u, v, scale = output[:3]
-    scale = scale.float().squeeze()
+        names = ("image_features", "text_features", "logit_scale", "logit_bias")
+        output = [output[name] for name in names if name in output]
+    u, v, scale, *bias = output[:4]
+    u, v, scale = F.normalize(u.float(), dim=-1), F.normalize(v.float(), dim=-1), scale.float().squeeze()
+    if bias:
+        return BiasedFeatures(u, v, scale, bias[0].float().squeeze())
     bounded = scale + (scale.clamp(max=MAX_LOGIT_SCALE) - scale).detach()
-    return Features(F.normalize(u.float(), dim=-1), F.normalize(v.float(), dim=-1), bounded)
+    return Features(u, v, bounded)
 
 
 def texts_stand_alone(model: nn.Module) -> bool:

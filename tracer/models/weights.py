@@ -45,7 +45,8 @@ def save_weights(
 ) -> None:
     """Write a checkpoint that ``open_clip.create_model(name, pretrained=path)`` loads.
 
-    The logit scale is written with its bound, log ``MAX_LOGIT_SCALE``; all other tensors as they are.
+    The logit scale is written with its bound, log ``MAX_LOGIT_SCALE``, unless there is a logit bias beside it, as
+    in SigLIP models, which know no bound; all other tensors are written as they are.
 
     Args:
         state: state dict of the model.
@@ -56,7 +57,7 @@ def save_weights(
         OSError: the file cannot be written.
     """
     state = dict(state)
-    if "logit_scale" in state:
+    if "logit_scale" in state and "logit_bias" not in state:
         state["logit_scale"] = state["logit_scale"].detach().clamp(max=math.log(MAX_LOGIT_SCALE))
     write_tensors(Path(path), state, metadata)
 
@@ -110,17 +111,12 @@ def readable_by_open_clip(path: Path) -> Iterator[tuple[Path, dict[str, Size]]]:
         yield readable, shapes
 
 
-def digest_of(weights: Path | Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of a file of weights, or of the names and values of a state dict that has no file."""
+def digest_of_values(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the names and values of a state dict."""
     digest = hashlib.sha256()
-    if isinstance(weights, Path):
-        with weights.open("rb") as file:  # in pieces: weights may be larger than the memory that is free
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    else:
-        for name, tensor in sorted(weights.items()):
-            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(name.encode() + values.numpy().tobytes())
+    for name, tensor in sorted(state.items()):
+        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(name.encode() + values.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -17,18 +17,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from tracer.report.curves import LoggedCurve, logged_curves
 from tracer.report.palette import COLOURS, DASHES, MARKERS, PAGE
 from tracer.report.results import (
     DIRECTIONS,
     Column,
     Domain,
     Interpolation,
-    LoggedCurve,
     Method,
     Results,
     Run,
     domain_column,
-    logged_curves,
 )
 from tracer.report.sentences import amount, listing, percent
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,6 @@ from typing import Any
 from tracer.errors import UserError
 
 NBSP = "\N{NO-BREAK SPACE}"
-
-POINTS = 100  # the most points of a logged curve: a longer log is averaged over blocks of steps
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 
@@ -93,11 +91,14 @@ class Method:
         stat = Stat.of((column.read(score, measure) for score in scores), exact=not self.trained)
         return replace(stat, error=column.sampling_error(scores)) if measure == "accuracy" else stat
 
-    def gain_error(self, column: Column, teacher: bool = False) -> float:
-        """Return the standard error of the gain above the start over the choice of pictures; NaN if unknown."""
+    def gain_error(self, column: Column, measure: str, teacher: bool = False) -> float:
+        """Return half the paired 95 % interval of the change above the start; NaN if it was not measured.
+
+        That of a mean over domains follows from those of the domains, whose pictures were drawn independently.
+        """
         scores = [run.teacher_eval if teacher else run.eval for run in self.runs]
-        errors = [[score.get(d, {}).get("gain_error", math.nan) for d in column.domains] for score in scores]
-        each = [math.hypot(*row) / len(row) for row in errors if row and all(map(math.isfinite, row))]
+        halves = [[_half_interval(score.get(d, {}), measure) for d in column.domains] for score in scores]
+        each = [math.hypot(*row) / len(row) for row in halves if row and all(map(math.isfinite, row))]
         return statistics.fmean(each) if each else math.nan
 
 
@@ -181,6 +182,22 @@ class Stat:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A measure of the method ``one`` minus that of ``other`` on the same pictures, with its paired 95 % interval.
+
+    ``column`` is in-distribution or shifted, the mean over the sets of that role.
+    """
+
+    one: str
+    other: str
+    column: str
+    measure: str
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Results:
     """All results of a comparison, as ``results.json`` holds them, and how they are arranged for reading.
 
@@ -198,7 +215,9 @@ class Results:
     versions: dict[str, Any]
     machine: dict[str, Any]
     times: dict[str, float]
-    notices: list[str]
+    notices: list[str] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    choices: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Results:
@@ -225,6 +244,8 @@ class Results:
             machine=content.get("machine") or {},
             times=content.get("times") or {},
             notices=[str(text) for text in content.get("notices") or []],
+            pairs=[Pair(**pair) for pair in content.get("pairs") or []],
+            choices=content.get("choices") or {},
         )
 
     @cached_property
@@ -344,6 +365,12 @@ def _run(content: dict[str, Any]) -> Run:
     )
 
 
+def _half_interval(score: dict[str, float], measure: str) -> float:
+    """Return the distance from a gain to the bound of its interval that is nearer to 0; see Method.gain_error."""
+    gain, low, high = (score.get(f"{measure}_gain{bound}", math.nan) for bound in ("", "_low", "_high"))
+    return gain - low if gain > 0 else high - gain
+
+
 def _method(content: dict[str, Any]) -> Method:
     key, runs = str(content["key"]), [_run(run) for run in content.get("runs") or []]
     name, note = str(content.get("name") or key), str(content.get("note") or "")
@@ -385,13 +412,13 @@ def clearly_differ(a: Stat, b: Stat, paired_error: float = math.nan) -> bool:
     """Return whether two means differ by more than seeds and test pictures explain.
 
     The difference must exceed the sum of both spreads, and the error that the choice of the test pictures gives
-    it: two standard errors where the pictures were compared one by one (``paired_error``), else the standard error
-    of two independent samples, which the shared pictures make about twice too large.
+    it: half the paired 95 % interval where it was measured (``paired_error``), else the standard error of two
+    independent samples, which the shared pictures make about twice too large.
     """
     if a.spread is None or b.spread is None:
         return False
     known = math.isfinite(paired_error)
-    error = 2 * paired_error if known else math.hypot(a.error, b.error)
+    error = paired_error if known else math.hypot(a.error, b.error)
     return abs(a.mean - b.mean) > max(a.spread + b.spread, error)
 
 
@@ -436,46 +463,3 @@ def sizes_of(results: Results) -> list[Sizes]:
             keys = ("trained_parameters", "optimizer_bytes", "checkpoint_bytes", weights)
             table.append(Sizes(method, *(recorded.get(key, math.nan) for key in keys)))
     return table
-
-
-@dataclass(frozen=True)
-class LoggedCurve:
-    """A logged quantity of one method over the steps: mean, smallest and largest over the seeds.
-
-    Each point is the mean over ``block`` steps at which the quantity was measured.
-    """
-
-    method: Method
-    steps: list[float]
-    mean: list[float]
-    low: list[float]
-    high: list[float]
-    block: int
-
-    def end(self) -> float:
-        """Return the mean over the last tenth of the steps."""
-        start = self.steps[0] + 0.9 * (self.steps[-1] - self.steps[0])
-        return statistics.fmean(v for s, v in zip(self.steps, self.mean, strict=True) if s >= start)
-
-
-def logged_curves(results: Results, series: Callable[[Run], dict[float, float]]) -> list[LoggedCurve]:
-    """Return the curve of each method whose runs have a ``series`` (step → value) that is not always 0."""
-    return [curve for method in results.main if (curve := _logged_curve(method, series))]
-
-
-def _logged_curve(method: Method, series: Callable[[Run], dict[float, float]]) -> LoggedCurve | None:
-    seeds = [values for run in method.runs if (values := series(run))]
-    steps = sorted(set().union(*seeds))
-    if all(value == 0 for values in seeds for value in values.values()):
-        return None  # never logged, or a term that was switched off
-    block = -(-len(steps) // POINTS)
-    curve = LoggedCurve(method, [], [], [], [], block)
-    for start in range(0, len(steps), block):
-        within = steps[start : start + block]
-        present = [[values[s] for s in within if s in values] for values in seeds]
-        means = [statistics.fmean(values) for values in present if values]
-        curve.steps.append(statistics.fmean(within))
-        curve.mean.append(statistics.fmean(means))
-        curve.low.append(min(means))
-        curve.high.append(max(means))
-    return curve

@@ -6,17 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tracer.report.curves import LoggedCurve, logged_curves
 from tracer.report.results import (
     NBSP,
     Column,
-    LoggedCurve,
     Method,
+    Pair,
     Results,
     Run,
     Sizes,
     Stat,
     clearly_differ,
-    logged_curves,
     number,
     sizes_of,
 )
@@ -115,6 +115,8 @@ def findings(results: Results) -> list[tuple[str, str]]:
         ("Under shift", shift_sentence(results)),
         ("Teacher–student gap", gap_sentence(results)),
         *ablation_sentences(results),
+        *pair_sentences(results),
+        ("Chosen settings", choice_sentence(results)),
         ("Size", size_sentence(results)),
         ("Calibration", calibration_sentence(results)),
     ]
@@ -211,6 +213,61 @@ def ablation_sentences(results: Results) -> list[tuple[str, str]]:
             sentences.append(f"{listing(unchanged)} {verb} within the spread of the full method.")
         topics.append((f"Parts of {full.name}", " ".join(sentences)))
     return topics
+
+
+def pair_sentences(results: Results) -> list[tuple[str, str]]:
+    """Return what beats each method of comparison, and what cannot be told apart from it, by paired intervals.
+
+    A method beats another under shift where its interval lies above 0. It has equal accuracy in distribution where
+    the interval there holds 0.
+    """
+    names = {method.key: method.name for method in results.methods}
+    topics = []
+    for other in dict.fromkeys(pair.other for pair in results.pairs):
+        told: dict[str, list[str]] = {"above": [], "below": [], "apart": []}
+        for pair in results.pairs:
+            if (pair.other, pair.column, pair.measure) != (other, "shifted", "accuracy"):
+                continue
+            home = next(
+                (p for p in results.pairs if (p.one, p.other, p.measure) == (pair.one, other, "accuracy")
+                 and p.column == "in-distribution"), None
+            )  # fmt: skip
+            where = "above" if pair.low > 0 else "below" if pair.high < 0 else "apart"
+            text = f"{names.get(pair.one, pair.one)} ({_interval(pair)}{_at_home(home)})"
+            told[where].append(text)
+        name, sentences = names.get(other, other), []
+        for where, verb in (("above", "beat"), ("below", "fall below")):
+            if told[where]:
+                s = "" if len(told[where]) > 1 else "s"
+                sentences.append(f"Under shift, {listing(told[where])} {verb}{s} {name}.")
+        if told["apart"]:
+            sentences.append(f"Not to be told apart from {name} under shift: {listing(told['apart'])}.")
+        topics.append((f"Against {name}, paired 95 % intervals", " ".join(sentences)))
+    return topics
+
+
+def _interval(pair: Pair) -> str:
+    low, high = percent(pair.low, signed=True), percent(pair.high, signed=True)
+    return f"{percent(pair.value, signed=True)} points, {low} to {high}"
+
+
+def _at_home(pair: Pair | None) -> str:
+    """Return how the same two methods compare in distribution."""
+    if pair is None:
+        return ""
+    if pair.low <= 0 <= pair.high:
+        return "; equal in distribution"
+    return f"; in distribution {percent(pair.value, signed=True)}"
+
+
+def choice_sentence(results: Results) -> str:
+    """Return which point of the grid each method was given, and why."""
+    names = {method.key: method.name for method in results.methods}
+    parts = []
+    for key, choice in results.choices.items():
+        point = ", ".join(f"{name} {amount(number(value))}" for name, value in choice["chosen"].items())
+        parts.append(f"{names.get(key, key)}: {point} ({choice['why']})")
+    return f"{'; '.join(parts)}." if parts else ""
 
 
 def size_sentence(results: Results) -> str:

@@ -58,9 +58,8 @@ def table_rows(
 def _paired(
     method: Method, results: Results, column: int, measure: str, teacher: bool, full: Method | None
 ) -> float:
-    """Return the standard error of a change that was measured picture by picture: a gain above the start."""
-    known = measure == "accuracy" and full is None
-    return method.gain_error(results.columns[column], teacher) if known else math.nan
+    """Return half the 95 % interval of a change that was measured on the same pictures: a gain above the start."""
+    return method.gain_error(results.columns[column], measure, teacher) if full is None else math.nan
 
 
 def _cell(stat: Stat, start: Stat | None, best: bool, lower: bool, paired_error: float) -> Cell:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from tracer.data.batches import Batch
 from tracer.errors import UserError
-from tracer.models.clip import Features, encode
+from tracer.models.clip import BiasedFeatures, Features, encode
 from tracer.train.engine import mixed_precision, whole_projections
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class MicroBatch(NamedTuple):
     text: Tensor
     rows: Tensor | None
 
-    def encode(self, forward: Callable[..., Any]) -> Features:
+    def encode(self, forward: Callable[..., Any]) -> Features | BiasedFeatures:
         """Return the features of the n pairs. A text's gradient is the sum over the rows that hold it."""
         features = encode(forward, self.image, self.text)
         return features if self.rows is None else features._replace(text=features.text[self.rows])
@@ -70,15 +70,16 @@ def micro_batches(batch: Batch, count: int, dtype: torch.dtype, distinct: bool) 
     return parts
 
 
-def encode_all(forward: Callable[..., Any], parts: Sequence[MicroBatch]) -> Features:
+def encode_all(forward: Callable[..., Any], parts: Sequence[MicroBatch]) -> Features | BiasedFeatures:
     """Return the features of all micro-batches, encoded one after the other."""
     return joined([part.encode(forward) for part in parts])
 
 
-def joined(parts: Sequence[Features]) -> Features:
+def joined(parts: Sequence[Features | BiasedFeatures]) -> Features | BiasedFeatures:
     """Return the features of several micro-batches as those of one batch."""
-    image, text, logit_scale = zip(*parts, strict=True)
-    return Features(torch.cat(image), torch.cat(text), logit_scale[0])
+    return parts[0]._replace(
+        image=torch.cat([part.image for part in parts]), text=torch.cat([part.text for part in parts])
+    )
 
 
 def refuse_batch_statistics(model: nn.Module) -> None:
@@ -108,6 +109,10 @@ class RandomState:
             yield
 
 
+def nowhere() -> None:
+    """Pass a point at which a run does not stop."""
+
+
 class OneShot:
     """The student's pass over a batch that is encoded as a whole.
 
@@ -131,21 +136,30 @@ class OneShot:
 class Cached:
     """The student's two passes over a batch in micro-batches; used as :class:`OneShot` is.
 
+    ``point`` is called before each micro-batch: the run may stop there.
+
     Attributes:
         features: of the batch, cut off from the model.
         matrices: the projections that the loss penalises, cut off from the model.
     """
 
     def __init__(
-        self, engine: DeepSpeedEngine, parts: Sequence[MicroBatch], precision: str, penalised: bool
+        self,
+        engine: DeepSpeedEngine,
+        parts: Sequence[MicroBatch],
+        precision: str,
+        penalised: bool,
+        point: Callable[[], None] = nowhere,
     ) -> None:
-        self._engine, self._parts, self._precision = engine, parts, precision
+        self._engine, self._parts, self._precision, self._point = engine, parts, precision, point
         self._random, features = [], []
         with torch.no_grad(), mixed_precision(engine.device, precision):
             for part in parts:
+                point()
                 self._random.append(RandomState(part.image))
                 features.append(part.encode(engine))
-        self.features = Features(*(x.requires_grad_() for x in joined(features)))
+        whole = joined(features)
+        self.features = type(whole)(*(x.requires_grad_() for x in whole))
         self.matrices: Matrices = None
         if penalised and (matrices := whole_projections(engine)):
             self.matrices = (matrices[0].detach().requires_grad_(), matrices[1].detach().requires_grad_())
@@ -159,6 +173,7 @@ class Cached:
         shared = [gradient / count for gradient in shared]
         own = zip(image.tensor_split(count), text.tensor_split(count), strict=True)
         for part, random, gradients in zip(self._parts, self._random, own, strict=True):
+            self._point()
             with random.again(), mixed_precision(self._engine.device, self._precision):
                 outputs = list(part.encode(self._engine))
             if self.matrices:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from tracer.evaluation.sets import EvaluationSet
 from tracer.train.config import Config
 
 FEW_PICTURES = 100  # below it the standard error of an accuracy can exceed 5 points
@@ -22,6 +23,11 @@ def caution_of_size(name: str, pictures: int) -> str | None:
         return None
     error = 50 / pictures**0.5  # of an accuracy of 50 %, the worst case
     return f"'{name}' has {pictures} pictures: an accuracy on it has a standard error of up to {error:.0f} points"
+
+
+def cautions_of_sizes(sets: Iterable[EvaluationSet]) -> list[str]:
+    """Return a sentence about each set whose size leaves its scores unsure."""
+    return [text for each in sets if (text := caution_of_size(each.name, len(each.index)))]
 
 
 def idle_options(config: Config) -> Iterator[str]:

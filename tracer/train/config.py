@@ -16,6 +16,7 @@ from tracer.data.remote import address_of
 from tracer.errors import UserError
 from tracer.recipes import EMA, R_ADAPTER, TRACER, WMA
 from tracer.settings import as_paths, check_ranges, check_set_names, check_templates
+from tracer.train.baselines import BaselineSettings
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
@@ -77,6 +78,10 @@ class MethodSettings:
     """Choose the method: its loss, its teacher and its adapters.
 
     Args:
+        contrast: softmax over the batch (CLIP) or sigmoid of each pair (SigLIP); default: what the model was made
+            for, which is sigmoid for one with a logit bias.
+        logit_bias: b of the sigmoid. A model with a logit bias starts from this value instead of the checkpoint's;
+            for any other it is a fixed number; default: -10.
         method: tracer (contrastive + distillation from a moving teacher), flyp (contrastive only) or r-adapter
             (contrastive, linear adapters alone).
         teacher: moving average that teaches the student; only for method tracer.
@@ -105,6 +110,8 @@ class MethodSettings:
         projection_orthogonal: λ_O, weight of ‖Wvᵀ Wv − I‖_F.
     """
 
+    contrast: Literal["softmax", "sigmoid"] | None = None
+    logit_bias: float | None = None
     method: Literal["tracer", "flyp", "r-adapter"] = "tracer"
     teacher: Literal["wma", "ema", "uniform", "frozen"] = "wma"
     teacher_every: int | None = None
@@ -151,6 +158,7 @@ class MethodSettings:
         check_ranges(
             self,
             {
+                "a finite number": "logit_bias",
                 "at least 1": "teacher_every adapter_rank",
                 "above 0": "wma_beta",
                 "at least 0": "margin distill_weight relational feature interactive cross projection_product "
@@ -294,6 +302,8 @@ class EngineSettings:
         compile: compile both towers with torch.compile; not at ZeRO stage 3.
         deepspeed: JSON file with further settings of DeepSpeed. What an option here decides is refused there.
         timeout: seconds that a rank waits for the others within a step.
+        heartbeat: seconds without a sign of life from a rank after which all ranks end, and say which it was. A
+            rank that is only slow gives signs of life.
     """
 
     precision: Literal["auto", "fp32", "amp_bf16", "bf16", "fp16"] = "auto"
@@ -302,10 +312,11 @@ class EngineSettings:
     compile: bool = False
     deepspeed: Path | None = None
     timeout: float = 1800.0
+    heartbeat: float = 20.0
 
     def validate(self) -> None:
         """Raise UserError for the first setting of this section that makes no sense, naming the remedy."""
-        check_ranges(self, {"above 0": "timeout"})
+        check_ranges(self, {"above 0": "timeout heartbeat"})
         if self.precision in ("bf16", "fp16") and self.zero_stage == 0:
             raise UserError(
                 f"--precision {self.precision} needs --zero_stage 1 or more: stage 0 keeps no fp32 weights"
@@ -328,12 +339,17 @@ class RunSettings:
             --eval_every.
         log_to: where the scalars of each step go besides log.jsonl, as a list: tensorboard, csv, wandb, mlflow.
         save_every: optimizer steps between two checkpoints, from which the same command goes on after it was cut
-            off; one more follows the last step. Only the newest is kept, until the run is complete.
+            off; one more follows the last step.
+        keep: how many of the newest checkpoints are kept until the run is complete. Where one is damaged, the run
+            goes on from the one before.
+        restart: give up an unfinished run in the folder of output, with its checkpoints, and start anew.
         seed: seed of shuffling, crops and caption choice.
     """
 
     output: Path = Path("runs/finetune")
     save_every: int = 500
+    keep: int = 2
+    restart: bool = False
     eval_every: int | None = None
     keep_best: str | None = None
     log_to: list[Literal["tensorboard", "csv", "wandb", "mlflow"]] = field(
@@ -343,7 +359,7 @@ class RunSettings:
 
     def validate(self) -> None:
         """Raise UserError for the first setting of this section that is out of range."""
-        check_ranges(self, {"at least 1": "save_every eval_every", "from 0 to 2147483647": "seed"})
+        check_ranges(self, {"at least 1": "save_every keep eval_every", "from 0 to 2147483647": "seed"})
 
 
 class Recipe(NamedTuple):
@@ -358,6 +374,7 @@ class Recipe(NamedTuple):
 # A dataclass takes the fields of its last base first.
 @dataclass
 class Config(
+    BaselineSettings,
     RunSettings,
     EngineSettings,
     OptimisationSettings,
@@ -408,17 +425,13 @@ class Config(
             OptimisationSettings,
             EngineSettings,
             RunSettings,
+            BaselineSettings,
         )
         for section in sections:
             section.validate(self)
         if self.eval_every and not self.eval_data:
             raise UserError(
                 f"--eval_every {self.eval_every} needs evaluation sets: give --eval_data.NAME PATH"
-            )
-        if self.keep_best and self.keep_best not in self.eval_data:
-            raise UserError(
-                f"--keep_best {self.keep_best} names no evaluation set: the sets are "
-                f"{', '.join(self.eval_data) or 'none, give --eval_data.NAME PATH'}"
             )
         if self.keep_best and not self.eval_every:
             raise UserError(

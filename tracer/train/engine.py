@@ -17,7 +17,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from tracer.machine import resolve_precision
-from tracer.models.clip import projections
+from tracer.models.clip import contrast_of, projections
 from tracer.models.weights import MAX_LOGIT_SCALE
 from tracer.train.config import Config
 from tracer.train.deepspeed_file import merged
@@ -126,7 +126,7 @@ def _allow_fp16(accelerator: Any) -> None:
 
 
 def _masters(engine: DeepSpeedEngine) -> Any:
-    from tracer._average_zero import Masters  # imports DeepSpeed
+    from tracer._zero_masters import Masters  # imports DeepSpeed
 
     return Masters(engine)
 
@@ -143,6 +143,8 @@ def _set_master_weights(engine: DeepSpeedEngine, weights: dict[str, Tensor]) -> 
 class LogitScaleBound:
     """Keeps the trained logit scale at or below log ``MAX_LOGIT_SCALE``, as CLIP's own training does.
 
+    That of a model with a logit bias, as SigLIP's have, is left as it is.
+
     The float32 weight of the optimizer and the copy that the model computes with are both bounded, at every ZeRO
     stage, and nothing is communicated. Call the object after each optimizer step.
 
@@ -153,6 +155,7 @@ class LogitScaleBound:
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self._parameter: Any = getattr(engine.module, "logit_scale", None)
         trained = self._parameter is not None and self._parameter.requires_grad
+        trained = trained and contrast_of(engine.module) == "softmax"
         self._masters = _masters(engine) if trained else None
 
     def __call__(self) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch import Tensor
+from tqdm import tqdm
 
 from tracer.errors import UserError
 from tracer.files import whole_file
@@ -118,6 +120,29 @@ class StepLog:
                 self._file.close()
                 for logger in self._loggers:
                     logger.close()
+
+
+class Shown:
+    """Shows loss and pairs per second in a bar, at most once a second: reading the loss waits for the GPU.
+
+    Args:
+        bar: of the steps.
+        pairs: of a step.
+    """
+
+    def __init__(self, bar: tqdm, pairs: int) -> None:
+        self._bar, self._pairs = bar, pairs
+        self._time, self._steps = time.perf_counter(), 0
+
+    def update(self, loss: Tensor | float, skipped: int) -> None:
+        """Note a step, and show it if the last one is a second old."""
+        self._steps += 1
+        passed = time.perf_counter() - self._time
+        if passed < 1 or self._bar.disable:
+            return
+        about = {"loss": f"{float(loss):.3f}", "pairs/s": f"{self._steps * self._pairs / passed:.0f}"}
+        self._bar.set_postfix(about | ({"skipped": skipped} if skipped else {}))
+        self._time, self._steps = time.perf_counter(), 0
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tracer import recipes
 from tracer.adapters import Adapter, adapter_schedule, set_drops
 from tracer.data.batches import Batch, TrainingBatches, Variation
 from tracer.data.index import Index
@@ -22,17 +23,20 @@ from tracer.data.skipped import Skipped
 from tracer.errors import Stopped, UserError
 from tracer.losses import TracerLoss
 from tracer.machine import resolve_precision
-from tracer.models.clip import Clip, texts_stand_alone
+from tracer.models.clip import BiasedFeatures, Clip, Features, contrast_of, texts_stand_alone
+from tracer.models.freezing import trained_batchnorm
 from tracer.models.towers import compile_towers
 from tracer.ops import contrastive_loss
 from tracer.schedules import EMA, WMA, Frozen, Schedule, Uniform
 from tracer.teacher import MovingAverageTeacher, build_teacher
+from tracer.train.baselines import Extras
 from tracer.train.cached import (
     Cached,
     MicroBatch,
     OneShot,
     encode_all,
     micro_batches,
+    nowhere,
     refuse_batch_statistics,
 )
 from tracer.train.checkpoint import Checkpoints
@@ -44,10 +48,10 @@ from tracer.train.engine import (
     optimizer_sizes,
     start_engine,
 )
-from tracer.train.log import StepLog
+from tracer.train.log import Shown, StepLog
 from tracer.train.ranks import ranks
 from tracer.train.scoring import Scorer, Weights
-from tracer.train.stop import stop_requests
+from tracer.train.stop import StopHere, StopRequest, stop_requests
 
 if TYPE_CHECKING:
     from tracer.train.engine import DeepSpeedEngine
@@ -91,7 +95,8 @@ class Trainer:
         self.config = config
         self.engine = start_engine(config, model)
         self.averages = moving_averages(config, self.engine)
-        self.loss = objective(config)
+        self.loss = objective(config, model)
+        self.extras = Extras(config, self.engine.module)
         self.bound_logit_scale = LogitScaleBound(self.engine)
         self.precision = resolve_precision(config.precision)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
@@ -100,6 +105,7 @@ class Trainer:
             if self.averages.teacher:
                 compile_towers(self.averages.teacher.module)
         self.pictures: list[int] = []  # of the last step, by their numbers in the data set
+        self._features: list[tuple[Tensor, Tensor]] = []  # of each of its batches
         self.engine.train()
         model = self.engine.module
         self.adapters = sum(isinstance(module, Adapter) for module in model.modules())
@@ -107,9 +113,17 @@ class Trainer:
         self.micro_batches = config.micro_batches(ranks().size)
         if self.micro_batches > 1:
             refuse_batch_statistics(model)
+        # The forward pass moves trained BatchNorm's statistics: half a step would stay in a checkpoint.
+        self._may_stop_within = trained_batchnorm(model) is None
+        self._point, self._own_seconds = nowhere, 0.0
 
-    def step(self, step: int, batches: Iterable[Batch], measure: bool) -> dict[str, Tensor | float]:
+    def step(
+        self, step: int, batches: Iterable[Batch], measure: bool, point: Callable[[], None] | None = None
+    ) -> dict[str, Tensor | float]:
         """Take optimizer step ``step`` (1, 2, …) and return the scalars to log.
+
+        ``point`` is called where the run may stop within the step: weights, averages and the optimizer are then
+        still as they were before it.
 
         The gradient is the mean over the batches, and so are the loss and its terms. ``skipped`` is 1 where the
         loss or the gradient was not finite: weights, averages and the learning rate's schedule then stay where
@@ -121,12 +135,20 @@ class Trainer:
         started, lr = time.perf_counter(), engine.get_lr()[0]
         torch.manual_seed(step_seed(config.seed, step))  # dropout: the same on every rank
         measured: list[dict[str, Tensor | float]] = []  # of each batch
-        self.pictures = []
+        self.pictures, self._features = [], []
+        watch, self._point = ranks().watch, (self._may_stop_within and point) or nowhere
+        self._own_seconds, idle = 0.0, time.perf_counter()
+        watch.at(step, "loads its pictures")
         for number, batch in enumerate(batches, (step - 1) * config.accumulation):
+            self._own_seconds += time.perf_counter() - idle
+            watch.at(step, "computes")
+            self._point()
             self.pictures += batch.index.tolist()
             set_drops(engine.module, adapter_draws(self.adapters, config.seed, number))
             parts = micro_batches(batch, self.micro_batches, self.dtype, self.distinct)
             measured.append(self._add_gradient(parts, batch.label, measure))
+            idle = time.perf_counter()
+        watch.own_work(self._own_seconds)
         self.bound_logit_scale()
         for average in self.averages.by_name().values():
             average.update(step)
@@ -135,6 +157,11 @@ class Trainer:
             scalars["kl"] = teacher_gap(engine, teacher, parts)
         scalars |= {"lr": lr} | self.skipped(scalars["loss"])
         return scalars | {"step_seconds": time.perf_counter() - started}
+
+    def not_finite(self) -> list[int]:
+        """Return the pictures of the last step for which this rank's features, or their text's, are not finite."""
+        finite = [(image + text).isfinite().all(-1) for image, text in self._features]
+        return [n for n, good in zip(self.pictures, torch.cat(finite).tolist(), strict=True) if not good]
 
     def skipped(self, loss: Tensor | float) -> dict[str, Tensor | float]:
         """Return the scalars that say whether the last step was skipped, and in fp16 why."""
@@ -156,25 +183,39 @@ class Trainer:
         The last batch of the step ends it: the weights move.
         """
         config, teacher = self.config, self.averages.teacher
-        penalised = config.penalised
+        penalised, started = config.penalised, time.perf_counter()
         if len(parts) == 1:
             student: OneShot | Cached = OneShot(self.engine, parts[0], self.precision, penalised)
         else:
-            student = Cached(self.engine, parts, self.precision, penalised)
+            student = Cached(self.engine, parts, self.precision, penalised, self._point)
+        if config.zero_stage < 3:  # there the forward pass waits for the weights of other ranks
+            self._own_seconds += time.perf_counter() - started
         with mixed_precision(self.engine.device, self.precision):
             teacher_output = encode_all(teacher.encode, parts) if teacher else None
+            u, v, scale, bias = with_bias(student.features, config)
+            labels = label if config.positives else None
             loss, terms, diagnostics = self.loss(
-                *student.features,
-                labels=label if config.positives else None,
-                teacher=teacher_output,
+                u,
+                v,
+                scale,
+                labels=labels,
+                teacher=teacher_output[:3] if teacher_output else None,
                 projections=student.matrices,
                 stats=measure,
+                logit_bias=bias,
+                teacher_logit_bias=with_bias(teacher_output, config)[3] if teacher_output else None,
             )
+            for name, (weight, value) in self.extras.terms(student.features, teacher_output, labels).items():
+                loss, terms = loss + weight * value, {**terms, name: value.detach()}
+        logged = {"logit_scale": scale.detach()}
+        if isinstance(bias, Tensor):
+            logged["logit_bias"] = bias.detach().clone()  # the step moves the weight itself
+        self._features.append((student.features.image.detach(), student.features.text.detach()))
         # A NaN in all gradients: the optimizer's own check then sees a loss that is not finite too.
         finite = torch.where(loss.detach().isfinite(), 1.0, math.nan)
+        self._point()
         student.backward(loss * finite / config.accumulation)
-        scale = student.features.logit_scale.detach()
-        return {"loss": loss.detach(), **terms} | diagnostics | {"logit_scale": scale}
+        return {"loss": loss.detach(), **terms} | diagnostics | logged
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -217,50 +258,41 @@ def train(
     done, total = checkpoints.step, config.total_steps
     here = ranks()
     skipped = Skipped(len(index), config.max_bad, checkpoints.skipped)
-    batches = iter(
-        TrainingBatches(
-            index,
-            clip,
-            batch_size=config.batch_size,
-            steps=total * config.accumulation,
-            first=done * config.accumulation,
-            seed=config.seed,
-            crop_scale=config.crop_scale,
-            workers=config.workers,
-            device=engine.device,
-            rank=here.rank,
-            world_size=here.size,
-            loading=config,
-            variation=Variation(config.crop_scale, config.flip, config.color_jitter, config.shuffle_window),
-            skipped=skipped,
-        )
-    )
+    batches = iter(_batches(config, clip, index, done, engine.device, skipped))
     steps = range(done + 1, total + 1)
     bar = tqdm(steps, desc=title, unit="step", initial=done, total=total, disable=not here.first)
     shown = Shown(bar, config.batch_size * config.accumulation)
-    with stop_requests(quiet=not here.first) as request:
-        for step in bar:
-            measure = step % MEASURE_EVERY == 0 or step == total
-            scalars = trainer.step(step, islice(batches, config.accumulation), measure)
-            if config.eval_every and (step % config.eval_every == 0 or step == total):
-                scalars |= evaluate_now(step, engine, averages, scorer)
-            log.write(step, scalars)
-            shown.update(scalars["loss"], log.skipped)
-            if log.skipped_in_a_row >= config.max_skipped:
-                pictures = [index.id(n) for n in trainer.pictures]
-                raise _not_finite(config, step, log.skipped_in_a_row, pictures)
-            stop = here.stop_step(step, request.signal)
-            if step % config.save_every == 0 or step == total or stop:
-                log.sync()  # before the checkpoint, which relies on the log's rows
-                rows = here.together(skipped.rows(step * config.accumulation))
-                checkpoints.save(step, engine, averages.by_name(), rows)
-            if stop:
-                raise Stopped(
-                    f"stopped after step {step} of {total}, which is saved; the same command goes on from there",
-                    stop,
-                )
+
+    def save(step: int) -> None:
+        here.watch.at(step, "saves")
+        log.sync()  # before the checkpoint, which relies on the log's rows
+        rows = here.together(skipped.rows(step * config.accumulation))
+        checkpoints.save(step, engine, averages.by_name(), rows)
+
+    with bar, stop_requests(not here.first, here.rank, here.size) as request:
+        here.watch.request = request
+        try:
+            for step in bar:
+                measure = step % MEASURE_EVERY == 0 or step == total
+                scalars = trainer.step(step, islice(batches, config.accumulation), measure, request.point)
+                if config.eval_every and (step % config.eval_every == 0 or step == total):
+                    here.watch.at(step, "evaluates")
+                    scalars |= evaluate_now(step, engine, averages, scorer)
+                log.write(done := step, scalars)
+                shown.update(scalars["loss"], log.skipped)
+                if log.skipped_in_a_row >= config.max_skipped:
+                    _end_not_finite(trainer, step, log.skipped_in_a_row, index)
+                if step % config.save_every == 0 or step == total:
+                    save(step)
+                request.point()
+        except StopHere:
+            if done > checkpoints.step:
+                save(done)
+            raise _stopped(request, done, total) from None
+    if request.signal is not None:  # it came after the last point
+        raise _stopped(request, done, total)
     if log.skipped == total:
-        raise _not_finite(config, total, total, [index.id(n) for n in trainer.pictures])
+        _end_not_finite(trainer, total, total, index)
     last, student, teacher = gathered(engine, averages)
     trained = Trained(
         student=student,
@@ -270,6 +302,29 @@ def train(
     )
     engine.destroy()  # its hooks would keep model and optimizer in memory, in a comparison for every run
     return trained
+
+
+def _batches(
+    config: Config, clip: Clip, index: Index, done: int, device: torch.device, skipped: Skipped
+) -> TrainingBatches:
+    """Return the batches of the steps after ``done``."""
+    here = ranks()
+    return TrainingBatches(
+        index,
+        clip,
+        batch_size=config.batch_size,
+        steps=config.total_steps * config.accumulation,
+        first=done * config.accumulation,
+        seed=config.seed,
+        crop_scale=config.crop_scale,
+        workers=config.workers,
+        device=device,
+        rank=here.rank,
+        world_size=here.size,
+        loading=config,
+        variation=Variation(config.crop_scale, config.flip, config.color_jitter, config.shuffle_window),
+        skipped=skipped,
+    )
 
 
 def gathered(engine: DeepSpeedEngine, averages: Averages) -> tuple[Weights, Weights, Weights | None]:
@@ -282,43 +337,41 @@ def gathered(engine: DeepSpeedEngine, averages: Averages) -> tuple[Weights, Weig
 def evaluate_now(
     step: int, engine: DeepSpeedEngine, averages: Averages, scorer: Scorer | None
 ) -> dict[str, float]:
-    """Return the scores of the present weights as scalars to log, on the first rank; call it on every rank."""
+    """Return the scores of the present weights as scalars to log, measured by the first rank; call it on all."""
     _, student, teacher = gathered(engine, averages)
-    return scorer.during(step, student, teacher) if scorer else {}
+    return ranks().once(lambda: scorer.during(step, student, teacher) if scorer else {})
 
 
-class Shown:
-    """Shows loss and pairs per second in a bar, at most once a second: reading the loss waits for the GPU.
-
-    Args:
-        bar: of the steps.
-        pairs: of a step.
-    """
-
-    def __init__(self, bar: tqdm, pairs: int) -> None:
-        self._bar, self._pairs = bar, pairs
-        self._time, self._steps = time.perf_counter(), 0
-
-    def update(self, loss: Tensor | float, skipped: int) -> None:
-        """Note a step, and show it if the last one is a second old."""
-        self._steps += 1
-        passed = time.perf_counter() - self._time
-        if passed < 1 or self._bar.disable:
-            return
-        about = {"loss": f"{float(loss):.3f}", "pairs/s": f"{self._steps * self._pairs / passed:.0f}"}
-        self._bar.set_postfix(about | ({"skipped": skipped} if skipped else {}))
-        self._time, self._steps = time.perf_counter(), 0
-
-
-def _not_finite(config: Config, step: int, skipped: int, pictures: list[str]) -> UserError:
-    """Return the error for ``skipped`` steps in a row, the last of them on ``pictures``."""
-    batches = f"batch {step}" if config.accumulation == 1 else f"the {config.accumulation} batches"
-    named = ", ".join(f"'{picture}'" for picture in pictures[:3]) or "no pictures"
-    return UserError(
-        f"the loss or its gradient was not finite in {skipped} steps in a row; the last is step {step}, {batches} "
-        f"with {named}{f' and {len(pictures) - 3} more' * (len(pictures) > 3)}: lower --lr, give a --clip_grad "
-        "above 0, or check the start's weights (--max_skipped sets the bound)"
+def _stopped(request: StopRequest, done: int, total: int) -> Stopped:
+    assert request.signal is not None  # it asked
+    what = (
+        f"after step {done} of {total}, which is saved" if done else "in the first step; nothing is saved yet"
     )
+    return Stopped(f"stopped {what}; the same command goes on from there", request.signal, saved=done > 0)
+
+
+def _end_not_finite(trainer: Trainer, step: int, skipped: int, index: Index) -> None:
+    """End the run on all ranks after ``skipped`` steps in a row; names the pairs without finite features, if any.
+
+    Raises:
+        UserError: always; names the pairs of all ranks.
+    """
+    here, config = ranks(), trainer.config
+    chosen = [n for rows in here.everyones(trainer.not_finite()) for n in rows]
+    whose = ", whose features are not finite" if chosen else ""
+    chosen = chosen or [n for rows in here.everyones(trainer.pictures) for n in rows]
+    named = ", ".join(f"'{index.id(n)}'" for n in chosen[:3]) or "no pictures"
+    more = f" and {len(chosen) - 3} more" * (len(chosen) > 3)
+    batches = f"batch {step}" if config.accumulation == 1 else f"the {config.accumulation} batches"
+
+    def end() -> None:
+        raise UserError(
+            f"the loss or its gradient was not finite in {skipped} steps in a row; the last is step {step}, "
+            f"{batches} with {named}{more}{whose}: lower --lr, give a --clip_grad above 0, or check the start's "
+            "weights (--max_skipped sets the bound)"
+        )
+
+    here.agree(end)
 
 
 def moving_averages(config: Config, engine: DeepSpeedEngine) -> Averages:
@@ -341,8 +394,24 @@ def teacher_schedule(config: Config) -> Schedule:
     return Uniform(every) if config.teacher == "uniform" else Frozen()
 
 
-def objective(config: Config) -> TracerLoss:
-    """Return the loss that ``config`` describes; called without a teacher, it is the contrastive term alone."""
+def objective(config: Config, model: nn.Module) -> TracerLoss:
+    """Return the loss that ``config`` describes; called without a teacher, it is the contrastive term alone.
+
+    Raises:
+        UserError: settings that have no meaning for the model's form of the contrastive term.
+    """
+    contrast = config.contrast or contrast_of(model)
+    # What r-adapter publishes for its softmaxes stands in the settings that a run keeps.
+    published = recipes.R_ADAPTER.smoothing if config.method == "r-adapter" else 0.0
+    if contrast == "sigmoid" and config.smoothing not in (None, 0.0, published):
+        raise UserError(
+            f"--smoothing {config.smoothing} has no meaning for the sigmoid of each pair: leave it out, or give "
+            "--contrast softmax"
+        )
+    if contrast == "softmax" and config.logit_bias is not None:
+        raise UserError(
+            f"--logit_bias {config.logit_bias} changes no softmax: leave it out, or give --contrast sigmoid"
+        )
     return TracerLoss(
         **across_ranks(),
         distill_weight=config.distill_weight,
@@ -352,9 +421,20 @@ def objective(config: Config) -> TracerLoss:
         cross=config.cross,
         projection_product=config.projection_product,
         projection_orthogonal=config.projection_orthogonal,
+        teacher_temperature=config.teacher_temperature,
         margin=config.recipe.margin,
-        smoothing=config.recipe.smoothing,
+        smoothing=0.0 if contrast == "sigmoid" else config.recipe.smoothing,
+        contrast=contrast,
     )
+
+
+def with_bias(
+    features: Features | BiasedFeatures, config: Config
+) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
+    """Return features, σ and the logit bias: the model's, or for a model that has none the settings'."""
+    u, v, scale, *bias = features
+    fixed = recipes.SIGLIP_BIAS if config.logit_bias is None else config.logit_bias
+    return u, v, scale, bias[0] if bias else fixed
 
 
 def across_ranks() -> dict[str, Any]:
@@ -371,8 +451,8 @@ def teacher_gap(
     The relational term of a mixed-precision step cannot show a gap below the rounding of its logits.
     """
     engine.eval()
-    student_output = encode_all(engine.module, parts)
-    teacher_image, teacher_text, teacher_logit_scale = encode_all(teacher.encode, parts)
+    student_output = encode_all(engine.module, parts)[:3]
+    teacher_image, teacher_text, teacher_logit_scale = encode_all(teacher.encode, parts)[:3]
     engine.train()
     return contrastive_loss(
         *student_output,

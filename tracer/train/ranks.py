@@ -19,7 +19,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from tracer.errors import Refused, UserError
+from tracer.errors import Refused, Stopped, UserError
+from tracer.train.start import check_network, refused_by_the_network
+from tracer.train.watch import Watch
 
 T = TypeVar("T")
 
@@ -36,12 +38,15 @@ class Ranks:
 
     Attributes:
         first: whether this rank alone prints, logs, writes results and evaluates.
+        watch: looks after the other ranks within :meth:`watched`.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: Any = None) -> None:
         self.rank, self.size, self.local_rank, self._store = rank, size, local_rank, store
         self.first = rank == 0
-        self._calls = 0  # every rank makes the same calls in the same order
+        self._calls = self._runs = 0  # every rank makes the same calls in the same order
+        self._ended_together = False  # by an error of which all ranks know
+        self.watch = Watch(rank, size, local_rank, size, None, 0.0)
 
     def once(self, work: Callable[[], T]) -> T:
         """Return what ``work`` returns on the first rank, which alone does it; it must be plain JSON.
@@ -60,6 +65,7 @@ class Ranks:
         try:
             result = work()
         except BaseException:
+            self._ended_together = True
             self._store.set(key, "[]")
             raise
         self._store.set(key, json.dumps([result]))
@@ -77,6 +83,7 @@ class Ranks:
         try:
             result = work()
         except BaseException:
+            self._ended_together = True
             self._store.set(f"{key}/verdict", "failed")  # no rank waits for those that have not come so far
             raise
         if self._store.add(f"{key}/done", 1) == self.size:
@@ -89,11 +96,19 @@ class Ranks:
         """Return the rows of all ranks, which every rank must ask for, without repeats and in one order."""
         if self.size == 1:
             return rows
-        key = self._next_key()
-        self._store.set(f"{key}/{self.rank}", json.dumps(rows))
-        everyones = [json.loads(self._wait(f"{key}/{rank}")) for rank in range(self.size)]
-        by_row = {json.dumps(row): row for rows in everyones for row in rows}
+        by_row = {json.dumps(row): row for rows in self.everyones(rows) for row in rows}
         return sorted(by_row.values(), key=lambda row: (row["batch"], row["row"]))
+
+    def everyones(self, value: T) -> list[T]:
+        """Return the values of all ranks, in their order; every rank must ask, with plain JSON."""
+        if self.size == 1:
+            return [value]
+        key = self._next_key()
+        self._store.set(f"{key}/{self.rank}", json.dumps(value))
+        keys = [f"{key}/{rank}" for rank in range(self.size)]
+        for other in keys:
+            self._wait(other)
+        return [json.loads(value) for value in self._store.multi_get(keys)]
 
     def leaders_first(self, work: Callable[[], T]) -> T:
         """Do ``work`` on every rank, on the first of each host before the others: it may download files.
@@ -118,20 +133,33 @@ class Ranks:
 
         return self.agree(in_turn)
 
-    def stop_step(self, step: int, signal: int | None) -> int | None:
-        """Return the signal at which all ranks stop after this step, None where they go on.
+    @contextmanager
+    def watched(self, limit: float) -> Iterator[None]:
+        """Watch within the block whether all ranks live; every rank enters and leaves it.
 
-        Ask after every step. A rank that has a signal after step n may be the first to have done that step. So it
-        asks all to stop after step n + 1: the others cannot finish that one without it.
-
-        Args:
-            step: the step that this rank has done.
-            signal: the number of a signal that this rank was sent.
+        A rank that is killed, stopped or cut off, or that an error ends by itself, ends all: within seconds or,
+        where nothing else tells of it, ``limit`` seconds without a sign of life. One line says which, and why.
         """
-        if self.size == 1 or (signal is None and not self._store.check(["stop"])):
-            return signal
-        last, number = json.loads(self._store.compare_set("stop", "", json.dumps([step + 1, signal])))
-        return number if step >= last else None
+        if self.size == 1:
+            yield
+            return
+        self._runs += 1
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or self.size)
+        store = dist.PrefixStore(f"watch {self._runs}", self._store.clone())
+        self.watch = Watch(self.rank, self.size, self.local_rank, local_size, store, limit)
+        self._ended_together = False
+        self.watch.start()
+        try:
+            yield
+        except BaseException as error:
+            together = self._ended_together or isinstance(error, (Refused, Stopped))
+            self.watch.leave(error, together)
+            if isinstance(error, Refused):
+                time.sleep(
+                    0.5
+                )  # the launcher may end all others once one has ended: another has to speak first
+            raise
+        self.watch.leave()
 
     def speaks(self) -> bool:
         """Return whether this rank is the first that has a last word to say; the others end without one."""
@@ -206,13 +234,13 @@ def join(timeout: float) -> Ranks:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
         _joined.append(Ranks())
         return _joined[0]
+    if local_size := os.environ.get("LOCAL_SIZE"):  # DeepSpeed's name for it
+        os.environ.setdefault("LOCAL_WORLD_SIZE", local_size)
+    check_network()
     try:
         dist.init_process_group(backend, timeout=patience)  # reads RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
     except (ValueError, RuntimeError, dist.DistNetworkError) as error:
-        raise UserError(
-            f"rank {rank} of {size} cannot join the others ({str(error)[:200]}): start all ranks with torchrun or "
-            "deepspeed, which set MASTER_ADDR and MASTER_PORT"
-        ) from error
+        raise refused_by_the_network(error, rank, size) from error
     store = dist.PrefixStore("tracer", dist.distributed_c10d._get_default_store())
     _joined.append(Ranks(rank, size, local_rank, store))
     return _joined[0]

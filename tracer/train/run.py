@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import os
+import socket
 import time
 import warnings
 from contextlib import ExitStack
@@ -19,42 +17,44 @@ from torch import nn
 from tqdm import tqdm
 
 from tracer.adapters import TOWERS, Share, add_adapters, save_adapters
-from tracer.data.build import check_sources, read_index
+from tracer.data.build import check_sources
 from tracer.data.index import Index
 from tracer.data.loader import announce, choose
-from tracer.data.text import read_templates
 from tracer.errors import UserError
-from tracer.evaluation.prompts import check_distinct, check_labels, named_alike
-from tracer.evaluation.record import classes_for, digest_of_start, head
+from tracer.evaluation.recognise import check_eval_data, check_prompts, read_sets
+from tracer.evaluation.record import digest_of_start, head, sentences
+from tracer.evaluation.sets import EvaluationSet
 from tracer.files import (
     aside,
     check_ours,
     check_output,
+    digest_of,
     is_marked,
+    remove_folder,
     remove_tree,
     sync,
+    whole_file,
     whole_folder,
     write_json,
 )
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.architecture import Architecture
 from tracer.models.choice import check_model
-from tracer.models.clip import load_clip, openai_templates, source_files
+from tracer.models.clip import contrast_of, load_clip
 from tracer.models.freezing import freeze, lock_batchnorm, locked_buffers, trained_batchnorm
 from tracer.models.towers import checkpoint_activations
-from tracer.models.weights import digest_of, first_not_finite, save_weights
-from tracer.train.cautions import caution_of_size, idle_options, resting_averages
+from tracer.models.weights import first_not_finite, save_weights
+from tracer.train.cautions import cautions_of_sizes, idle_options, resting_averages
 from tracer.train.checkpoint import WHOLE, Checkpoints
 from tracer.train.config import Config
 from tracer.train.engine import deepspeed_settings
+from tracer.train.identity import IDENTITY, Identity, differences_from, identity_of, training_index
 from tracer.train.log import StepLog, read_log
 from tracer.train.loggers import check_loggers
 from tracer.train.loop import Trained, train
 from tracer.train.ranks import Ranks, check_batch_size, join, ranks
-from tracer.train.scoring import BEST, Baseline, Evaluation, Scorer, Weights, whole_models
-
-# Settings that say where and how fast a run works, and change nothing in its result.
-WITHOUT_EFFECT = ("output", "save_every", "max_skipped", "max_bad", "cache", "cache_gb", "workers", "log_to")
+from tracer.train.scoring import BEST, Baseline, Scorer, Weights, whole_models
+from tracer.train.start import check_compiler, check_shared
 
 
 @dataclass
@@ -97,34 +97,37 @@ def finetune(config: Config, series: Series | None = None) -> Path:
         UserError: anything in the settings or the data that the user can mend.
     """
     config.validate()
-    with join(config.timeout).quiet():
-        return _finetune(config, ranks(), series)
+    here = join(config.timeout)
+    with here.quiet(), here.watched(config.heartbeat):
+        return _finetune(config, here, series)
 
 
 def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
     started = time.perf_counter()
     check_batch_size(config.batch_size, here.size)
-    here.once(lambda: _check_folders(config.output))
-    here.once(lambda: check_loggers(config.log_to))
-    here.once(lambda: check_sources([config.train_data, *config.eval_data.values()]))
-    here.once(lambda: check_model(config.model, config.pretrained))
+    here.agree(lambda: check_compiler(config))
+    here.once(lambda: _check_folders(config))
+    here.once(lambda: _check_names(config))
     choose(config, compute_device())  # refuses a loader that is missing
     # The data first: most mistakes are made there. One rank builds an index, the others find it in the cache.
     index = here.leaders_first(lambda: training_index(config))
-    evaluation = here.agree(lambda: _read_evaluation(config, index) if here.first else None)
+    sets = here.agree(lambda: _read_evaluation(config, index) if here.first else [])
     here.agree(lambda: deepspeed_settings(config))
     config = config.resolve(len(index))
-    notices = here.once(lambda: _notices(config, evaluation, series))
+    notices = here.once(lambda: _notices(config, sets, series))
     torch.manual_seed(config.seed)  # for random initial weights, and for adapters of a given rank
     clip = here.leaders_first(lambda: load_clip(config.model, config.pretrained))
-    if evaluation and evaluation.classes:
-        check_distinct(evaluation.classes.prompts, clip.tokenizer, named_alike(index, *evaluation.sets))
+    check_prompts(sets, clip.tokenizer)
     start = {name: value.clone() for name, value in clip.model.state_dict().items()}
     prepare(config, clip.model)
-    identity = here.once(lambda: fingerprint(config))
     with ExitStack() as stack:
-        folder = here.agree(lambda: _claim(config.output, stack, here))
-        checkpoints = here.agree(lambda: Checkpoints(folder, decisive(config), identity, started))
+        own = here.leaders_first(lambda: identity_of(config))
+        here.once(lambda: _claim(config.output, own, stack))
+        first = Identity(**here.once(lambda: asdict(own)))
+        here.agree(lambda: _check_alike(own, first, here))
+        folder, identity = aside(config.output), own.digest()
+        here.agree(lambda: check_shared(folder / IDENTITY, here.rank))
+        checkpoints = Checkpoints(folder, identity, started, config.keep)
         if checkpoints.step:
             tqdm.write(f"'{folder}': going on after step {checkpoints.step} of {config.steps}")
         with here.agree(lambda: start_log(config, folder if here.first else None, checkpoints.step)) as log:
@@ -132,26 +135,20 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
             if here.first:
                 announce(index, clip.picture_format, config, compute_device())
                 (folder / "config.yaml").write_text(config.to_yaml())
-                note_start(config, index, evaluation, here)
-            scorer = None
-            if evaluation:
-                scorer = Scorer(config, evaluation, start, folder, series.baseline if series else None)
-                scorer.remember(read_log(folder))
+                note_start(config, index, sets, here)
+            scorer = _scorer(config, sets, start, folder, series) if here.first else None
             title = series.title if series else config.output.name
             trained = train(config, clip, index, log, checkpoints, scorer, title)
-        if not here.first:
+        if scorer is None:  # another rank than the first
             return config.output
-        assert evaluation is not None  # this rank read it
-        assert scorer is not None
         frozen = {n: start[n] for n in _frozen(clip.model)}
         name, architecture = clip.name, clip.architecture
         del clip  # frees the engine's weights, to which its model is tied
         weights = _export(config, _exact(trained, frozen), start, folder, name, architecture)
         if scorer.best:
             weights["best"] = load_file(folder / BEST)
-        about = _head(config, name, weights, evaluation, start, folder)
-        scores = scorer.scores(weights) if evaluation.sets else {}
-        write_json(folder / "metrics.json", {**about, "kind": "metrics", "scores": scores})
+        about = _head(config, name, weights, sets, start, folder)
+        write_json(folder / "metrics.json", {**about, "kind": "metrics", "scores": scorer.scores(weights)})
         record = RunRecord(
             seconds=checkpoints.seconds,
             precision=resolve_precision(config.precision),
@@ -170,46 +167,76 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
     return config.output
 
 
-def _check_folders(output: Path) -> None:
-    """Refuse a run that could not be written, before the work."""
-    check_output(output)  # and what is beside it
-    if os.path.lexists(aside(output)):
-        check_ours(aside(output))
+def _check_folders(config: Config) -> None:
+    """Refuse a run that could not be written, before the work; remove an unfinished one if --restart says so."""
+    check_output(config.output)  # and what is beside it
+    if os.path.lexists(part := aside(config.output)):
+        check_ours(part)
+        if config.restart:
+            remove_folder(part)
 
 
-def _claim(output: Path, stack: ExitStack, here: Ranks) -> Path:
-    """Return the folder in which the run is written until it is whole; the first rank makes and locks it."""
-    return stack.enter_context(whole_folder(output, keep=WHOLE)) if here.first else aside(output)
-
-
-def training_index(config: Config) -> Index:
-    """Return the index of the training data, with the templates that ``config`` names."""
-    index = read_index(config.train_data, None, config)
-    if config.templates:
-        templates = (
-            openai_templates() if config.templates == "openai" else read_templates(Path(config.templates))
+def _check_alike(own: Identity, first: Identity, here: Ranks) -> None:
+    """Refuse a rank that was started with other settings, data or versions than the first."""
+    if differences := own.differences(asdict(first), ("on rank 0", "here")):
+        raise UserError(
+            f"rank {here.rank} on host {socket.gethostname()} differs from rank 0 in {', '.join(differences)}: "
+            "start all ranks with the same command, data and versions"
         )
-        index = dataclasses.replace(index, templates=templates)
-    return index
 
 
-def _read_evaluation(config: Config, index: Index) -> Evaluation:
-    """Return the evaluation sets with the prompts of the classes, which --classes or else the data names."""
-    sets = [read_index(path, name, config) for name, path in config.eval_data.items()]
-    if not sets:
-        return Evaluation([], None)
-    classes = classes_for(config.classes, config.prompt_template, index, sets)
-    check_labels(sets, classes.prompts)
-    return Evaluation(sets, classes)
+def _claim(output: Path, identity: Identity, stack: ExitStack) -> None:
+    """Make and lock the folder in which the run is written until it is whole.
+
+    Raises:
+        UserError: it holds an unfinished run with other settings, data or versions; names them.
+    """
+    part = aside(output)
+    if differences := differences_from(part, identity):
+        raise UserError(
+            f"'{part}' holds an unfinished run with other {', '.join(differences)}: give the same to go on, "
+            "choose another --output, or add --restart true to give it up"
+        )
+    stack.enter_context(whole_folder(output, keep=WHOLE))
+    with whole_file(part / IDENTITY) as file:
+        write_json(file, asdict(identity))
 
 
-def _notices(config: Config, evaluation: Evaluation | None, series: Series | None) -> list[str]:
+def _check_names(config: Config) -> None:
+    """Refuse loggers, data and models that are not there, before any is read."""
+    check_loggers(config.log_to)
+    check_sources([config.train_data])
+    check_eval_data(config.eval_data)
+    check_model(config.model, config.pretrained)
+
+
+def _read_evaluation(config: Config, index: Index) -> list[EvaluationSet]:
+    """Return the evaluation sets; those of the user's own have the classes of --classes or the training data."""
+    sets = read_sets(config.eval_data, config, config.classes, index, config.prompt_template)
+    names = [each.name for each in sets]
+    if config.keep_best and config.keep_best not in names:
+        raise UserError(
+            f"--keep_best {config.keep_best} names no evaluation set: the sets are {', '.join(names)}"
+        )
+    return sets
+
+
+def _notices(config: Config, sets: list[EvaluationSet], series: Series | None) -> list[str]:
     """Print what the user should know before the training, and return it."""
-    sizes = [caution_of_size(index.name, len(index)) for index in (evaluation.sets if evaluation else ())]
-    notices = [*([] if series else idle_options(config)), *resting_averages(config), *filter(None, sizes)]
+    idle = [] if series else idle_options(config)
+    notices = [*idle, *resting_averages(config), *cautions_of_sizes(sets)]
     for text in notices:
         warnings.warn(text, stacklevel=2)
     return notices
+
+
+def _scorer(
+    config: Config, sets: list[EvaluationSet], start: Weights, folder: Path, series: Series | None
+) -> Scorer:
+    """Return what scores this run's weights, with the best of an earlier attempt."""
+    scorer = Scorer(config, sets, start, folder, series.baseline if series else None)
+    scorer.remember(read_log(folder))
+    return scorer
 
 
 def prepare(config: Config, model: nn.Module) -> None:
@@ -218,6 +245,8 @@ def prepare(config: Config, model: nn.Module) -> None:
     Raises:
         UserError: the model does not allow what the settings ask for; names the settings.
     """
+    if config.logit_bias is not None and contrast_of(model) == "sigmoid":
+        nn.init.constant_(model.get_parameter("logit_bias"), config.logit_bias)
     if config.adapted:
         tqdm.write(str(adapt(config, model)))
     freeze(model, config.freeze, config.freeze_image_blocks, config.freeze_text_blocks)
@@ -305,17 +334,17 @@ def _head(
     config: Config,
     model: str,
     weights: dict[str, Weights],
-    evaluation: Evaluation,
+    sets: list[EvaluationSet],
     start: Weights,
     folder: Path,
 ) -> dict[str, Any]:
     """Return what the files of results of a run begin with."""
     digests: dict[str, str | None] = {"zero-shot": digest_of_start(config.model, config.pretrained, start)}
     digests |= {name: digest_of(folder / f"{name}.safetensors") for name in weights}
-    return head("run", model, digests, evaluation.classes)
+    return head("run", model, digests, sets)
 
 
-def note_start(config: Config, index: Index, evaluation: Evaluation | None, here: Ranks) -> None:
+def note_start(config: Config, index: Index, sets: list[EvaluationSet], here: Ranks) -> None:
     """Print what is about to be trained, on what, and for how long."""
     classes = f"{len(index.classes)} classes, " if index.classes else ""
     captions = len(index.columns.captions)
@@ -327,8 +356,8 @@ def note_start(config: Config, index: Index, evaluation: Evaluation | None, here
         f"{config.batch_size * config.accumulation} pairs, {pairs / len(index):.3g} epochs; "
         f"{compute_device().type}{ranks_}, {resolve_precision(config.precision)}"
     )
-    if evaluation and evaluation.classes:
-        tqdm.write(f"evaluation: {evaluation.classes.sentence()}")
+    for text in sentences(sets):
+        tqdm.write(f"evaluation of {text}")
 
 
 def _print_sizes(sizes: dict[str, int]) -> None:
@@ -337,29 +366,3 @@ def _print_sizes(sizes: dict[str, int]) -> None:
     kept = {"optimizer state": sizes["optimizer_bytes"], "checkpoint": sizes["checkpoint_bytes"]}
     kept |= {f"{n}.safetensors": sizes[f"{n}_bytes"] for n in files if f"{n}_bytes" in sizes}
     tqdm.write(", ".join(f"{name} {size / 1e6:.3g} MB" for name, size in kept.items()))
-
-
-def decisive(config: Config) -> dict[str, Any]:
-    """Return the settings that decide a run's result."""
-    settings = config.plain() | config.taken() | {"precision": resolve_precision(config.precision)}
-    settings["loader"] = choose(config, compute_device())[0]
-    return {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
-
-
-def fingerprint(config: Config) -> str:
-    """Return a digest of all that decides a run's result: settings, versions, and the files that it reads."""
-    index = training_index(config)
-    settings = decisive(config.resolve(len(index)))
-    files = [
-        *source_files(config.model, config.pretrained),
-        *filter(None, (config.classes, config.deepspeed)),
-    ]
-    content = [digest_of(path) for path in files if path.is_file()]
-    data = [index.digest(), *(read_index(path, None, config).digest() for path in config.eval_data.values())]
-    return hashlib.sha256(json.dumps([settings, content, data, versions()]).encode()).hexdigest()
-
-
-def is_run_of(config: Config, folder: Path) -> bool:
-    """Return whether ``folder`` holds a whole run with the settings, data, start and versions of ``config``."""
-    whole = all((folder / name).is_file() for name in ("run.json", "metrics.json", "student.safetensors"))
-    return whole and json.loads((folder / "run.json").read_text()).get("fingerprint") == fingerprint(config)

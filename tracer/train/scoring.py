@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import Tensor
 
 from tracer.adapters import adapter_state, fold
 from tracer.data.decoded import DecodedPictures
-from tracer.data.index import Index
-from tracer.evaluation.record import Classes
-from tracer.evaluation.zero_shot import Right, Scores, add_gains, evaluate_zero_shot
+from tracer.evaluation.scores import Scored, Scores, add_gains, finite
+from tracer.evaluation.sets import EvaluationSet
+from tracer.evaluation.zero_shot import evaluate_sets
 from tracer.machine import compute_device
 from tracer.models.clip import Clip, load_clip
 from tracer.models.weights import save_weights
@@ -20,22 +18,9 @@ from tracer.train.config import Config
 
 Weights = dict[str, Tensor]  # a state dict in float32
 
+Baseline = dict[str, Scored]  # the start's scores by set, with what they were made of
+
 BEST = "best.safetensors"  # the file of --keep_best
-
-
-@dataclass
-class Evaluation:
-    """The evaluation sets of a run, and the classes that they are scored with; None without sets."""
-
-    sets: list[Index]
-    classes: Classes | None
-
-
-class Baseline(NamedTuple):
-    """The start's scores, and which pictures it classifies rightly."""
-
-    scores: Scores
-    right: Right
 
 
 def whole_models(
@@ -53,7 +38,7 @@ class Scorer:
 
     Args:
         config: settings of the run.
-        evaluation: the evaluation sets, at least one.
+        sets: the evaluation sets.
         start: weights before the training.
         folder: of the run, for the best weights.
         baseline: the start's scores, where they are known.
@@ -62,13 +47,13 @@ class Scorer:
     def __init__(
         self,
         config: Config,
-        evaluation: Evaluation,
+        sets: list[EvaluationSet],
         start: Weights,
         folder: Path,
         baseline: Baseline | None = None,
     ) -> None:
-        self.config, self.evaluation, self.start, self.folder = config, evaluation, start, folder
-        self.best: tuple[int, float] | None = None  # step and accuracy of the weights in BEST
+        self.config, self.sets, self.start, self.folder = config, sets, start, folder
+        self.best: tuple[int, float] | None = None  # step and value of the weights in BEST
         self._baseline: Baseline | None = baseline
         self._clip: Clip | None = None
         self._decoded = DecodedPictures(loading=config)
@@ -81,52 +66,55 @@ class Scorer:
         return self._baseline
 
     def scores(self, weights: dict[str, Weights]) -> dict[str, Scores]:
-        """Return the scores of the start, named zero-shot, and of each model with its gain above the start."""
-        scores = {"zero-shot": self.baseline.scores}
+        """Return the scores of the start, named zero-shot, and of each model with its gains above the start."""
+        if not self.sets:
+            return {}
+        scored = {"zero-shot": self.baseline}
         for name, state in weights.items():
-            scores[name], right = self._measure(state)
-            add_gains(scores[name], right, self.baseline.right)
-        return scores
+            scored[name] = self._measure(state)
+            add_gains(scored[name], self.baseline)
+        return {
+            model: {of: finite(each.score) for of, each in sets.items()} for model, sets in scored.items()
+        }
 
     def during(self, step: int, student: Weights, teacher: Weights | None) -> dict[str, float]:
         """Return the scalars to log of the weights after a step, and keep them if they are the best so far."""
         models = whole_models(self.config, self.start, student, teacher)
         rows: dict[str, float] = {}
         for name, state in models.items():
-            scores = self._measure(state).scores
-            for of, score in scores.items():
-                rows |= {
-                    f"eval/{name}/{of}/accuracy": score["accuracy"],
-                    f"eval/{name}/{of}/ece": score["ece"],
-                }
+            for of, each in self._measure(state).items():
+                measures = dict.fromkeys([each.score["measure"], "accuracy", "ece"])
+                rows |= {f"eval/{name}/{of}/{m}": each.score[m] for m in measures if m in each.score}
         if self.config.keep_best:
-            accuracy = rows[f"eval/student/{self.config.keep_best}/accuracy"]
-            if self.best is None or accuracy > self.best[1]:
-                self.best = step, accuracy
+            value = rows[self._best_key]
+            if self.best is None or value > self.best[1]:
+                self.best = step, value
                 save_weights(models["student"], self.folder / BEST, self._loaded().architecture.metadata())
         return rows
 
     def remember(self, rows: list[dict[str, float]]) -> None:
         """Take up the best so far from the rows of an earlier attempt's log."""
-        key = f"eval/student/{self.config.keep_best}/accuracy"
-        for row in rows:
-            if key in row and (self.best is None or row[key] > self.best[1]):
-                self.best = int(row["step"]), row[key]
+        for row in rows if self.config.keep_best else ():
+            value = row.get(self._best_key)
+            if value is not None and (self.best is None or value > self.best[1]):
+                self.best = int(row["step"]), value
+
+    @property
+    def _best_key(self) -> str:
+        """The logged scalar by which the best weights are chosen: the measure by which the set is published."""
+        (kept,) = (each for each in self.sets if each.name == self.config.keep_best)
+        return f"eval/student/{kept.name}/{kept.measure}"
 
     def _measure(self, state: Weights) -> Baseline:
-        clip, classes = self._loaded(), self.evaluation.classes
-        right: Right = {}
-        assert classes is not None  # there are sets
+        clip = self._loaded()
         clip.model.load_state_dict(state)
-        scores = evaluate_zero_shot(
+        return evaluate_sets(
             clip,
-            self.evaluation.sets,
-            classes.prompts,
+            self.sets,
             workers=self.config.workers,
             decoded=self._decoded,
-            right=right,
+            max_bad=self.config.max_bad,
         )
-        return Baseline(scores, right)
 
     def _loaded(self) -> Clip:
         if self._clip is None:

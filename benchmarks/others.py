@@ -1,0 +1,483 @@
+"""The Triton kernels of other packages beside TRACER's, without a GPU: counted, compiled and estimated.
+
+    python -m benchmarks.others
+
+The packages are memeff, which computes the CLIP loss, and siglip-kernel, whose loss is another one: a sigmoid for
+each pair, which needs no statistics. Both come from the package index, at the versions of the lock file, and are
+called as their users call them. Nothing is counted before loss and gradients agree with the definition.
+
+**Counted**, in Triton's interpreter and by torch's dispatcher: products in units of 2·N²·D operations, those of
+torch included; bytes that the kernels load and store; bytes that torch's own operations read and write, matrix
+products included, each operand once; atomic additions; launches; bytes allocated at once beyond the inputs.
+**Compiled** for the architectures of ``machine_code``: registers, spills, shared memory. **Estimated** is what the
+data sheet of a card allows, beside the times that the packages publish. No time here was measured by us.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from benchmarks import disassembly, machine_code, packages, published, roofline, work
+from benchmarks.counting import Allocated, Traffic, Work, counting
+from benchmarks.harness import Highlight, command_line, progress, table
+from benchmarks.measure import require_close
+from benchmarks.packages import MEMEFF, SIGLIP_KERNEL
+from benchmarks.work import ARCHITECTURES, PASSES
+from tracer.kernels import contrastive_triton
+from tracer.kernels._triton import planning_for, recording
+from tracer.kernels.contrastive import Inputs, Needs, Options
+
+OURS = "TRACER"
+SCALE, PLACES = 20.0, 132  # the logit scale, and the multiprocessors of the GPU that grids are for
+MEMORY_SIZE = (16384, 512)
+Leaves = tuple[Tensor, Tensor, Tensor]
+Grads = tuple[Tensor | None, ...]
+
+
+class Package(NamedTuple):
+    """A package: its loss of image, text and scale, and the definition of that loss."""
+
+    name: str  # on the package index
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    defined: Callable[[Tensor, Tensor, Tensor], Tensor]
+    has_scale: bool  # whether the scale gets a gradient
+
+
+PACKAGES = {
+    MEMEFF: Package(
+        "memeff", lambda x, y, _: packages.memeff_loss(x, y, 1 / SCALE), published.clip_loss, False
+    ),
+    SIGLIP_KERNEL: Package("siglip-kernel", packages.siglip_kernel_loss, published.siglip_loss, True),
+}
+
+
+class Published(NamedTuple):
+    """A time of forward and backward in bfloat16 that a package publishes in its description."""
+
+    who: str
+    card: str
+    architecture: str
+    pairs: int
+    width: int
+    seconds: float
+
+
+PUBLISHED = (
+    Published(MEMEFF, "A100", "sm_80", 65536, 512, 0.201),
+    Published(SIGLIP_KERNEL, "GH200", "sm_90", 65536, 768, 0.0469),
+)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Counted.
+
+
+def count(architecture: str, N: int, D: int) -> list[dict[str, Any]]:
+    """Return the work of everyone for N pairs of width D in float16, ours first, in a process that interprets."""
+    with packages.as_if_on(architecture, PLACES), planning_for(architecture, PLACES):
+        return [_count(who, architecture, N, D) for who in (OURS, *PACKAGES)]
+
+
+def _count(who: str, architecture: str, N: int, D: int) -> dict[str, Any]:
+    image, text = (x.half().requires_grad_() for x in _features(N, D))
+    passes = _passes(who, architecture, (image, text, torch.tensor(SCALE, requires_grad=True)))
+    work_of: dict[str, Work] = {}
+    units: dict[str, float] = {}
+    mapping = {torch.ops.aten.addmm_: _addmm_flop}  # in place: torch's counter knows addmm alone
+    for when in PASSES:
+        with counting() as done, FlopCounterMode(display=False, custom_mapping=mapping) as products:
+            result = next(passes)
+        work_of[when] = done
+        units[when] = (done.flops + products.get_total_flops()) / (2 * N * N * D)
+    require_agreement(who, *result)
+    return {
+        "who": who,
+        "architecture": architecture,
+        "rows": N,
+        "width": D,
+        "units": units,
+        "bytes": {when: done.loaded + done.stored for when, done in work_of.items()},
+        "atomics": {when: done.atomics for when, done in work_of.items()},
+        "launches": {when: done.launches for when, done in work_of.items()},
+        "torch_bytes": count_without_data(who, architecture, N, D)["torch_bytes"],
+    }
+
+
+def _features(N: int, D: int) -> tuple[Tensor, Tensor]:
+    """Return features with cosine 0.24 within a pair, float32 numbers that float16 represents."""
+    generator = torch.Generator().manual_seed(0)
+    image, noise = torch.randn(2, N, D, generator=generator)
+    image, text = (torch.nn.functional.normalize(x, dim=1).half() for x in (image, image / 4 + noise))
+    return image.float(), text.float()
+
+
+def _passes(who: str, architecture: str, leaves: Leaves) -> Iterator[tuple[Tensor, Grads]]:
+    """Make the forward pass, then the backward pass, and yield after each; at last loss and gradients.
+
+    Ours are the launchers' own: the public function hides torch's operations in a custom operator.
+    """
+    if who == OURS:
+        inputs, options = Inputs(*(x.detach() for x in leaves)), Options()
+        tiles = work.tiles(architecture, "CLIP")
+        # The interpreter is fast in large steps of the same work; what is compiled takes the table's.
+        tiles = {kernel: tile._replace(block_d=inputs.image.shape[1]) for kernel, tile in tiles.items()}
+        forward = contrastive_triton.forward(inputs, options, tile=tiles["forward"])
+        yield forward.terms[0], ()
+        upstream = torch.ones_like(forward.terms)
+        grads = contrastive_triton.backward(
+            upstream, inputs, forward.saved, options, Needs(), tile=tiles["backward"]
+        )
+        yield forward.terms[0], (grads.image, grads.text, grads.logit_scale)
+    else:
+        loss = PACKAGES[who].loss(*leaves)
+        yield loss, ()
+        yield loss, torch.autograd.grad(loss, leaves, allow_unused=not PACKAGES[who].has_scale)
+
+
+def _addmm_flop(_: Any, a: tuple[int, int], b: tuple[int, int], **options: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def require_agreement(who: str, loss: Tensor, grads: Grads) -> None:
+    """Compare loss and gradients of ``_features`` with the definition in float64; a gradient of None is left out.
+
+    Raises:
+        WrongResult: they disagree; ends the benchmark.
+    """
+    defined = published.clip_loss if who == OURS else PACKAGES[who].defined
+    N, D = next(x for x in grads if x is not None).shape
+    exact = [x.double().requires_grad_() for x in (*_features(N, D), torch.tensor(SCALE))]
+    right = defined(*exact)
+    wanted = right, *torch.autograd.grad(right, exact)
+    names = ("loss", "image gradient", "text gradient", "scale gradient")
+    for name, got, want in zip(names, (loss, *grads), wanted, strict=True):
+        if got is not None:
+            require_close(f"{name} of {who}", got.detach(), want.detach(), 2e-3)
+
+
+def count_without_data(who: str, architecture: str, N: int, D: int) -> dict[str, Any]:
+    """Return the bytes that are alive at once beyond the inputs, and those that torch moves, by pass.
+
+    A call in bfloat16 runs on tensors without data and without its kernels.
+    """
+    place = "cuda" if who == OURS else "cpu"  # our launchers' products go another way on a CPU
+    no_launch = patch.object(InterpretedFunction, "run", lambda *_, **__: None)
+    counted: dict[str, Any] = {"memory": {}, "torch_bytes": {}}
+    with (
+        packages.as_if_on(architecture, PLACES),
+        planning_for(architecture, PLACES),
+        recording(execute=False),
+        no_launch,
+        FakeTensorMode(),
+    ):
+        image, text = (torch.empty(N, D, dtype=torch.bfloat16, device=place) for _ in range(2))
+        leaves = (
+            image.requires_grad_(),
+            text.requires_grad_(),
+            torch.ones((), device=place).requires_grad_(),
+        )
+        passes = _passes(who, architecture, leaves)
+        with Allocated(leaves) as made:
+            for when in PASSES:
+                made.peak = 0
+                with Traffic() as moved:
+                    result = next(passes)
+                counted["memory"][when], counted["torch_bytes"][when] = made.peak, moved.bytes
+            del result
+    return counted
+
+
+def count_memory(N: int, D: int) -> list[dict[str, Any]]:
+    """Return the bytes that everyone holds at once beyond the inputs."""
+    return [
+        {"who": who, "rows": N, "width": D, **count_without_data(who, "sm_90", N, D)["memory"]}
+        for who in (OURS, *PACKAGES)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Compiled.
+
+
+def compiled(architecture: str, half_only: bool) -> list[dict[str, Any]]:
+    """Compile what N 1024 and D 512 launch, in a process of its own: siglip-kernel asks for the GPU at import."""
+    rows: dict[str, dict[str, Any]] = {}
+    for bits, dtype in ((16, torch.bfloat16), (32, torch.float32))[: 1 if half_only else 2]:
+        for who, package in PACKAGES.items():
+            for name, code in _binaries(architecture, package, dtype):
+                row = _machine_code(architecture, who, bits, name, code)
+                rows[str(row)] = row  # both directions of a gradient take the same kernel
+    return list(rows.values())
+
+
+def _binaries(architecture: str, package: Package, dtype: torch.dtype) -> list[tuple[str, Any]]:
+    """Return the compiled kernels of one call; an autotuned one in all its configurations."""
+    codes: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        codes.append((self.__name__, run(self, *arguments, grid=grid, warmup=True, **options)))
+
+    def every(self: Any, *arguments: Any, **options: Any) -> None:
+        self.nargs = dict(zip(self.arg_names, arguments, strict=False))
+        for config in self.prune_configs(options):
+            self.fn.run(*arguments, **options, **config.all_kwargs())
+
+    image, text = (torch.zeros(1024, 512, dtype=dtype, requires_grad=True) for _ in range(2))
+    with (
+        machine_code.target(architecture, "tf32"),
+        packages.as_if_on(architecture, PLACES),
+        patch.object(JITFunction, "run", compile_only),
+        patch.object(Autotuner, "run", every),
+    ):
+        leaves = (image, text, torch.tensor(SCALE, requires_grad=True))
+        torch.autograd.grad(package.loss(*leaves), leaves, allow_unused=not package.has_scale)
+    return codes
+
+
+def _machine_code(architecture: str, who: str, bits: int, name: str, code: Any) -> dict[str, Any]:
+    binary, metadata = disassembly.read(architecture, code.asm), code.metadata
+    warps, shared = int(metadata.num_warps), int(metadata.shared)
+    columns = getattr(metadata, "tmem_size", None) or 0
+    return {
+        "architecture": architecture,
+        "who": who,
+        "kernel": name.strip("_"),
+        "bits": bits,
+        "warps": warps,
+        "stages": int(metadata.num_stages),
+        "registers": binary.registers,
+        "spilled": binary.spilled,
+        "shared": shared,
+        "tensor_core": binary.tensor_core,
+        "resident_warps": disassembly.resident_warps(architecture, binary.registers, shared, columns, warps),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------
+# Estimated.
+
+
+def estimates(counted: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return published times beside the least times by data sheet: ours, and that of their products alone.
+
+    ``counted`` are rows of :func:`count`; what more the roofline needs of ours is counted here.
+    """
+    units = {row["who"]: sum(row["units"].values()) for row in counted}
+    N, D, places = roofline.COUNTED
+    rows = []
+    for told in PUBLISHED:
+        ours = work.count("CLIP", N, D, told.architecture, places)
+        floor = roofline.estimate(ours, told.pairs, told.width)
+        product = 2 * told.pairs**2 * told.width / roofline.CARDS[told.architecture].tensor
+        least = {
+            "estimate_ours": sum(floor["estimate_seconds"].values()),
+            "estimate_their_products": units[told.who] * product,
+        }
+        rows.append(told._asdict() | least)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------
+# The part.
+
+
+def count_all(sizes: list[tuple[str, int, int]]) -> dict[str, Any]:
+    """Return the counts of all sizes, the memory and the estimates, in a process that interprets."""
+    rows = [row for size in sizes for row in count(*size)]
+    return {"work": rows, "memory": count_memory(*MEMORY_SIZE), "estimates": estimates(rows)}
+
+
+def measure(*, quick: bool = False) -> dict[str, Any]:
+    """Count, compile and estimate.
+
+    Args:
+        quick: count N 512, D 256 with sm_90's tiles, and compile for sm_80 in 16 bits; without it count N 1024,
+            D 512 with sm_80's and sm_90's tiles too, and compile for all architectures, in float32 too.
+
+    Raises:
+        SystemExit: Triton is interpreting.
+        WrongResult: a package's loss or gradient disagrees with the definition.
+    """
+    if triton.knobs.runtime.interpret:
+        raise SystemExit("TRITON_INTERPRET is set: unset it, kernels can only be compiled or interpreted")
+    sizes = [("sm_90", 512, 256), *([] if quick else [("sm_80", 1024, 512), ("sm_90", 1024, 512)])]
+    chosen = ("sm_80",) if quick else ARCHITECTURES
+    progress("others: counting and compiling")
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(1, spawn) as interpreting,
+        spawn.Pool(1, maxtasksperchild=1) as compiling,  # siglip-kernel keeps what it asked at import
+    ):
+        with patch.dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""):  # its process starts here
+            counted = interpreting.submit(count_all, sizes)
+        codes = [compiling.apply_async(compiled, (architecture, quick)) for architecture in chosen]
+        kernels = [row for task in codes for row in task.get()]
+        return {
+            "versions": {package.name: version(package.name) for package in PACKAGES.values()},
+            "triton": triton.__version__,
+            **counted.result(),
+            "kernels": kernels,
+        }
+
+
+def report(results: dict[str, Any]) -> str:
+    """Return the tables as Markdown."""
+    named = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    N, D = MEMORY_SIZE
+    return "\n\n".join(
+        [
+            f"{named}. **Counted** in Triton's interpreter, float16, forward + backward, once loss and gradients "
+            "agree with the definition. memeff gives no gradient of the scale, and siglip-kernel makes all "
+            "gradients in the forward pass. The kernels' bytes leave out what torch's matrix products load "
+            "again; torch's bytes hold each operand of an operation once.",
+            _work_table(results["work"]),
+            f"**Counted** bytes alive at once beyond the inputs, bfloat16, N {N}, D {D}, gradients included, "
+            "beside one tower of features:",
+            _memory_table(results["memory"]),
+            f"**Compiled** with Triton {results['triton']}, not run; N 1024, D 512. Where no warp is resident, a "
+            "program needs more shared memory than the architecture has, and could not start:",
+            _code_table(results["kernels"]),
+            "**Published** by the packages, as they measured it, beside **estimates**: the least time by the "
+            "data sheet that TRACER's CLIP loss needs with everything overlapped, and that the package's "
+            "counted products alone need. A time that was measured cannot be divided by an estimate.",
+            _estimate_table(results["estimates"]),
+        ]
+    )
+
+
+def _both(row: dict[str, Any], what: str, form: str, unit: float = 1) -> str:
+    return " + ".join(format(row[what][name] / unit, form) for name in PASSES)
+
+
+def _work_table(rows: list[dict[str, Any]]) -> str:
+    header = [
+        "kernels of",
+        "tiles of",
+        "N",
+        "D",
+        "products",
+        "sum",
+        "MB of the kernels",
+        "sum",
+        "MB of torch",
+    ]
+    lines = [
+        [
+            row["who"],
+            row["architecture"],
+            str(row["rows"]),
+            str(row["width"]),
+            _both(row, "units", ".2f"),
+            f"{sum(row['units'].values()):.2f}",
+            _both(row, "bytes", ".1f", 1e6),
+            f"{sum(row['bytes'].values()) / 1e6:.1f}",
+            _both(row, "torch_bytes", ".1f", 1e6),
+            _both(row, "atomics", ".0f"),
+            _both(row, "launches", ".0f"),
+        ]
+        for row in rows
+    ]
+    return table([*header, "atomic additions", "launches"], lines)
+
+
+def _memory_table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        tower = 2 * row["rows"] * row["width"]
+        cells = (f"{row[name] / 2**20:.1f} ({row[name] / tower:.1f} towers)" for name in PASSES)
+        lines.append([row["who"], *cells])
+    return table(["kernels of", "MiB forward", "MiB backward"], lines)
+
+
+def _code_table(rows: list[dict[str, Any]]) -> str:
+    header = ["architecture", "kernels of", "kernel", "bits", "warps", "stages", "registers", "spilled bytes"]
+    header += ["shared KiB", "tensor-core instructions", "resident warps"]
+    columns = ("architecture", "who", "kernel", "bits", "warps", "stages", "registers", "spilled")
+    return table(
+        header,
+        [
+            [
+                *(str(row[name]) for name in columns),
+                f"{row['shared'] / 1024:.0f}",
+                str(row["tensor_core"]),
+                str(row["resident_warps"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _estimate_table(rows: list[dict[str, Any]]) -> str:
+    header = [
+        "package",
+        "card",
+        "N",
+        "D",
+        "published ms",
+        "TRACER, estimated ms",
+        "their products, estimated ms",
+    ]
+    lines = []
+    for row in rows:
+        times = (row[name] for name in ("seconds", "estimate_ours", "estimate_their_products"))
+        shown = (f"{1e3 * seconds:.3g}" for seconds in times)
+        lines.append([row["who"], row["card"], str(row["pairs"]), str(row["width"]), *shown])
+    return table(header, lines)
+
+
+def highlights(results: dict[str, Any]) -> list[Highlight]:
+    """Return the products of the CLIP loss beside memeff's, at the largest size counted."""
+    largest = max(row["rows"] for row in results["work"])
+    units = {row["who"]: sum(row["units"].values()) for row in results["work"] if row["rows"] == largest}
+    ours, memeff = units[OURS], units[MEMEFF]
+    return [
+        Highlight(
+            f"products of the CLIP loss, counted, N {largest}",
+            f"{ours:.2f} N²D",
+            f"{memeff:.2f} N²D (memeff {results['versions']['memeff']})",
+            f"{memeff / ours:.2f}×",
+        )
+    ]
+
+
+def exact(results: dict[str, Any]) -> dict[str, float]:
+    """Return every count, and registers, spills and shared memory of every kernel, by name."""
+    numbers: dict[str, float] = {}
+    for row in results["work"]:
+        name = f"work {row['who']} {row['architecture']} {row['rows']}x{row['width']}"
+        for what in ("units", "bytes", "torch_bytes", "atomics", "launches"):
+            for when, value in row[what].items():
+                numbers[f"{name} {what.replace('_', ' ')} {when}"] = value
+    for row in results["memory"]:
+        for when in PASSES:
+            numbers[f"memory {row['who']} {row['rows']}x{row['width']} {when}"] = row[when]
+    for row in results["kernels"]:
+        order = sum(name.startswith(_code_name(row)) for name in numbers) // 3
+        for what in ("registers", "spilled", "shared"):
+            numbers[f"{_code_name(row)} {order}: {what}"] = row[what]
+    return numbers
+
+
+def _code_name(row: dict[str, Any]) -> str:
+    columns = ("architecture", "who", "kernel", "bits", "warps", "stages")
+    return "machine code " + ", ".join(str(row[name]) for name in columns)
+
+
+if __name__ == "__main__":
+    command_line(measure, report)

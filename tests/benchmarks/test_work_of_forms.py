@@ -1,0 +1,88 @@
+"""Products of the forms of the contrastive term, counted in Triton's interpreter: the floors, and no more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton_interpreter  # noqa: F401
+from torch.utils.flop_counter import FlopCounterMode
+from triton_interpreter import HAS_GPU
+
+from benchmarks.work import counting
+from tracer.kernels import contrastive_triton, sigmoid_triton
+from tracer.kernels._tiles import Tile
+from tracer.kernels.contrastive import Biases, Inputs, Needs, Options
+from tracer.kernels.sigmoid import PairNeeds
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.skipif(HAS_GPU, reason="work is counted in the interpreter"),
+]
+
+N, D, TILE = 128, 32, Tile(32, 32, 32, 4, 1)
+ONE_WAY = Options(image_to_text=1.0, text_to_image=0.0)
+ALL_TERMS = {"relational": True, "interactive": True, "cross": True}
+
+
+def inputs() -> Inputs:
+    x = F.normalize(torch.randn(N, D, generator=torch.Generator().manual_seed(0)), dim=1)
+    scale = torch.tensor(10.0)
+    return Inputs(x, x.flip(0), scale, x, x.flip(0), scale)
+
+
+def units(work, products) -> float:
+    return (work.flops + products.get_total_flops()) / (2 * N * N * D)
+
+
+@pytest.mark.parametrize(
+    ("options", "needs", "floor"),
+    [
+        (ONE_WAY, Needs(), 4),
+        (ONE_WAY, Needs(image=False), 3),  # LiT: a locked image tower
+        (Options(), Needs(image=False), 3),
+        (ONE_WAY._replace(**ALL_TERMS), Needs(), 9),
+        (Options(**ALL_TERMS, ignore=True), Needs(), 12),
+    ],
+    ids=["one direction", "LiT", "a locked tower", "all terms in one direction", "all terms, rows left out"],
+)
+def test_products_with_softmaxes(options, needs, floor):
+    with counting() as work, FlopCounterMode(display=False) as products:
+        saved = contrastive_triton.forward(inputs(), options, tile=TILE).saved
+        contrastive_triton.backward(torch.ones(4), inputs(), saved, options, needs, tile=TILE)
+    assert units(work, products) == floor
+
+
+@pytest.mark.parametrize(
+    ("relational", "needs", "floor"),
+    [
+        (False, PairNeeds(*[True] * 5), 3),
+        (False, PairNeeds(True, False, True, True, True), 2),  # a locked tower
+        (False, PairNeeds(), 1),
+        (True, PairNeeds(False, *[True] * 4), 4),  # the second walk, of the backward pass
+    ],
+    ids=["both towers", "a locked tower", "no gradient", "with the relational term"],
+)
+def test_products_of_a_sigmoid(relational, needs, floor):
+    options, biases = (
+        Options(sigmoid=True, relational=relational),
+        Biases(torch.tensor(-5.0), torch.tensor(-5.0)),
+    )
+    with counting() as work, FlopCounterMode(display=False) as products:
+        sigmoid_triton.walk(inputs(), biases, options, needs, tile=TILE)
+    assert units(work, products) == floor
+    assert work.launches == 1
+
+
+def test_one_direction_does_less_elementwise_work():
+    """No column statistics: fewer operations, exponentials and bytes than both directions take."""
+    works = []
+    for options in (ONE_WAY, Options()):
+        with counting() as work:
+            saved = contrastive_triton.forward(inputs(), options, tile=TILE).saved
+            contrastive_triton.backward(torch.ones(4), inputs(), saved, options, Needs(), tile=TILE)
+        works.append(work)
+    one, both = works
+    assert one.exponentials < 0.6 * both.exponentials
+    assert one.operations < 0.75 * both.operations
+    assert one.loaded + one.stored < both.loaded + both.stored

@@ -1,0 +1,137 @@
+"""The published baselines: what each switch sets, and their terms through DeepSpeed against plain torch loops."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tracer.data.batches import TrainingBatches
+from tracer.data.build import read_index
+from tracer.errors import UserError
+from tracer.models.clip import encode, load_clip
+from tracer.ops import contrastive_loss
+from tracer.train.baselines import BASELINES
+from tracer.train.config import Config
+from tracer.train.engine import lr_schedule
+from tracer.train.log import read_log
+from tracer.train.run import finetune
+
+
+def dimension(x, k):
+    """−mean log LID of the rows of x by their k nearest, from sorted distances."""
+    distances = torch.cdist(x.double(), x.double()).sort(1).values[:, 1 : k + 1]
+    mean = distances.mean(1)
+    return -(mean / (distances[:, -1] - mean)).log().mean()
+
+
+def gradients(u, v, scale, labels, keep):
+    """The gradient of the contrastive loss on both features, by autograd through the definition."""
+    loss = contrastive_loss(u, v, scale, labels=labels, impl="eager").loss
+    return torch.autograd.grad(loss, (u, v), create_graph=keep, retain_graph=True)
+
+
+def plain(config, start, weights, batch, model, teacher):
+    """The objective of one batch, written out."""
+    u, v, scale = encode(model, batch.image, batch.text)
+    labels = batch.label if config.positives else None
+    loss = contrastive_loss(u, v, scale, labels=labels, impl="eager").loss
+    if config.l2_sp:
+        loss = loss + config.l2_sp / 2 * sum(
+            ((w - s) ** 2).sum() for w, s in zip(weights, start, strict=True)
+        )
+    if config.ldreg:
+        loss = loss + config.ldreg * dimension(u, config.ldreg_neighbours)
+    if teacher is not None:
+        with torch.no_grad():
+            a, b, other = encode(teacher, batch.image, batch.text)
+        terms = contrastive_loss(
+            u, v, scale, labels=labels, teacher_image=a, teacher_text=b, teacher_logit_scale=other,
+            teacher_temperature=config.teacher_temperature, relational=1.0, impl="eager",
+        ).terms  # fmt: skip
+        loss = loss + config.distill_weight * config.relational * terms["relational"]
+        if config.gradient:
+            own = gradients(u, v, scale, labels, True)
+            goal = gradients(a.requires_grad_(), b.requires_grad_(), other, labels, False)
+            far = sum(((x - y) ** 2).mean() for x, y in zip(own, goal, strict=True))
+            loss = loss + config.distill_weight * config.gradient * far
+    return loss
+
+
+ALONE = {"interactive": 0.0, "cross": 0.0, "feature": 0.0, "projection_product": 0.0, "teacher": "frozen"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"baseline": "l2-sp", "l2_sp": 0.5},
+        {"baseline": "ldreg", "ldreg": 0.2, "ldreg_neighbours": 5},
+        {"gradient": 300.0} | ALONE,
+        {"teacher_temperature": 3.0, "relational": 20.0} | ALONE,
+    ],
+    ids=["l2-sp", "ldreg", "gradient", "temperature"],
+)
+def test_a_baseline_equals_a_plain_torch_loop(config, changes):
+    config = dataclasses.replace(config, clip_grad=0.0, lr=3e-3, eval_data={}, **changes)
+    folder = finetune(config)
+    student, log = load_file(folder / "student.safetensors"), read_log(folder)
+    clip = load_clip(config.model, config.pretrained)
+    teacher = load_clip(config.model, config.pretrained).model.eval() if config.method == "tracer" else None
+    weights = list(clip.model.parameters())
+    start = [w.detach().clone() for w in weights]
+    groups = [{"params": [w for w in weights if w.ndim >= 2]}]
+    groups += [{"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.0}]
+    decay = config.recipe.weight_decay
+    adam = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=decay)
+    rate = lr_schedule(config, adam)
+    options = {"batch_size": 16, "steps": 6, "seed": 0, "crop_scale": config.crop_scale}
+    losses = []
+    for batch in TrainingBatches(read_index(config.train_data), clip, **options):
+        loss = plain(config, start, weights, batch, clip.model, teacher)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        rate.step()
+        losses.append(loss.item())
+    assert [row["loss"] for row in log] == pytest.approx(losses, rel=2e-3)
+    for name, value in clip.model.state_dict().items():
+        torch.testing.assert_close(student[name], value, rtol=2e-3, atol=2e-3)
+
+
+def test_a_switch_sets_what_its_source_says():
+    made = {name: Config(train_data="x", baseline=name) for name in BASELINES}
+    assert (made["flyp"].method, made["flyp"].positives) == ("flyp", False)
+    assert (made["flyp-multi"].method, made["flyp-multi"].positives) == ("flyp", True)
+    assert (made["l2-sp"].l2_sp, made["ldreg"].ldreg, made["ldreg"].ldreg_neighbours) == (0.01, 0.01, 64)
+    assert [made[name].teacher for name in ("frozen", "ema", "wma")] == ["frozen", "ema", "wma"]
+    carot = made["carot"]
+    assert (carot.distill_weight * carot.relational, carot.projection_orthogonal) == (1.5, 0.2)
+    assert (carot.feature, carot.interactive, carot.cross, carot.projection_product) == (0, 0, 0, 0)
+    for config in made.values():
+        config.validate()
+        assert Config(**vars(config)) == config  # what a run writes down gives the same settings again
+
+
+def test_the_users_own_settings_come_first():
+    assert Config(train_data="x", baseline="l2-sp", l2_sp=0.3).l2_sp == 0.3
+    assert Config(train_data="x", baseline="wma", wma_beta=0.2).wma_beta == 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"baseline": "l2sp"}, r"--baseline is 'l2sp': it must be one of flyp, flyp-multi, l2-sp"),
+        ({"l2_sp": -1.0}, "--l2_sp is -1.0: it must be at least 0"),
+        ({"ldreg_neighbours": 1}, "--ldreg_neighbours is 1: it must be at least 2"),
+        ({"teacher_temperature": 0.0}, "--teacher_temperature is 0.0: it must be above 0"),
+        ({"method": "flyp", "gradient": 1.0}, "--gradient 1 needs a teacher, which --method flyp has not"),
+        ({"l2_sp": 0.1, "micro_batch": 4}, "--l2_sp needs the whole weights in each pass: leave out"),
+        ({"l2_sp": math.nan}, "--l2_sp is nan: it must be at least 0"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(config, changes, says):
+    with pytest.raises(UserError, match=says):
+        finetune(dataclasses.replace(config, **changes))

@@ -1,0 +1,151 @@
+"""Fine-tuning with the sigmoid of each pair: what the checkpoint says, and what the settings change."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from itertools import islice
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tracer.data.batches import TrainingBatches
+from tracer.data.build import read_index
+from tracer.errors import UserError
+from tracer.evaluation.zero_shot import class_probabilities, classifier
+from tracer.models.clip import encode, load_clip
+from tracer.models.weights import save_weights
+from tracer.ops import contrastive_loss
+from tracer.train.config import Config
+from tracer.train.log import read_log
+from tracer.train.loop import Trainer, objective
+from tracer.train.run import finetune, prepare
+
+SCALE = 117.0  # above the bound of CLIP's models, as SigLIP's published weights are
+
+
+@pytest.fixture
+def siglip(config, tiny_config, tmp_path) -> Config:
+    """The small run, of a model with a logit bias."""
+    made_for = json.loads(tiny_config.read_text()) | {
+        "init_logit_scale": math.log(SCALE),
+        "init_logit_bias": -8.0,
+    }
+    path = tmp_path / "tiny-pairs.json"
+    path.write_text(json.dumps(made_for))
+    torch.manual_seed(0)
+    start = tmp_path / "siglip.safetensors"
+    save_weights(load_clip(str(path), None).model.state_dict(), start)
+    return dataclasses.replace(config, model=str(path), pretrained=str(start), steps=2, warmup=1)
+
+
+def one_step(config: Config) -> tuple[dict, dict[str, Tensor]]:
+    """Return what the first step logs, and the loss's arguments on its batch."""
+    clip = load_clip(config.model, config.pretrained)
+    prepare(config, clip.model)
+    options = {"batch_size": config.batch_size, "seed": 0, "crop_scale": 0.9, "steps": 1}
+    batch = next(iter(TrainingBatches(read_index(config.train_data), clip, **options)))
+    names = ("image", "text", "logit_scale", "logit_bias")
+    with torch.no_grad():
+        features = dict(
+            zip(names, map(torch.clone, encode(clip.model, batch.image, batch.text)), strict=False)
+        )
+    trainer = Trainer(config, clip.model)
+    logged = trainer.step(1, islice([batch], 1), False)
+    trainer.engine.destroy()
+    return logged, features | {"labels": batch.label}
+
+
+@pytest.mark.parametrize(
+    ("changes", "bias"),
+    [({}, -8.0), ({"logit_bias": -3.0}, -3.0), ({"micro_batch": 5}, -8.0), ({"contrast": "sigmoid"}, -8.0)],
+    ids=str,
+)
+def test_a_model_with_a_bias_trains_with_the_sigmoid(siglip, changes, bias):
+    logged, arguments = one_step(dataclasses.replace(siglip, method="flyp", **changes))
+    assert logged["logit_scale"] == pytest.approx(SCALE)
+    assert logged["logit_bias"] == arguments["logit_bias"] == bias
+    expected = contrastive_loss(**arguments, contrast="sigmoid", impl="eager").loss
+    assert float(logged["loss"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_softmax_on_request(siglip):
+    logged, arguments = one_step(dataclasses.replace(siglip, method="flyp", contrast="softmax"))
+    arguments.pop("logit_bias")
+    assert float(logged["loss"]) == pytest.approx(float(contrastive_loss(**arguments).loss), rel=1e-4)
+
+
+@pytest.mark.parametrize(("given", "bias"), [(None, -10.0), (-2.0, -2.0)])
+def test_a_model_without_a_bias_takes_the_settings(config, given, bias):
+    config = dataclasses.replace(config, method="flyp", contrast="sigmoid", logit_bias=given)
+    logged, arguments = one_step(config)
+    expected = contrastive_loss(**arguments, contrast="sigmoid", logit_bias=bias, impl="eager").loss
+    assert float(logged["loss"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_distillation_takes_the_teachers_bias(siglip):
+    """At the first step the teacher is the student, so that their divergence is 0; CRD is of pairs."""
+    logged, _ = one_step(siglip)
+    assert float(logged["relational"].detach()) == pytest.approx(0.0, abs=1e-5)
+    assert logged["interactive"] > 0
+
+
+def test_a_whole_run(siglip):
+    """Scale and bias train, are saved without CLIP's bound, and the settings can be read back."""
+    run = finetune(dataclasses.replace(siglip, method="r-adapter", logit_bias=-6.0))
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert (settings["contrast"], settings["logit_bias"]) == (None, -6.0)
+    model = load_clip(siglip.model, siglip.pretrained).model
+    kept = {name: settings[name] for name in ("method", "smoothing", "contrast")}
+    objective(Config(train_data=siglip.train_data, **kept), model)
+    run = finetune(dataclasses.replace(siglip, output=siglip.output.with_name("full")))
+    student, start = load_file(run / "student.safetensors"), load_file(siglip.pretrained)
+    assert student["logit_scale"].exp() > 100.5
+    for name in ("logit_scale", "logit_bias"):
+        assert student[name] != start[name]
+    assert read_log(run)[-1]["logit_bias"] != -8.0
+    assert 0 <= json.loads((run / "metrics.json").read_text())["student"]["test"]["ece"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("biased", "changes", "message"),
+    [
+        (True, {"smoothing": 0.1}, "--smoothing 0.1 has no meaning for the sigmoid.*--contrast softmax"),
+        (False, {"logit_bias": -5.0}, "--logit_bias -5.0 changes no softmax.*--contrast sigmoid"),
+        (True, {"logit_bias": -5.0, "contrast": "softmax"}, "--logit_bias -5.0 changes no softmax"),
+        (False, {"smoothing": 0.1, "contrast": "sigmoid"}, "--smoothing 0.1 has no meaning"),
+    ],
+    ids=str,
+)
+def test_settings_without_a_meaning_are_refused(config, siglip, biased, changes, message):
+    chosen = siglip if biased else config
+    model = load_clip(chosen.model, chosen.pretrained).model
+    with pytest.raises(UserError, match=message):
+        objective(dataclasses.replace(chosen, **changes), model)
+
+
+def test_a_bias_is_a_number():
+    with pytest.raises(UserError, match="--logit_bias is nan: it must be a finite number"):
+        Config(train_data=None, logit_bias=math.nan).validate()
+
+
+def test_zero_shot_probabilities_are_those_of_each_pair(siglip, drawings):
+    """sigmoid(σ cosine + b), σ beyond CLIP's bound: rows sum to anything, the largest class is the same."""
+    clip, index = load_clip(siglip.model, siglip.pretrained), read_index(drawings / "test.csv")
+    weights = classifier(clip, {name: [f"a {name}"] for name in index.classes})
+    got = class_probabilities(clip, index, weights)
+    images = torch.stack(clip_images(clip, index))
+    with torch.no_grad():
+        cosine = clip.model.encode_image(images, normalize=True) @ weights.T
+    torch.testing.assert_close(got, (SCALE * cosine - 8.0).sigmoid(), rtol=1e-4, atol=1e-6)
+
+
+def clip_images(clip, index) -> list[Tensor]:
+    from tracer.data.decoded import DecodedPictures
+
+    batches = DecodedPictures(limit=0).batches(index, clip.picture_format, 16, 2, torch.device("cpu"))
+    return [image for batch in batches for image in batch]

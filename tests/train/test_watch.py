@@ -1,0 +1,101 @@
+"""Ranks that are killed, stopped, slow or fail: all others end, and one line says which rank it was, and why."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import watched_ranks
+
+multiprocessing.set_forkserver_preload(["watched_ranks"])
+
+
+def all_end(ranks, within: float) -> list[int]:
+    patience = time.monotonic() + within
+    for process in ranks:
+        process.join(max(0.1, patience - time.monotonic()))
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    return codes
+
+
+def said(folder: Path) -> list[str]:
+    lines = [line for file in sorted(folder.glob("*.err")) for line in file.read_text().splitlines()]
+    return [line for line in lines if line.startswith("tracer: ")]
+
+
+LINE = (
+    r"tracer: error: rank {} on host \S+ was lost in step {}: {}; all ranks end, and the same command goes on "
+    "from the last checkpoint"
+)
+KILLED = "its process has ended without a word: it was killed, perhaps for want of memory"
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "own"),
+    [
+        ("killed", KILLED, -signal.SIGKILL),
+        ("stopped", r"no sign of life for \d+ s: its process is stopped", -signal.SIGKILL),
+        ("fails", "MemoryError: no memory for a batch", 3),
+    ],
+    ids=["killed", "stopped", "fails"],
+)
+def test_a_lost_rank_ends_all_and_is_named_once(tmp_path, fault, reason, own):
+    """Long before the collectives' own timeout; the limit here is 3 s instead of 20."""
+    codes = all_end(watched_ranks.start(3, tmp_path, 3.0, fault), within=120)
+    assert codes == [1, own, 1]
+    assert len(said(tmp_path)) == 1
+    assert re.fullmatch(LINE.format(1, 5, reason), said(tmp_path)[0])
+
+
+def test_the_rank_that_holds_the_store_may_be_lost_too(tmp_path):
+    ranks = watched_ranks.start(3, tmp_path, 3.0)
+    wait_for_step(tmp_path, 3)
+    os.kill(ranks[0].pid, signal.SIGKILL)
+    assert all_end(ranks, within=120) == [-signal.SIGKILL, 1, 1]
+    assert len(said(tmp_path)) == 1, said(tmp_path)
+    (line,) = said(tmp_path)
+    assert re.fullmatch(LINE.format(0, r"\d+", rf"{KILLED}( \(says rank 1 on host \S+\))?"), line)
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    patience = time.monotonic() + 120
+    while time.monotonic() < patience:
+        if (path := folder / "1.step").exists() and int(path.read_text() or 0) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the ranks do not begin")
+
+
+def test_a_slow_rank_is_reported_and_not_ended(tmp_path):
+    ranks = watched_ranks.start(3, tmp_path, 2.0, "slow")  # 4 s in its step 5: beyond the limit
+    wait_for_step(tmp_path, 20)
+    for process in ranks:
+        os.kill(process.pid, signal.SIGTERM)
+    assert all_end(ranks, within=120) == [0, 0, 0]
+    (line,) = said(tmp_path)
+    assert re.fullmatch(
+        r"tracer: warning: rank 1 on host \S+ is slow: it loads its pictures for \d s in .*", line
+    )
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_all_ranks_stop_at_the_same_point_whoever_is_signalled(tmp_path, first):
+    """One rank alone is signalled, as a launcher does that goes from one to the next; then all, again."""
+    ranks = watched_ranks.start(3, tmp_path, 20.0)
+    wait_for_step(tmp_path, 3)
+    os.kill(ranks[first].pid, signal.SIGTERM)
+    time.sleep(0.05)
+    for process in ranks:
+        os.kill(process.pid, signal.SIGTERM)
+    assert all_end(ranks, within=120) == [0, 0, 0]
+    ends = [json.loads((tmp_path / f"{rank}.end").read_text()) for rank in range(3)]
+    assert len({end["step"] for end in ends}) == 1
+    assert not said(tmp_path)
