@@ -146,7 +146,11 @@ def test_epochs_stand_in_place_of_steps():
 def test_the_loss_and_the_settings_have_the_same_defaults():
     settings = {field.name: field.default for field in dataclasses.fields(Config)}
     parameters = inspect.signature(TracerLoss).parameters
-    shared = settings.keys() & parameters.keys() - {"margin", "smoothing"}  # these depend on the method
-    assert len(shared) == 7
+    shared = settings.keys() & parameters.keys() - {
+        "margin",
+        "smoothing",
+        "contrast",
+    }  # these depend on method and model
+    assert len(shared) == 8
     for name in shared:
         assert settings[name] == parameters[name].default, name

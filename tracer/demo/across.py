@@ -17,11 +17,7 @@ from tracer.settings import as_paths, check_set_names
 from tracer.train.config import Config
 from tracer.train.finished import NEEDED, read_run
 
-# Settings by which two runs of one method may differ: their seed, and where and how fast they worked.
-NOT_THE_METHOD = (
-    *("seed", "output", "cache", "cache_gb", "workers", "save_every", "log_to", "timeout"),
-    *("max_skipped", "max_bad"),
-)
+HEAD = ("schema", "model", "weights", "classes", "prompts", "sets")  # what files of results begin with
 
 TEACHERS = {"wma": "WMA", "ema": "EMA", "uniform": "uniform", "frozen": "frozen"}
 
@@ -83,7 +79,7 @@ def compare(config: CompareConfig) -> Path:
     starts = {run.about["weights"]["zero-shot"] for run in runs}
     notices = [f"the runs have {len(starts)} different starts: changes are against that of '{first.folder}'"]
     results = {
-        **{name: first.about[name] for name in ("schema", "model", "weights", "classes", "prompts")},
+        **{name: first.about[name] for name in HEAD if name in first.about},
         "kind": "comparison",
         "title": "Runs, compared",
         "command": shlex.join(["tracer", "compare", *map(str, config.runs), "--output", str(config.output)]),
@@ -118,41 +114,47 @@ def _check_alike(runs: list[FinishedRun]) -> FinishedRun:
     for run in runs:
         if not run.metrics["scores"]:
             raise UserError(f"'{run.folder}' was not evaluated: run it with --eval_data.NAME PATH")
-        for name, what in (("classes", "classes"), ("prompts", "prompts")):
-            if run.about[name] != first.about[name]:
-                raise UserError(
-                    f"'{run.folder}' and '{first.folder}' were evaluated with different {what}, so that their "
-                    "accuracies cannot be compared: give both the same --classes"
-                )
+        for name in run.metrics["scores"]["student"].keys() & first.metrics["scores"]["student"].keys():
+            for what in ("classes", "prompts"):
+                if _described(run, name)[what] != _described(first, name)[what]:
+                    raise UserError(
+                        f"'{run.folder}' and '{first.folder}' were evaluated on '{name}' with different {what}, so "
+                        "that their accuracies cannot be compared: give both the same --classes"
+                    )
     return first
 
 
+def _described(run: FinishedRun, name: str) -> dict[str, Any]:
+    """Return the classes and prompts of a run's evaluation set."""
+    return run.about.get("sets", {}).get(name, run.about)
+
+
 def _domains(config: CompareConfig, runs: list[FinishedRun]) -> list[dict[str, Any]]:
-    pictures: dict[str, int] = {}
+    """Return the sets that have classes; the report compares no recalls of captions."""
+    found: dict[str, dict[str, Any]] = {}
     for run in runs:
         for name, score in run.metrics["scores"]["student"].items():
-            if pictures.setdefault(name, score["pictures"]) != score["pictures"]:
+            if "accuracy" not in score:
+                continue
+            size = len(_described(run, name)["classes"])
+            own = {"name": name, "pictures": score["pictures"], "expected": score.get("expected")}
+            before = found.setdefault(name, own | {"classes": size, "chance": 1 / size})
+            if before["pictures"] != score["pictures"]:
                 raise UserError(
-                    f"'{name}' has {score['pictures']} pictures in '{run.folder}' and {pictures[name]} in another "
-                    "run: compare runs that were evaluated on the same sets"
+                    f"'{name}' has {score['pictures']} pictures in '{run.folder}' and {before['pictures']} in "
+                    "another run: compare runs that were evaluated on the same sets"
                 )
-    if unknown := config.kinds.keys() - pictures.keys():
-        raise UserError(f"--kinds.{min(unknown)} names no evaluation set: the sets are {', '.join(pictures)}")
-    classes = len(runs[0].about["classes"])
-    return [
-        {
-            "name": name,
-            "kind": config.kinds.get(name, "shifted" if n else "in-distribution"),
-            "pictures": count,
-            "classes": classes,
-            "chance": 1 / classes,
-        }
-        for n, (name, count) in enumerate(pictures.items())
-    ]
+    if not found:
+        raise UserError("the runs were evaluated on captions alone: the report compares accuracies")
+    if unknown := config.kinds.keys() - found.keys():
+        raise UserError(f"--kinds.{min(unknown)} names no evaluation set: the sets are {', '.join(found)}")
+    kinds = {
+        name: config.kinds.get(name, "shifted" if n else "in-distribution") for n, name in enumerate(found)
+    }
+    return [domain | {"kind": kinds[name]} for name, domain in found.items()]
 
 
 def _zero_shot(run: FinishedRun) -> dict[str, Any]:
-
     from tracer.demo.judge import scored_row
 
     row = scored_row(run.metrics["scores"]["zero-shot"])
@@ -187,7 +189,10 @@ def _methods(runs: list[FinishedRun]) -> list[dict[str, Any]]:
 
 
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in NOT_THE_METHOD}
+    """Return the settings by which two runs of one method may not differ."""
+    from tracer.train.identity import WITHOUT_EFFECT
+
+    return {name: value for name, value in settings.items() if name not in ("seed", *WITHOUT_EFFECT)}
 
 
 def _different(settings: list[dict[str, Any]]) -> list[str]:
