@@ -9,16 +9,9 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from results_schema import validate
 
 from tracer.cli import main
-
-SCHEMA = json.loads((Path(__file__).parent.parent / "docs/results.schema.json").read_text())
-
-
-def validate(content: dict, definition: str | None = None) -> None:
-    schema = SCHEMA if definition is None else {**SCHEMA, "$ref": f"#/$defs/{definition}"}
-    schema = schema if definition is None else {k: v for k, v in schema.items() if k != "oneOf"}
-    jsonschema.validate(content, schema, cls=jsonschema.Draft202012Validator)
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +21,8 @@ def files(tmp_path_factory, tiny_config, drawings) -> dict[str, dict]:
     model = ["--model", str(tiny_config), "--cache", str(root / "cache")]
     sets = ["--eval-data.same", str(drawings / "test.csv"), "--eval-data.other", str(drawings / "train.csv")]
     train = ["finetune", "--train_data", str(drawings / "train.csv"), *sets, *model, "--pretrained", "null"]
-    train += [
-        "--steps",
-        "2",
-        "--batch-size",
-        "8",
-        "--eval-every",
-        "1",
-        "--keep-best",
-        "same",
-        "--log-to",
-        "csv",
-    ]
+    train += ["--steps", "2", "--batch-size", "8", "--eval-every", "1", "--keep-best", "same"]
+    train += ["--log-to", "csv"]
     for seed in ("0", "1"):
         assert main([*train, "--seed", seed, "--output", str(root / f"run-{seed}")]) == 0
     assert (

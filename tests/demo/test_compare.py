@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from results_schema import validate
 from safetensors.torch import load_file
 
 from tracer.adapters import fold, read_adapters
@@ -54,6 +55,7 @@ def test_demo_compares_every_method_and_reuses_finished_runs(config, capsys):
     report = demo(config)
     page = report.read_text()
     results = json.loads((config.output / "results.json").read_text())
+    validate(results)
     methods = {method["key"]: method for method in results["methods"]}
     assert list(methods) == ["zero-shot", "flyp", "ema", "wma", "wise-ft", "r-adapter", *VARIANTS]
     for key, method in methods.items():
@@ -124,7 +126,7 @@ def test_each_variant_of_r_adapter_is_what_it_says(config):
         for name, score in methods[key]["runs"][0]["eval"].items():
             assert {n: score[n] for n in scores[name]} == pytest.approx(scores[name]), key
             gain = score["accuracy"] - methods["zero-shot"]["runs"][0]["eval"][name]["accuracy"]
-            assert score["gain"] == pytest.approx(gain)
+            assert score["accuracy_gain"] == pytest.approx(gain)
 
 
 def test_without_the_ablation_r_adapter_is_one_row(config, tmp_path):

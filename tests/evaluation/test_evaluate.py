@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from evaluation import layouts
+from results_schema import validate
 
 from tracer.cli import main
 from tracer.data.build import read_index
@@ -77,6 +78,14 @@ def test_markdown_and_a_set_that_is_not_whole(tiny_config, tmp_path, capsys):
     assert "| a (incomplete: 200 of 7,500 pictures) | 200 |" in page
     assert "| coco (incomplete: 12 of 5,000 pictures) | 12 |" in page
     assert main([str(a) for a in argv]) == 0  # an earlier page of this command is replaced
+    argv[-1] = tmp_path / "scores.json"
+    assert main([str(a) for a in argv]) == 0
+    written = json.loads((tmp_path / "scores.json").read_text())
+    validate(written)
+    assert written["classes"] == []  # there is no set of the user's own
+    assert written["sets"] == {"a": {"classes": list(wnids("a")), "prompts": {"by_class": classes}}}
+    assert written["scores"]["coco"]["measure"] == "image_to_text_r1"
+    argv[-1] = tmp_path / "scores.md"
     (tmp_path / "scores.md").write_text("notes of mine")
     assert main([str(a) for a in argv]) == 2
     assert (tmp_path / "scores.md").read_text() == "notes of mine"

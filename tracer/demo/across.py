@@ -118,8 +118,8 @@ def _check_alike(runs: list[FinishedRun]) -> FinishedRun:
             for what in ("classes", "prompts"):
                 if _described(run, name)[what] != _described(first, name)[what]:
                     raise UserError(
-                        f"'{run.folder}' and '{first.folder}' were evaluated on '{name}' with different {what}, so "
-                        "that their accuracies cannot be compared: give both the same --classes"
+                        f"'{run.folder}' and '{first.folder}' were evaluated on '{name}' with different {what}, "
+                        "so that their accuracies cannot be compared: give both the same --classes"
                     )
     return first
 
