@@ -29,7 +29,6 @@ from tracer.models.towers import compile_towers
 from tracer.ops import contrastive_loss
 from tracer.schedules import EMA, WMA, Frozen, Schedule, Uniform
 from tracer.teacher import MovingAverageTeacher, build_teacher
-from tracer.train.baselines import Extras
 from tracer.train.cached import (
     Cached,
     MicroBatch,
@@ -48,6 +47,7 @@ from tracer.train.engine import (
     optimizer_sizes,
     start_engine,
 )
+from tracer.train.extras import Extras
 from tracer.train.log import Shown, StepLog
 from tracer.train.ranks import ranks
 from tracer.train.scoring import Scorer, Weights

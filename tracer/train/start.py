@@ -8,11 +8,11 @@ import socket
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tracer.errors import UserError
+from tracer.train.config import Config
 
 LOCKED_FOR = 600.0  # seconds after which a lock of a build of extensions counts as left by a killed process
 SEEN_WITHIN = 10.0  # seconds in which a shared file system shows what another host has written
@@ -74,11 +74,8 @@ def refused_by_the_network(error: Exception, rank: int, size: int) -> UserError:
     )
 
 
-def check_compiler(config: Any) -> None:
+def check_compiler(config: Config) -> None:
     """Refuse settings that need a compiler where there is none, and name a lock that a killed build has left.
-
-    Args:
-        config: of the run (:class:`tracer.train.config.Config`, which needs this file).
 
     Raises:
         UserError: names what to install.
