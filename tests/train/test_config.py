@@ -59,6 +59,17 @@ def test_another_method_brings_its_own_recipe_to_a_saved_file(tmp_path):
     assert read.recipe == (0.05, 0.05, 5e-4, 0.3)
 
 
+def test_a_file_leaves_the_settings_of_a_baseline_unset(tmp_path):
+    """Another --baseline then brings its own, and the file says what the settings were."""
+    config = parse(["finetune", "--train_data", "x.csv", "--baseline", "flyp", "--lr", "1e-3"])[1]
+    read = read_back(config, tmp_path, "--baseline", "carot")
+    assert (read.method, read.teacher, read.distill_weight, read.lr) == ("tracer", "ema", 1.0, 1e-3)
+    again = read_back(config, tmp_path)
+    assert (again.method, again.positives) == ("flyp", False)
+    assert again.taken() == config.taken()
+    assert "method: tracer  # flyp" in config.to_yaml().splitlines()
+
+
 @pytest.mark.parametrize(
     ("changes", "every", "warmup"),
     [
@@ -91,6 +102,13 @@ def test_defaults_follow_the_length_of_the_run(changes, every, warmup):
         ("--teacher frozen --teacher_every 2", "--teacher_every 2 has no effect with --teacher frozen"),
         ("--distill_weight 0 --cross 2", "--cross 2.0 has no effect with --distill_weight 0"),
         ("--adapters true --projection_product 1", "where adapters train"),
+        (
+            "--method flyp --teacher_temperature 2",
+            "--teacher_temperature 2.0 has no effect with --method flyp",
+        ),
+        ("--ldreg_neighbours 8", "--ldreg_neighbours 8 has no effect without --ldreg"),
+        ("--baseline flyp", ""),
+        ("--baseline carot", ""),
         ("--classes c.json", "--classes c.json has no effect without evaluation sets"),
         ("--micro_batch 512", "--micro_batch 512 has no effect as it is not below --batch_size 512"),
         ("", ""),

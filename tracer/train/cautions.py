@@ -13,7 +13,10 @@ FEW_PICTURES = 100  # below it the standard error of an accuracy can exceed 5 po
 OF_EMA = ("ema_start", "ema_end", "ema_warmup")
 OF_TERMS = ("relational", "feature", "interactive", "cross")
 OF_PENALTIES = ("projection_product", "projection_orthogonal")
-OF_THE_TEACHER = ("teacher", "teacher_every", "wma_beta", *OF_EMA, "distill_weight", *OF_TERMS)
+OF_THE_TEACHER = (
+    *("teacher", "teacher_every", "teacher_temperature", "wma_beta", *OF_EMA),
+    *("distill_weight", *OF_TERMS),
+)
 OF_ADAPTERS = ("adapter_rank", "adapter_drop", "adapter_momentum", "adapter_alpha", "adapter_towers")
 
 
@@ -55,6 +58,8 @@ def _idle(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             yield OF_PENALTIES, "where adapters train, which leave the projections as they are"
     if not config.adapted:
         yield OF_ADAPTERS, "without adapters: add --adapters true, or choose --method r-adapter"
+    if not config.ldreg:
+        yield ("ldreg_neighbours",), "without --ldreg"
     if not config.eval_data:
         yield ("classes", "prompt_template"), "without evaluation sets: give --eval_data.NAME"
     if config.micro_batch is not None and config.micro_batch >= config.batch_size:

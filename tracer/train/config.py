@@ -16,7 +16,7 @@ from tracer.data.remote import address_of
 from tracer.errors import UserError
 from tracer.recipes import EMA, R_ADAPTER, TRACER, WMA
 from tracer.settings import as_paths, check_ranges, check_set_names, check_templates
-from tracer.train.baselines import BaselineSettings
+from tracer.train.baselines import BASELINES, BaselineSettings
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
@@ -451,15 +451,22 @@ class Config(
         return min(EMA.every, max(1, self.total_steps // 50)) if self.teacher == "ema" else WMA.every
 
     def taken(self) -> dict[str, Any]:
-        """Return the value that each setting takes which was left to the method or to the number of steps."""
+        """Return the value that each setting takes which was left to method, baseline or number of steps."""
         values: dict[str, Any] = self.recipe._asdict() | {"adapters": self.adapted}
         if self.steps is not None:
             values |= {"warmup": self.warmup_steps, "teacher_every": self.moves_every}
-        return {name: value for name, value in values.items() if getattr(self, name) is None}
+        values = {name: value for name, value in values.items() if getattr(self, name) is None}
+        return values | self._of_baseline()
+
+    def _of_baseline(self) -> dict[str, Any]:
+        """Return the settings that have the values of the chosen baseline."""
+        settings = BASELINES[self.baseline].settings if self.baseline else {}
+        return {name: value for name, value in settings.items() if getattr(self, name) == value}
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as YAML and JSON have them; paths are absolute, to hold from any folder."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values |= {f.name: f.default for f in dataclasses.fields(self) if f.name in self._of_baseline()}
         plain = {
             name: _absolute(value) if isinstance(value, Path) else value for name, value in values.items()
         }

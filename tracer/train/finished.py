@@ -12,6 +12,7 @@ import yaml
 
 from tracer.errors import UserError
 from tracer.settings import as_paths, check_ranges
+from tracer.train.config import Config
 
 NEEDED = ("run.json", "metrics.json", "config.yaml")  # of the folder of a finished run
 
@@ -82,7 +83,7 @@ class ShowConfig:
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return what ``run.json``, ``metrics.json`` and ``config.yaml`` of a run hold.
+    """Return what ``run.json`` and ``metrics.json`` of a run hold, and its settings with the values they took.
 
     Raises:
         UserError: the folder is not that of a finished run of this version.
@@ -93,7 +94,8 @@ def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, An
     about, metrics = (json.loads((folder / name).read_text()) for name in NEEDED[:2])
     if about.get("schema") != 1 or "scores" not in metrics:
         raise UserError(f"'{folder}' was written by another version of tracer: run it again to compare it")
-    return about, metrics, yaml.safe_load((folder / "config.yaml").read_text())
+    config = Config(**yaml.safe_load((folder / "config.yaml").read_text()))
+    return about, metrics, config.plain() | config.taken()
 
 
 def fold_again(config: FoldConfig) -> Path:
@@ -163,6 +165,7 @@ def average(config: WiseConfig) -> Path:
 def show(config: ShowConfig) -> tuple[list[str], dict[str, Any]]:
     """Return what a run was and how to repeat it, a line each, and its scores."""
     from tracer.machine import versions
+    from tracer.models.choice import choose_model
 
     about, metrics, settings = read_run(config.run)
     method = settings["method"] + (
@@ -173,10 +176,11 @@ def show(config: ShowConfig) -> tuple[list[str], dict[str, Any]]:
         for name, then in about["versions"].items()
         if (now := versions().get(name, "missing")) != then
     ]
+    start = choose_model(settings["model"], settings["pretrained"]).pretrained
     file = config.run / "config.yaml"
     again = ["tracer", "finetune", "--config", str(file), "--output", str(config.run) + "-again"]
     lines = [
-        f"{config.run}: {method}, {about['model']} from {settings['pretrained']}, seed {settings['seed']}",
+        f"{config.run}: {method}, {about['model']} from {start or 'its own weights'}, seed {settings['seed']}",
         f"trained on: {settings['train_data']}",
         f"for: {settings['steps']} steps of {settings['batch_size'] * settings['accumulation']} pairs in "
         f"{about['seconds']:.0f} s, {about['precision']}",
