@@ -131,27 +131,27 @@ def _described(run: FinishedRun, name: str) -> dict[str, Any]:
 
 def _domains(config: CompareConfig, runs: list[FinishedRun]) -> list[dict[str, Any]]:
     """Return the sets that have classes; the report compares no recalls of captions."""
-    found: dict[str, dict[str, Any]] = {}
+    domains: dict[str, dict[str, Any]] = {}
     for run in runs:
         for name, score in run.metrics["scores"]["student"].items():
             if "accuracy" not in score:
                 continue
             size = len(_described(run, name)["classes"])
             own = {"name": name, "pictures": score["pictures"], "expected": score.get("expected")}
-            before = found.setdefault(name, own | {"classes": size, "chance": 1 / size})
+            before = domains.setdefault(name, own | {"classes": size, "chance": 1 / size})
             if before["pictures"] != score["pictures"]:
                 raise UserError(
                     f"'{name}' has {score['pictures']} pictures in '{run.folder}' and {before['pictures']} in "
                     "another run: compare runs that were evaluated on the same sets"
                 )
-    if not found:
+    if not domains:
         raise UserError("the runs were evaluated on captions alone: the report compares accuracies")
-    if unknown := config.kinds.keys() - found.keys():
-        raise UserError(f"--kinds.{min(unknown)} names no evaluation set: the sets are {', '.join(found)}")
+    if unknown := config.kinds.keys() - domains.keys():
+        raise UserError(f"--kinds.{min(unknown)} names no evaluation set: the sets are {', '.join(domains)}")
     kinds = {
-        name: config.kinds.get(name, "shifted" if n else "in-distribution") for n, name in enumerate(found)
+        name: config.kinds.get(name, "shifted" if n else "in-distribution") for n, name in enumerate(domains)
     }
-    return [domain | {"kind": kinds[name]} for name, domain in found.items()]
+    return [domain | {"kind": kinds[name]} for name, domain in domains.items()]
 
 
 def _zero_shot(run: FinishedRun) -> dict[str, Any]:
