@@ -31,14 +31,16 @@ CASES = {
     "mpm-nce": "MPM-NCE, 100 classes",
     "mpm-nce-2": "MPM-NCE, 2 classes",  # half of all logits are positives, the worst case for lists of them
     "clip": "CLIP loss",
+    "siglip": "SigLIP loss",
 }
 # Matrix products of 2·N²·D operations that the algorithm needs, forward and backward (see benchmarks/work.py).
-UNITS = {"full": (4, 8), "mpm-nce": (1, 3), "mpm-nce-2": (1, 3), "clip": (1, 3)}
+UNITS = {"full": (4, 8), "mpm-nce": (1, 3), "mpm-nce-2": (1, 3), "clip": (1, 3), "siglip": (3, 0)}
 
 OURS = f"ours ({'triton' if DEVICE == 'cuda' else 'blocked'})"  # what impl="auto" takes at these sizes
 EAGER = "ours (eager)"
 PUBLISHED, OPEN_CLIP = "published", "open_clip"
 SIGLIP, SIGLIP_DEFINED = "SigLIP (open_clip), another loss", "SigLIP, as defined"
+IN_CHUNKS = "torch, 512 texts at a time"
 COMPILED = ", compiled"
 PACKAGES = tuple(INSTALL)  # their kernels need an NVIDIA GPU
 
@@ -50,7 +52,12 @@ DISTINCT = 4096  # pairs that differ; larger batches repeat them, so that their 
 
 def baseline(case: str) -> str:
     """Return what a case is compared with: the implementation that people use today."""
-    return OPEN_CLIP if case == "clip" else PUBLISHED
+    return OPEN_CLIP if case in ("clip", "siglip") else PUBLISHED
+
+
+def repeats(case: str) -> bool:
+    """Return whether the loss of a batch that holds each pair several times follows from that of one copy."""
+    return case in ("full", "clip")
 
 
 class Size(NamedTuple):
@@ -104,6 +111,7 @@ class Problem:
         self.student = [features().requires_grad_() for _ in range(2)]
         self.student.append(torch.tensor(50.0, device=device, requires_grad=True))
         self.teacher = [features() for _ in range(2)] + [torch.tensor(60.0, device=device)]
+        self.bias = torch.tensor(-10.0, device=device, requires_grad=True)  # as SigLIP's begins
         self.labels = torch.randint(CLASSES, (distinct,), generator=generator).to(device).repeat(self.copies)
 
     def options(self, case: str) -> dict[str, Any]:
@@ -113,6 +121,8 @@ class Problem:
             return {"teacher_image": image, "teacher_text": text, "teacher_logit_scale": scale, **WEIGHTS}
         if case == "clip":
             return {}
+        if case == "siglip":
+            return {"contrast": "sigmoid", "logit_bias": self.bias}
         return {"labels": self.labels_of(case), "margin": MARGIN, "smoothing": SMOOTHING}
 
     def labels_of(self, case: str) -> Tensor:
@@ -121,6 +131,8 @@ class Problem:
 
     def loss(self, case: str, competitor: str) -> Callable[[], Tensor]:
         """Return a call that computes a competitor's loss of the student's features."""
+        if case == "siglip" and not competitor.endswith(COMPILED) and not competitor.startswith("ours"):
+            return partial(self._siglip(competitor), *self.inputs(case))
         image, text, scale = self.student
         if competitor.endswith(COMPILED):
             torch.compiler.reset()  # otherwise torch stops compiling after a few sizes of the same function
@@ -147,13 +159,26 @@ class Problem:
             return partial(published.tracer_loss, *inputs, **WEIGHTS)  # type: ignore[arg-type]
         return partial(published.mpm_nce_loss, image, text, scale, self.labels_of(case), MARGIN, SMOOTHING)
 
+    def _siglip(self, competitor: str) -> Callable[..., Tensor]:
+        """Return a competitor's SigLIP loss as a function of features, scale and bias."""
+        losses = {
+            OPEN_CLIP: open_clip.loss.SigLipLoss(),
+            IN_CHUNKS: published.siglip_loss_in_chunks,
+            SIGLIP_KERNEL: packages.siglip_kernel_loss,
+        }
+        return losses[competitor]
+
+    def inputs(self, case: str) -> list[Tensor]:
+        """Return the tensors whose gradients a case takes."""
+        return [*self.student, self.bias] if case == "siglip" else self.student
+
     def step(self, case: str, competitor: str, precision: str) -> Step:
         """Return a competitor's step, ready to be called."""
-        return Step(self.loss(case, competitor), self.student, precision)
+        return Step(self.loss(case, competitor), self.inputs(case), precision)
 
 
 class Step:
-    """A loss and the gradients of features and logit scale, in two phases that are timed separately."""
+    """A loss and the gradients of its inputs, in two phases that are timed separately."""
 
     def __init__(self, loss: Callable[[], Tensor], inputs: Sequence[Tensor], precision: str) -> None:
         self.loss, self.inputs, self.precision = loss, inputs, precision
@@ -178,7 +203,7 @@ class Step:
         self.backward()
 
     def result(self) -> list[Tensor]:
-        """Return the last call's loss and its gradients of image, text and scale, empty where it has none."""
+        """Return the last call's loss and the gradients of its inputs, empty where it has none."""
         grads = (torch.empty(0) if grad is None else grad / self.seed for grad in self.grads)
         return [self.value.detach(), *grads]
 
@@ -232,11 +257,12 @@ def expected(case: str, pairs: int, width: int) -> list[Tensor]:
     """
     distinct = min(pairs, DISTINCT)
     copies = pairs // distinct
-    loss, image, text, scale = _reference(case, baseline(case), distinct, width)
+    right = _reference(case, baseline(case), distinct, width)
     if copies == 1:
-        return [loss, image, text, scale]
-    if case.startswith("mpm-nce"):
-        raise SystemExit(f"MPM-NCE can be checked up to {DISTINCT} pairs only: choose fewer pairs")
+        return right
+    if not repeats(case):
+        raise SystemExit(f"{CASES[case]} can be checked up to {DISTINCT} pairs only: choose fewer pairs")
+    loss, image, text, scale = right
     entropies = 1 + (WEIGHTS["interactive"] if case == "full" else 0)
     grads = (x.repeat(copies, 1) / copies for x in (image, text))
     return [loss + entropies * math.log(copies), *grads, scale]
@@ -254,15 +280,15 @@ def check(
     """
     # Other packages multiply float32 in TF32. SigLIP is another loss with a definition of its own.
     as_precise = "tf32" if competitor in PACKAGES and precision == "fp32" else precision
-    if competitor in (SIGLIP, SIGLIP_KERNEL):
+    if case == "clip" and competitor in (SIGLIP, SIGLIP_KERNEL):
         right = _reference(case, SIGLIP_DEFINED, pairs, width)
     else:
         right = expected(case, pairs, width)
-    names = ("loss", "image gradient", "text gradient", "scale gradient")
+    names = ["loss", "image gradient", "text gradient", "scale gradient", "bias gradient"][: len(right)]
     for what, got, wanted in zip(names, result, right, strict=True):
         name = f"{CASES[case]}, {precision}, N {pairs}, D {width}: {what} of {competitor}"
         if not got.numel():
-            if (competitor, what) != (MEMEFF, names[-1]):
+            if (competitor, what) != (MEMEFF, "scale gradient"):
                 raise measure.WrongResult(f"{name} is missing")
             continue
         measure.require_close(name, got.cpu(), wanted, TOLERANCE[as_precise])
@@ -282,7 +308,7 @@ def _need_at_1024(case: str, competitor: str, precision: str, width: int) -> int
 def lacks_memory(case: str, competitor: str, precision: str, pairs: int, width: int) -> str | None:
     """Say why a competitor that stores N×N matrices does not fit; its need, measured at N 1024, grows by N²."""
     free = measure.available_memory()
-    if competitor in (OURS, "ours (blocked)", *PACKAGES):
+    if competitor in (OURS, "ours (blocked)", IN_CHUNKS, *PACKAGES):
         return None
     if 256 * pairs**2 < free:  # room for 64 float32 matrices is enough for every competitor
         return None
@@ -307,5 +333,5 @@ def lacks_package(competitor: str) -> str | None:
 def competitors_of(case: str) -> list[str]:
     """Return the names of all competitors of a case, TRACER's implementations first."""
     ours = [OURS, "ours (blocked)"] if DEVICE == "cuda" else [OURS]
-    others = [*PACKAGES, SIGLIP] if case == "clip" else []
+    others = {"clip": [*PACKAGES, SIGLIP], "siglip": [IN_CHUNKS, SIGLIP_KERNEL]}.get(case, [])
     return [*ours, EAGER, baseline(case), baseline(case) + COMPILED, *others]

@@ -236,14 +236,14 @@ def measure(
     """Measure time and memory of the loss.
 
     Args: quick: only the main tables, of TRACER and its baseline, and the memory of one row. cases: any of
-    full, mpm-nce, mpm-nce-2 and clip; all by default. precisions: any of fp32, tf32, bf16 and fp16; by default
-    all that this machine multiplies in. pairs: N of the main tables. width: D of the main tables. sweep: every
-    N of the second table; 512 to 65536 by default. widths: every D of the second table; 512, 768 and 1280 by
-    default. repeats: the most turns of a row; it always gets at least three. seconds: time for the turns of a
-    row of the main tables; other rows get half of it. patience: seconds that a competitor's step may take
-    before it is left out of larger sizes. budget: seconds for the main tables; competitors that would take
-    longer are left out. sweep_budget: seconds for the second table; sizes that would take longer are left out,
-    the largest first.
+    full, mpm-nce, mpm-nce-2, clip and siglip; all by default. precisions: any of fp32, tf32, bf16 and fp16;
+    by default all that this machine multiplies in. pairs: N of the main tables. width: D of the main tables.
+    sweep: every N of the second table; 512 to 65536 by default. widths: every D of the second table; 512, 768
+    and 1280 by default. repeats: the most turns of a row; it always gets at least three. seconds: time for
+    the turns of a row of the main tables; other rows get half of it. patience: seconds that a competitor's
+    step may take before it is left out of larger sizes. budget: seconds for the main tables; competitors that
+    would take longer are left out. sweep_budget: seconds for the second table; sizes that would take longer
+    are left out, the largest first.
     """
     cases, precisions = list(cases or CASES), list(precisions or precisions_here())
     _require_known(cases, precisions)
@@ -286,8 +286,8 @@ def _require_known(cases: Sequence[str], precisions: Sequence[str]) -> None:
 
 
 def _main_sizes(cases: Sequence[str], precisions: Sequence[str], pairs: int, width: int) -> list[Size]:
-    """Return the sizes of the main tables; MPM-NCE can be checked up to ``DISTINCT`` pairs only."""
-    most = {case: competitors.DISTINCT if case.startswith("mpm") else pairs for case in cases}
+    """Return the sizes of the main tables; some cases can be checked up to ``DISTINCT`` pairs only."""
+    most = {case: pairs if competitors.repeats(case) else competitors.DISTINCT for case in cases}
     return [
         Size(case, precision, min(pairs, most[case]), width) for case in cases for precision in precisions
     ]

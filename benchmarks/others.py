@@ -4,7 +4,8 @@
 
 The packages are memeff, which computes the CLIP loss, and siglip-kernel, whose loss is another one: a sigmoid for
 each pair, which needs no statistics. Both come from the package index, at the versions of the lock file, and are
-called as their users call them. Nothing is counted before loss and gradients agree with the definition.
+called as their users call them; TRACER's CLIP loss and its sigmoid stand beside them. Nothing is counted before
+loss and gradients agree with the definition.
 
 **Counted**, in Triton's interpreter and by torch's dispatcher: products in units of 2·N²·D operations, those of
 torch included; bytes that the kernels load and store; bytes that torch's own operations read and write, matrix
@@ -38,11 +39,13 @@ from benchmarks.harness import Highlight, command_line, progress, table
 from benchmarks.measure import require_close
 from benchmarks.packages import MEMEFF, SIGLIP_KERNEL
 from benchmarks.work import ARCHITECTURES, PASSES
-from tracer.kernels import contrastive_triton
+from tracer.kernels import contrastive_triton, sigmoid_triton
+from tracer.kernels._tiles import TABLES, tiles_of
 from tracer.kernels._triton import planning_for, recording
-from tracer.kernels.contrastive import Inputs, Needs, Options
+from tracer.kernels.contrastive import Biases, Inputs, Needs, Options
+from tracer.kernels.sigmoid import PairNeeds
 
-OURS = "TRACER"
+OURS, OUR_SIGMOID = "TRACER", "TRACER, sigmoid"
 SCALE, PLACES = 20.0, 132  # the logit scale, and the multiprocessors of the GPU that grids are for
 MEMORY_SIZE = (16384, 512)
 Leaves = tuple[Tensor, Tensor, Tensor]
@@ -64,6 +67,9 @@ PACKAGES = {
     ),
     SIGLIP_KERNEL: Package("siglip-kernel", packages.siglip_kernel_loss, published.siglip_loss, True),
 }
+
+
+EVERYONE = (OURS, OUR_SIGMOID, *PACKAGES)
 
 
 class Published(NamedTuple):
@@ -90,7 +96,7 @@ PUBLISHED = (
 def count(architecture: str, N: int, D: int) -> list[dict[str, Any]]:
     """Return the work of everyone for N pairs of width D in float16, ours first, in a process that interprets."""
     with packages.as_if_on(architecture, PLACES), planning_for(architecture, PLACES):
-        return [_count(who, architecture, N, D) for who in (OURS, *PACKAGES)]
+        return [_count(who, architecture, N, D) for who in EVERYONE]
 
 
 def _count(who: str, architecture: str, N: int, D: int) -> dict[str, Any]:
@@ -143,10 +149,25 @@ def _passes(who: str, architecture: str, leaves: Leaves) -> Iterator[tuple[Tenso
             upstream, inputs, forward.saved, options, Needs(), tile=tiles["backward"]
         )
         yield forward.terms[0], (grads.image, grads.text, grads.logit_scale)
+    elif who == OUR_SIGMOID:
+        yield from _sigmoid_passes(architecture, Inputs(*(x.detach() for x in leaves)))
     else:
         loss = PACKAGES[who].loss(*leaves)
         yield loss, ()
         yield loss, torch.autograd.grad(loss, leaves, allow_unused=not PACKAGES[who].has_scale)
+
+
+def _sigmoid_passes(architecture: str, inputs: Inputs) -> Iterator[tuple[Tensor, Grads]]:
+    """Yield twice what the one walk makes, loss and gradients: nothing is left for the backward pass."""
+    N, D = inputs.image.shape
+    tile = tiles_of(TABLES[architecture], "sigmoid", False, 16)[0]._replace(block_d=D)
+    options, needs = Options(sigmoid=True), PairNeeds(*[True] * 5)
+    bias = torch.zeros_like(inputs.logit_scale)
+    pairs = sigmoid_triton.walk(inputs, Biases(bias, bias), options, needs, tile=tile)
+    assert pairs.sums is not None
+    gradients = tuple(None if x is None else x.div_(N) for x in (pairs.image, pairs.text, pairs.logit_scale))
+    for _ in PASSES:
+        yield pairs.sums[0] / N, gradients
 
 
 def _addmm_flop(_: Any, a: tuple[int, int], b: tuple[int, int], **options: Any) -> int:
@@ -159,7 +180,10 @@ def require_agreement(who: str, loss: Tensor, grads: Grads) -> None:
     Raises:
         WrongResult: they disagree; ends the benchmark.
     """
-    defined = published.clip_loss if who == OURS else PACKAGES[who].defined
+    if who in PACKAGES:
+        defined = PACKAGES[who].defined
+    else:
+        defined = published.clip_loss if who == OURS else published.siglip_loss
     N, D = next(x for x in grads if x is not None).shape
     exact = [x.double().requires_grad_() for x in (*_features(N, D), torch.tensor(SCALE))]
     right = defined(*exact)
@@ -175,7 +199,7 @@ def count_without_data(who: str, architecture: str, N: int, D: int) -> dict[str,
 
     A call in bfloat16 runs on tensors without data and without its kernels.
     """
-    place = "cuda" if who == OURS else "cpu"  # our launchers' products go another way on a CPU
+    place = "cpu" if who in PACKAGES else "cuda"  # our launchers' products go another way on a CPU
     no_launch = patch.object(InterpretedFunction, "run", lambda *_, **__: None)
     counted: dict[str, Any] = {"memory": {}, "torch_bytes": {}}
     with (
@@ -206,7 +230,7 @@ def count_memory(N: int, D: int) -> list[dict[str, Any]]:
     """Return the bytes that everyone holds at once beyond the inputs."""
     return [
         {"who": who, "rows": N, "width": D, **count_without_data(who, "sm_90", N, D)["memory"]}
-        for who in (OURS, *PACKAGES)
+        for who in EVERYONE
     ]
 
 
@@ -343,7 +367,7 @@ def report(results: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"{named}. **Counted** in Triton's interpreter, float16, forward + backward, once loss and gradients "
-            "agree with the definition. memeff gives no gradient of the scale, and siglip-kernel makes all "
+            "agree with the definition. memeff gives no gradient of the scale, and both sigmoids make all "
             "gradients in the forward pass. The kernels' bytes leave out what torch's matrix products load "
             "again; torch's bytes hold each operand of an operation once.",
             _work_table(results["work"]),
@@ -424,15 +448,8 @@ def _code_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _estimate_table(rows: list[dict[str, Any]]) -> str:
-    header = [
-        "package",
-        "card",
-        "N",
-        "D",
-        "published ms",
-        "TRACER, estimated ms",
-        "their products, estimated ms",
-    ]
+    header = ["package", "card", "N"]
+    header += ["D", "published ms", "TRACER, estimated ms", "their products, estimated ms"]
     lines = []
     for row in rows:
         times = (row[name] for name in ("seconds", "estimate_ours", "estimate_their_products"))
@@ -442,17 +459,17 @@ def _estimate_table(rows: list[dict[str, Any]]) -> str:
 
 
 def highlights(results: dict[str, Any]) -> list[Highlight]:
-    """Return the products of the CLIP loss beside memeff's, at the largest size counted."""
+    """Return the products of both losses beside the packages', at the largest size counted."""
     largest = max(row["rows"] for row in results["work"])
     units = {row["who"]: sum(row["units"].values()) for row in results["work"] if row["rows"] == largest}
-    ours, memeff = units[OURS], units[MEMEFF]
     return [
         Highlight(
-            f"products of the CLIP loss, counted, N {largest}",
-            f"{ours:.2f} N²D",
-            f"{memeff:.2f} N²D (memeff {results['versions']['memeff']})",
-            f"{memeff / ours:.2f}×",
+            f"products of the {loss}, counted, N {largest}",
+            f"{units[ours]:.2f} N²D",
+            f"{units[package]:.2f} N²D ({PACKAGES[package].name} {results['versions'][PACKAGES[package].name]})",
+            f"{units[package] / units[ours]:.2f}×",
         )
+        for loss, ours, package in (("CLIP loss", OURS, MEMEFF), ("SigLIP loss", OUR_SIGMOID, SIGLIP_KERNEL))
     ]
 
 

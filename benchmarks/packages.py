@@ -51,17 +51,18 @@ def memeff_loss(image: Tensor, text: Tensor, temperature: float) -> Tensor:
     return loss(_rounded(image), _rounded(text))
 
 
-def siglip_kernel_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Return the SigLIP loss without a bias by the kernels that siglip-kernel chooses (package siglip-kernel).
+def siglip_kernel_loss(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+) -> Tensor:
+    """Return the SigLIP loss by the kernels that siglip-kernel chooses (package siglip-kernel).
 
-    It is another loss: pairs are classified one by one, so no statistic of a row is needed. All gradients are
-    made in the forward pass. float32 features are multiplied in TF32.
+    Pairs are classified one by one, so no statistic of a row is needed, unlike in the CLIP loss. All
+    gradients are made in the forward pass. float32 features are multiplied in TF32.
     """
     from siglip_kernel import fused_siglip_loss
 
-    return fused_siglip_loss(
-        _rounded(image), _rounded(text), logit_scale.log(), torch.zeros_like(logit_scale)
-    )
+    bias = torch.zeros_like(logit_scale) if logit_bias is None else logit_bias
+    return fused_siglip_loss(_rounded(image), _rounded(text), logit_scale.log(), bias)
 
 
 def _rounded(feature: Tensor) -> Tensor:

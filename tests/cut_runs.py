@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tracer.cli import main
 from tracer.data.batches import TrainingBatches
 from tracer.files import aside
 from tracer.train.checkpoint import newest
@@ -37,23 +38,34 @@ def cut(config: Config, monkeypatch, batches: int) -> Path:
 
 
 def kill(config: Config, settings: Path, after: int = 1) -> None:
-    """Start the run from the command line, and kill it once it has saved step ``after`` or a later one.
+    """Run the command line's main in a process, and kill it once it has saved step ``after`` or a later one.
 
-    ``settings`` is the file to which the run's settings are written.
+    The process is forked from a server that has imported the package already: the imports take longer than a run.
+    ``settings`` is the file to which the run's settings are written; what it prints stands beside it.
     """
     settings.write_text(config.to_yaml())
-    command = [sys.executable, "-m", "tracer", "finetune", "--config", str(settings)]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    multiprocessing.set_forkserver_preload(["tracer.train.run"])
+    output = settings.with_suffix(".log")
+    arguments = (["finetune", "--config", str(settings)], output)
+    run = multiprocessing.get_context("forkserver").Process(target=_main, args=arguments)
+    run.start()
     part, patience = aside(config.output), time.monotonic() + 120
     while (last := newest(part)) is None or int(last.name.rpartition("-")[2]) < after:
-        assert run.poll() is None, run.communicate()[0].decode()
+        assert run.is_alive(), output.read_text()
         assert time.monotonic() < patience
         time.sleep(0.002)
-    os.kill(run.pid, signal.SIGKILL)  # so that nothing of it can tidy up
-    run.communicate()
-    assert run.returncode == -signal.SIGKILL
+    run.kill()  # SIGKILL, so that nothing of it can tidy up
+    run.join()
+    assert run.exitcode == -signal.SIGKILL
     assert part.exists()
     assert not config.output.exists()
+
+
+def _main(arguments: list[str], output: Path) -> None:
+    with output.open("w") as file:
+        for printed in (1, 2):
+            os.dup2(file.fileno(), printed)
+    sys.exit(main(arguments))
 
 
 def content(folder: Path) -> dict[Path, bytes]:

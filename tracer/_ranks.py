@@ -83,7 +83,7 @@ class _Terms(torch.autograd.Function):
         own = walk.gradients(impl, grad_terms, inputs, saved, options, needs, mesh, sizes, whole, weights)
         dtype = inputs.image.dtype
         by_name = {"image": own.image, "text": own.text}
-        by_name = {name: None if x is None else (mesh.size * x).to(dtype) for name, x in by_name.items()}
+        by_name = {name: None if x is None else x.mul_(mesh.size).to(dtype) for name, x in by_name.items()}
         if own.logit_scale is not None:  # every rank learns the whole of it
             parts = gather(own.logit_scale[None], [1] * mesh.size, mesh.everyone)
             by_name["logit_scale"] = parts.sum(0)

@@ -115,18 +115,29 @@ def gradients(
     That of logit_scale is this rank's part of it.
     """
     through = rectangle_gradients(impl, grad_terms, rectangle, saved, options, needs, whole, weights)
-    image, text = of_owners(through.image, through.text, mesh, sizes, accumulation_dtype(rectangle.image))
-    return through._replace(image=image, text=text)
+    parts, scale = {"image": through.image, "text": through.text}, through.logit_scale
+    del through
+    return Gradients(*of_owners(parts, mesh, sizes, accumulation_dtype(rectangle.image)), scale)
 
 
 def of_owners(
-    image: Tensor | None, text: Tensor | None, mesh: Mesh, sizes: Sizes, dtype: torch.dtype
+    parts: dict[str, Tensor | None], mesh: Mesh, sizes: Sizes, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of this rank's features in ``dtype``, from those of all rectangles' in rank order."""
+    """Return the gradients of this rank's features in ``dtype``, from those of all rectangles in rank order.
+
+    ``parts`` are this rectangle's, by name. They are taken out, so that none is in memory after it was sent.
+    """
     n, m = _of(sizes.images, mesh.row_ranks), _of(sizes.texts, mesh.col_ranks)
-    if image is not None:
-        image = to_owners(image, n, mesh.rank % mesh.cols, mesh.row)
+    image, text = parts.pop("image"), parts.pop("text")
     if text is not None:
-        text = to_owners(text, m, mesh.rank // mesh.cols, mesh.col)
-    image, text = (None if x is None else arrived(x).to(dtype).sum(0) for x in (image, text))
+        text = arrived(to_owners(text, m, mesh.rank // mesh.cols, mesh.col))
+        text = _sum(text, dtype)
+    if image is not None:
+        image = arrived(to_owners(image, n, mesh.rank % mesh.cols, mesh.row))
+        image = _sum(image, dtype)
     return image, text
+
+
+def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum [n, D] of what ranks sent [ranks, n, D], in rank order."""
+    return parts[0].to(dtype) if len(parts) == 1 else parts.to(dtype).sum(0)

@@ -71,9 +71,9 @@ def gradients(
 ) -> Gradients:
     """Return the gradients of this rank's features, and its part of that of logit_scale."""
     dtype = accumulation_dtype(inputs.image)
-    image = torch.zeros_like(inputs.image, dtype=dtype) if needs.image else None
+    image: Tensor | None = None
     text: Tensor | None = None
-    scale = torch.zeros_like(inputs.logit_scale) if needs.logit_scale else None
+    scale: Tensor | None = None
     travelling = columns(inputs)
     if len(saved.col_stats):  # else nothing is asked of the columns
         travelling["col_stats"] = saved.col_stats.T
@@ -83,15 +83,19 @@ def gradients(
             final = saved._replace(col_stats=block.pop("col_stats").T.contiguous())
         rectangle = inputs._replace(**block)
         part = rectangle_gradients(impl, grad_terms, rectangle, final, options, needs, whole, weights)
-        if image is not None and part.image is not None:
-            image += part.image
-        if scale is not None and part.logit_scale is not None:
-            scale = scale + part.logit_scale
+        image, scale = _added(image, part.image, dtype), _added(scale, part.logit_scale, dtype)
         if part.text is not None:
-            total = part.text.to(dtype)
-            total = total if text is None else total + arrived(text)
+            total = _added(part.text.to(dtype), None if text is None else arrived(text), dtype)
+            assert total is not None
             text = pass_on(total, sizes.texts[(owner + 1) % mesh.size], mesh)
     return Gradients(image, None if text is None else arrived(text), scale)
+
+
+def _added(total: Tensor | None, part: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Add ``part`` to ``total`` in place, which takes no further memory; None stands for nothing yet."""
+    if part is None or total is None:
+        return total if part is None else part.to(dtype)
+    return total.add_(part)
 
 
 def columns(inputs: Inputs) -> Block:

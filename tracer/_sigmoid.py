@@ -158,7 +158,9 @@ def _walk(
     else:
         own = pairs_of(inputs)
         dtype = accumulation_dtype(inputs.image)
-        image, text = _rectangle.of_owners(own.image, own.text, mesh, sizes, dtype)
+        parts = {"image": own.image, "text": own.text}
+        own = own._replace(image=None, text=None)
+        image, text = _rectangle.of_owners(parts, mesh, sizes, dtype)
         own = own._replace(image=image, text=text)
     summed = {
         name: arrived(gather(getattr(own, name)[None], [1] * mesh.size, mesh.everyone)).sum(0)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from exact import differences
 
 from benchmarks import disassembly, machine_code, roofline
 
@@ -39,6 +40,10 @@ def results() -> dict:
 @pytest.fixture(scope="module")
 def found(results) -> list[dict]:
     return results["kernels"]
+
+
+def test_counts_are_as_committed(results):
+    assert differences("machine_code", results) == []
 
 
 def test_every_architecture_and_kernel_is_there(found):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exact import differences
 
 from benchmarks import competitors, measure, memory
 from tracer.kernels import _blocked_tile, _grid
@@ -48,6 +49,10 @@ def test_counted_memory_of_the_definition_holds_matrices():
         small, large = memory._count("clip", "fp32", competitors.EAGER, [512, 1024], 8).values()
     assert large > 8 * 4 * 1024**2
     assert 3.9 < large / small < 4.1
+
+
+def test_counts_are_as_committed():
+    assert differences("memory", memory.measure(quick=True)) == []
 
 
 def test_memory_in_miniature(monkeypatch):

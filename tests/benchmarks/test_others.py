@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from exact import differences
 
 from benchmarks import measure, others
 from benchmarks.counting import Traffic
+from benchmarks.harness import run_part
 from benchmarks.packages import MEMEFF, SIGLIP_KERNEL
 
 KERNEL = {
@@ -27,6 +29,12 @@ def results() -> dict:
 @pytest.fixture(scope="module")
 def counted(results) -> dict[str, dict]:
     return {row["who"]: row for row in results["work"]}
+
+
+def test_counts_are_as_committed():
+    """In processes of their own: this one interprets."""
+    measured = run_part("others", quick=True)["results"]
+    assert differences("others", measured) == []
 
 
 def total(row: dict, what: str) -> float:

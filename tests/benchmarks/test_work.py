@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from exact import differences
 
 from benchmarks import counting, work
 
@@ -27,6 +28,10 @@ def results() -> dict:
     done = run("--quick", "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)["results"]
+
+
+def test_counts_are_as_committed(results):
+    assert differences("work", results) == []
 
 
 def test_products_are_within_3_percent_of_the_floor(results):

@@ -29,16 +29,33 @@ RGBA = Image.fromarray(np.dstack([COLOURS, ALPHA]))
 LEVELS = PictureFormat(32, (0.0,) * 3, (1 / 255,) * 3, resize_mode="squash")  # pictures as levels 0 … 255
 
 
-def png(array: np.ndarray, colour: int, bits: int, end: bool = True) -> bytes:
-    """A PNG file of a colour type and depth that PIL does not write; with ``end`` False it stops too early."""
+def png(
+    array: np.ndarray,
+    colour: int,
+    bits: int,
+    end: bool = True,
+    key: tuple[int, ...] = (),
+    width: int | None = None,
+) -> bytes:
+    """A PNG file of a colour type and depth that PIL does not write; with ``end`` False it stops too early.
+
+    ``key`` is the transparent colour; ``width`` that of rows which are packed.
+    """
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", array.shape[1], array.shape[0], bits, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width or array.shape[1], array.shape[0], bits, colour, 0, 0, 0)
     rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in array))
-    body = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows)
+    clear = chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)) if key else b""
+    body = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + clear + chunk(b"IDAT", rows)
     return body + (chunk(b"IEND", b"") if end else b"")
+
+
+def packed(levels: np.ndarray, bits: int) -> np.ndarray:
+    """Pack numbers of 1, 2 or 4 bits into the bytes of each row."""
+    single = np.unpackbits(levels[..., None], axis=2)[..., -bits:]
+    return np.packbits(single.reshape(len(levels), -1), axis=1)
 
 
 def sixteen(array: np.ndarray) -> np.ndarray:
@@ -162,6 +179,28 @@ def test_a_transparent_picture_is_evaluated_as_open_clip_does(tmp_path, name, re
     wanted = PictureFormat(32, LEVELS.mean, LEVELS.std, resize_mode=resize_mode)
     (image,) = loaded([tmp_path / name], wanted, loader)
     assert (image - expected).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("exif", [False, True])
+def test_the_transparent_colour_is_compared_at_the_depth_of_the_file(tmp_path, loader, exif):
+    """PIL compares tRNS's number with levels that it has scaled to 8 bits already."""
+    levels = np.random.default_rng(0).integers(0, 4, (32, 32)).astype(np.uint8)
+    two, four = (packed(levels * by, bits) for by, bits in ((1, 2), (5, 4)))
+    (tmp_path / "two.png").write_bytes(png(two, 0, 2, key=(2,), width=32))
+    (tmp_path / "four.png").write_bytes(png(four, 0, 4, key=(10,), width=32))
+    colours = np.array([[0x64, 0x65, 0x66], [0x64, 0x65, 0x67], [0x01, 0x02, 0x03], [0x65, 0x65, 0x66]]) << 8
+    colours += [[1, 2, 3], [1, 2, 3], [9, 9, 9], [1, 2, 3]]  # of which the first is the key
+    colours = np.concatenate([colours, colours[:1] + 1])[np.random.default_rng(1).integers(0, 5, (32, 32))]
+    key = (0x6401, 0x6502, 0x6603)
+    (tmp_path / "colours.png").write_bytes(png(colours.astype(">u2"), 2, 16, key=key))
+    images = loaded(
+        [tmp_path / f"{name}.png" for name in ("two", "four", "colours")], LEVELS, loader, exif=exif
+    )
+    gray = np.where(levels == 2, 0, levels * 85)
+    shown = np.where((colours == key).all(2)[..., None], 0, colours >> 8)
+    expected = torch.from_numpy(np.stack([np.dstack([gray] * 3), np.dstack([gray] * 3), shown]))
+    assert (images - expected.permute(0, 3, 1, 2)).abs().max() <= 1e-3
 
 
 @pytest.mark.parametrize("loader", LOADERS)

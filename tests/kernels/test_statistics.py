@@ -71,7 +71,7 @@ def test_rectangles_make_the_whole(impl, margin, smoothing, terms, stats):
     columns = [merged([line[k][1] for line in parts]) for k in range(len(parts[0]))]
     rows, cols = ({n: torch.cat([side[n] for side in sides]) for n in lines[0]} for sides in (lines, columns))
     shift = inputs.logit_scale.double() * (margin / _statistics.LN2)
-    got = _statistics.result(rows, cols, shift, chosen)
+    got = _statistics.result(rows, cols, shift, chosen, whole)
     saved = Saved(got.row_stats.float(), got.col_stats.float())
 
     upstream = torch.tensor([1.0, 0.5, 2.0, 0.25], device=inputs.image.device)

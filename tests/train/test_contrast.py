@@ -16,7 +16,8 @@ from torch import Tensor
 from tracer.data.batches import TrainingBatches
 from tracer.data.build import read_index
 from tracer.errors import UserError
-from tracer.evaluation.zero_shot import class_probabilities, classifier
+from tracer.evaluation.sets import EvaluationSet
+from tracer.evaluation.zero_shot import classifier, predict
 from tracer.models.clip import encode, load_clip
 from tracer.models.weights import save_weights
 from tracer.ops import contrastive_loss
@@ -134,14 +135,19 @@ def test_a_bias_is_a_number():
 
 
 def test_zero_shot_probabilities_are_those_of_each_pair(siglip, drawings):
-    """sigmoid(σ cosine + b), σ beyond CLIP's bound: rows sum to anything, the largest class is the same."""
+    """sigmoid(σ cosine + b), σ beyond CLIP's bound; the largest class is the same."""
     clip, index = load_clip(siglip.model, siglip.pretrained), read_index(drawings / "test.csv")
     weights = classifier(clip, {name: [f"a {name}"] for name in index.classes})
-    got = class_probabilities(clip, index, weights)
+    each = EvaluationSet(index, prompts={name: [f"a {name}"] for name in index.classes})
+    got = predict(clip, each, weights)
     images = torch.stack(clip_images(clip, index))
     with torch.no_grad():
         cosine = clip.model.encode_image(images, normalize=True) @ weights.T
-    torch.testing.assert_close(got, (SCALE * cosine - 8.0).sigmoid(), rtol=1e-4, atol=1e-6)
+    best, predicted = (SCALE * cosine - 8.0).max(1)
+    assert got.predicted.tolist() == predicted.tolist()
+    torch.testing.assert_close(torch.from_numpy(got.confidence), best.sigmoid(), rtol=1e-4, atol=1e-6)
+    own = (SCALE * cosine - 8.0)[torch.arange(len(index)), torch.from_numpy(each.truth)]
+    torch.testing.assert_close(torch.from_numpy(got.nll), -own.sigmoid().log(), rtol=1e-4, atol=1e-5)
 
 
 def clip_images(clip, index) -> list[Tensor]:

@@ -7,6 +7,7 @@ import io
 import json
 import random
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -100,19 +101,37 @@ def spoiled(config, tmp_path) -> Config:
     )
 
 
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Path]:
+    return write(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[tuple[str, str], Path]:
+    """The unbroken runs that a test has made, which are what others compare with too."""
+    return {}
+
+
+@pytest.fixture
+def unbroken(spoiled, sources, kept, tmp_path) -> Callable[[str, str], Path]:
+    """Return the folder of the unbroken run on a source with a loader."""
+
+    def run(source: str, loader: str) -> Path:
+        if (source, loader) not in kept:
+            output = tmp_path / f"unbroken-{source}"
+            config = dataclasses.replace(spoiled, train_data=sources[source], output=output, loader=loader)
+            kept[source, loader] = finetune(config)
+        return kept[source, loader]
+
+    return run
+
+
 @pytest.mark.parametrize("loader", ["torch", "dali"])
-def test_every_source_trains_the_same_model(spoiled, tmp_path, loader):
-    sources, runs = write(tmp_path), {}
-    for name, source in sources.items():
-        config = dataclasses.replace(
-            spoiled, train_data=source, output=tmp_path / f"run-{name}", loader=loader
-        )
-        runs[name] = finetune(config)
-    first = runs["folder"]
-    for name, run in runs.items():
-        assert (run / "student.safetensors").read_bytes() == (first / "student.safetensors").read_bytes(), (
-            name
-        )
+def test_every_source_trains_the_same_model(unbroken, loader):
+    weights = (unbroken("folder", loader) / "student.safetensors").read_bytes()
+    for name in ("folder", "table", "shards"):
+        run = unbroken(name, loader)
+        assert (run / "student.safetensors").read_bytes() == weights, name
         rows = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
         names = [row["picture"].removesuffix(".jpg")[-4:] for row in rows]
         assert names == ["0249", "0280"] or names == ["0280", "0249"]
@@ -120,9 +139,10 @@ def test_every_source_trains_the_same_model(spoiled, tmp_path, loader):
 
 
 @pytest.mark.parametrize("source", ["folder", "table", "shards"])
-def test_a_run_that_is_killed_at_random_steps_ends_as_an_unbroken_one(spoiled, tmp_path, source):
-    config = dataclasses.replace(spoiled, train_data=write(tmp_path)[source])
-    whole = finetune(dataclasses.replace(config, output=tmp_path / "whole"))
+def test_a_run_that_is_killed_at_random_steps_ends_as_an_unbroken_one(
+    spoiled, sources, unbroken, tmp_path, source
+):
+    whole, config = unbroken(source, "torch"), dataclasses.replace(spoiled, train_data=sources[source])
     for step in sorted(random.Random(source).sample(range(2, 26), 2)):
         kill(config, tmp_path / "settings.yaml", after=step)
     end = finetune(config)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -86,7 +87,7 @@ def read_picture(
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # --max_pixels is the limit here
             with Image.open(io.BytesIO(content)) as image:
                 check_pixels(image.height, image.width, max_pixels)
-                return _decoded(image, exif)
+                return _decoded(image, content, exif)
     except MemoryError:
         raise
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and more for damaged files
@@ -151,11 +152,13 @@ def what_pil_says(content: bytes) -> str | None:
     return None
 
 
-def _decoded(image: Image.Image, exif: bool) -> Picture:
+def _decoded(image: Image.Image, content: bytes, exif: bool) -> Picture:
     """Return the picture as plain RGB or with its alpha."""
     scaled_by_pil = image.mode == "I" and image.format == "PPM"  # more than 8 bits, which PIL scales to 16
     if image.mode in ("I", "F") and not scaled_by_pil:
         raise UserError("it holds 32-bit numbers, whose black and white are not known: save it with 8 bits")
+    if image.format == "PNG" and "transparency" in image.info:
+        _set_key(image, content)
     if exif:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or scaled_by_pil:  # PIL would clip these numbers to 255
@@ -164,6 +167,22 @@ def _decoded(image: Image.Image, exif: bool) -> Picture:
     if image.has_transparency_data:
         return Picture(shape, transparent=image.convert("RGBA").convert("RGBa"))
     return Picture(shape, pixels=np.array(image.convert("RGB")))
+
+
+def _set_key(image: Any, content: bytes) -> None:
+    """Make the pixels of a PNG transparent that have the colour of its tRNS, where PIL would take others.
+
+    PIL reads gray of 2 and 4 bits and colours of 16 bits as 8 bits, but compares them with tRNS's own number.
+    """
+    layout, key = image.tile[0].args, image.info["transparency"]
+    if layout in ("L;2", "L;4"):
+        image.info["transparency"] = key * (85 if layout == "L;2" else 17)
+    elif layout == "RGB;16B":  # of which PIL keeps the upper bytes
+        with Image.open(io.BytesIO(content)) as lower:
+            lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]  # type: ignore[attr-defined]
+            levels = np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
+        opaque = np.where((levels == key).all(2), 0, 255).astype(np.uint8)
+        image.putalpha(Image.fromarray(opaque))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -32,24 +32,32 @@ def random_window(shape: tuple[int, int], sides: np.ndarray, place: np.ndarray) 
         sides: [2, ATTEMPTS], and
         place: [2], one picture's part of :class:`~tracer.data.order.Crops`.
     """
-    height, width = np.float32(shape[0]), np.float32(shape[1])
-    area_side = np.sqrt(height * width)  # of the square that has the picture's area
-    unit = np.array([area_side / height, area_side / width], np.float32)
-    attempts = sides * unit[:, None]
-    fitting = np.flatnonzero(attempts.max(0) <= 1)
     assert sides.shape == (2, ATTEMPTS)
-    size = attempts[:, fitting[0]] if len(fitting) else np.minimum(np.float32(RATIO) * unit * unit, 1)
-    whole = np.array(shape, np.float64)
-    pixels = np.clip(np.rint(size * whole), 1, whole)
-    start = np.rint(place * (whole - pixels))
-    return Window((start / whole).astype(np.float32), ((start + pixels) / whole).astype(np.float32))
+    height, width = shape
+    # Scalars: NumPy's arrays take twice as long for so few numbers.
+    area_side = np.sqrt(np.float32(height) * np.float32(width))  # of the square that has the picture's area
+    tall, wide = area_side / np.float32(height), area_side / np.float32(width)
+    for high, broad in zip(*sides, strict=True):
+        share_high, share_broad = high * tall, broad * wide
+        if share_high <= 1 and share_broad <= 1:
+            break
+    else:
+        ratio, all_of_it = np.float32(RATIO), np.float32(1)
+        share_high = min(ratio * tall * tall, all_of_it)
+        share_broad = min(ratio * wide * wide, all_of_it)
+    rows = min(max(round(float(share_high) * height), 1), height)
+    columns = min(max(round(float(share_broad) * width), 1), width)
+    down, across = place.tolist()
+    top, left = round(down * (height - rows)), round(across * (width - columns))
+    start, end = (top / height, left / width), ((top + rows) / height, (left + columns) / width)
+    return Window(np.array(start, np.float32), np.array(end, np.float32))
 
 
 def pixels_of(shape: tuple[int, int], window: Window) -> tuple[int, int, int, int]:
     """Return the window in whole pixels of a picture of ``shape``: top, left, height, width, each side ≥ 1."""
-    (top, bottom), (left, right) = (
-        (int(np.rint(window.start[axis] * shape[axis])), int(np.rint(window.end[axis] * shape[axis])))
-        for axis in (0, 1)
+    (top, left), (bottom, right) = (
+        (round(down * shape[0]), round(across * shape[1]))
+        for down, across in (window.start.tolist(), window.end.tolist())
     )
     top, left = min(top, shape[0] - 1), min(left, shape[1] - 1)
     return top, left, max(bottom - top, 1), max(right - left, 1)
