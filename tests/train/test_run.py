@@ -26,6 +26,7 @@ def test_a_run_is_whole_and_says_what_it_did(config, capsys):
     assert {p.name for p in folder.iterdir()} == {
         ".tracer",
         "config.yaml",
+        "identity.json",
         "log.jsonl",
         "tensorboard",
         "student.safetensors",
