@@ -10,13 +10,14 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help setup demo test bench bench-check gpu lint format lock clean
+.PHONY: help setup demo test bench bench-check gpu docs lint format lock clean
 
 help:
 	@echo "make demo [ARGS='--seeds 1']   compare the methods in runs/demo/report.html; all options: make demo ARGS=--help"
 	@echo "make test [ARGS='-k data']     run the tests, a process per core; ARGS go to pytest"
 	@echo "make bench                     run the benchmarks and rewrite benchmarks/results and the README's tables"
 	@echo "make bench-check               compare with the committed results; ARGS=--exact leaves out times"
+	@echo "make docs                      build the browsable site in build/site, and check every link between its pages"
 	@echo "make gpu                       check everything on this machine's GPU and measure it: runs/gpu/page.md"
 	@echo "make setup                     create the virtual environment, as the commands above do when needed"
 	@echo "make lint                      check with ruff and mypy"
@@ -51,6 +52,9 @@ bench: $(READY)
 bench-check: $(READY)
 	$(BIN)/python -m benchmarks.check $(ARGS)
 
+docs: $(READY)
+	$(BIN)/python docs/site.py
+
 gpu: $(READY)
 	$(BIN)/python -m benchmarks.card $(ARGS)
 
@@ -68,7 +72,7 @@ lock: $(READY)
 	$(BIN)/pip install --quiet uv
 	printf 'torch==2.14.1\ntorchvision==0.29.1\n' > $(VENV)/pins.txt
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --constraint $(VENV)/pins.txt \
-	    --extra train --extra dali --extra test --extra bench --extra dev \
+	    --extra train --extra dali --extra test --extra bench --extra dev --extra docs \
 	    --custom-compile-command "make lock" --output-file requirements.lock setup.py
 
 clean:

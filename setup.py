@@ -39,16 +39,21 @@ setup(
     install_requires=["torch>=2.10", "numpy>=1.26", "safetensors>=0.4.3"],
     extras_require={
         "train": TRAIN,
-        "dali": ["nvidia-dali-cuda130>=2.4,<3"],
+        "dali": ["nvidia-dali-cuda130>=2.4,<3"],  # CUDA 13
         "dali-cuda12": ["nvidia-dali-cuda120>=1.50"],
+        "parquet": ["pyarrow>=15"],
+        "wandb": ["wandb>=0.18"],
+        "mlflow": ["mlflow-skinny>=2.16"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
+            "jsonschema>=4.20",
             "pandas>=2",  # these two for open_clip's own training script
             "webdataset>=0.2.86",
             "transformers>=4.57",  # open_clip's text towers from Hugging Face
         ],
+        "docs": ["mkdocs>=1.6", "mkdocstrings[python]>=0.29"],
         "bench": [
             "pytest-benchmark>=5",
             "ema-pytorch>=0.7",
@@ -58,5 +63,5 @@ setup(
         ],
         "dev": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-tqdm"],
     },
-    entry_points={"console_scripts": ["tracer = tracer.cli:main"]},
+    entry_points={"console_scripts": ["tracer = tracer.__main__:main"]},
 )

@@ -34,6 +34,14 @@ def poisoned_memory(monkeypatch) -> None:
     poison.install(monkeypatch)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory):
+    """Keep what the tests cache out of the user's own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory) -> Path:
     """An open_clip model config of one layer per tower."""

@@ -54,7 +54,7 @@ HOMES = {
 }
 # What the flat files of tracer/ may import besides torch, the standard library and the project itself.
 LIBRARY_EXTRAS = {
-    "tracer/cli.py": {"jsonargparse", "docstring_parser"},  # the second is part of the first
+    "tracer/cli.py": {"jsonargparse", "docstring_parser", "yaml"},  # the others are part of the first
     "tracer/*zero*.py": {"deepspeed"},
     "tracer/files.py": {"safetensors"},  # whole files of weights
 }

@@ -77,7 +77,12 @@ R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pret
     ("argv", "says"),
     [
         ([], "expected"),
-        (["fintune"], "invalid choice: 'fintune'"),
+        (["fintune"], "tracer has no command 'fintune': did you mean finetune?"),
+        (["finetune", "--learning-rate", "1"], "no option --learning_rate: did you mean --lr?"),
+        (["finetune", "--test-data", "x.csv"], "no option --test_data: did you mean --eval_data.NAME?"),
+        (["finetune", "--weight_decy", "1"], "no option --weight_decy: did you mean --weight_decay?"),
+        (["evaluate", "--zzz"], "no option --zzz: 'tracer evaluate --help' lists all"),
+        (["index", "photos", "--jpeg", "exact"], "tracer index has no option --jpeg: 'tracer"),
         (["finetune"], "train_data"),
         (["finetune", "--train_data", "x.csv", "--learning_rate", "1"], "--learning_rate"),
         (["finetune", "--train_data", "x.csv", "--lr", "fast"], "Given value: fast"),
@@ -95,7 +100,7 @@ R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pret
         ),
         (["finetune", "--train_data", "x.csv", "--batch_size", "1"], "needs at least 2 pairs"),
         (
-            ["finetune", "--train_data", "x.csv", "--steps", "9"],
+            ["finetune", "--train_data", "x.csv", "--steps", "9", "--warmup", "500"],
             "--warmup is 500: it must be below --steps 9",
         ),
         (
@@ -125,7 +130,7 @@ R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pret
         (["demo", "--freeze", "image"], "--freeze image: the demo trains adapters too"),
         (["finetune", "--train_data", "x.csv", "--timeout", "0"], "--timeout is 0.0: it must be above 0"),
         (
-            ["finetune", "--train_data", WHOLE, "--deepspeed", "nowhere.json"],
+            [*R_ADAPTER, "--model", "tracer-demo", "--deepspeed", "nowhere.json"],
             "'nowhere.json' does not exist: check --deepspeed",
         ),
         (
@@ -181,7 +186,17 @@ R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pret
             "--eval_data.v1.5: the name of a set holds no dots, write --eval_data.v1_5",
         ),
         (["evaluate", "--eval_data.v1.5=x.csv"], "the name of a set holds no dots, write --eval_data.v1_5"),
-        (["evaluate", "--eval_data", "x.csv"], "--eval_data names no set: write --eval_data.NAME"),
+        (["evaluate", "--eval_data", "my photos.csv"], "such as --eval_data.my-photos my photos.csv"),
+        (["evaluate", "--eval-data"], "--eval_data names no set: write --eval_data.NAME PATH"),
+        (["demo", "--kinds", "near"], "--kinds names no set: write --kinds.NAME"),
+        (["demo", "--method", "flyp"], "--method flyp has no effect: the demo trains every method"),
+        (["demo", "--teacher", "ema"], "--teacher ema has no effect"),
+        (["demo", "--adapters", "true"], "--adapters True has no effect"),
+        (["demo", "--seed", "3"], "--seed 3 has no effect"),
+        (
+            [*R_ADAPTER, "--adapters", "false"],
+            "r-adapter trains adapters, which --adapters false excludes",
+        ),
         (["demo", "--kinds.v1.5", "near"], "--kinds.v1.5: the name of a set holds no dots"),
         (["demo", "--seeds", "0"], "--seeds is 0: it must be at least 1"),
         (["demo", "--wise_alpha", "7"], "--wise_alpha is 7.0: it must be from 0 to 1"),
@@ -205,7 +220,40 @@ def test_a_mistake_is_one_line_that_names_it(capsys, drawings, tmp_path, monkeyp
 def test_an_unknown_key_in_the_file_is_named(capsys, tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text("train_data: a.csv\nlearning_rate: 1\n")
-    assert "learning_rate" in refused(capsys, "finetune", "--config", file)
+    line = refused(capsys, "finetune", "--config", file)
+    assert f"'{file}': tracer finetune has no setting learning_rate: did you mean lr?" in line
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "lr: [", "just words"])
+def test_a_file_that_holds_no_settings_is_named(capsys, tmp_path, content):
+    file = tmp_path / "settings.yaml"
+    file.write_text(content)
+    assert f"'{file}'" in refused(capsys, "finetune", "--config", file)
+
+
+def test_options_override_the_file_wherever_it_stands(tmp_path):
+    """Steps and epochs stand for each other, so either overrides the file's other one."""
+    file = tmp_path / "settings.yaml"
+    file.write_text("train_data: a.csv\nsteps: 70\nlr: 3e-4\n")
+    config = parse(["finetune", "--lr", "1", "--epochs", "3", "--config", str(file)])[1]
+    config.validate()
+    assert (config.steps, config.epochs, config.lr) == (None, 3, 1.0)
+    file.write_text("train_data: a.csv\nepochs: 7\n")
+    config = parse(["finetune", f"--config={file}", "--steps", "3"])[1]
+    assert (config.steps, config.epochs) == (3, None)
+
+
+def test_hyphens_are_accepted_and_the_names_of_sets_keep_them():
+    argv = ["finetune", "--train-data", "a.csv", "--batch-size=8", "--eval-data.my-set", "b.csv"]
+    config = parse(argv)[1]
+    assert (config.batch_size, config.eval_data) == (8, {"my-set": Path("b.csv")})
+
+
+def test_help_shows_sets_as_they_are_given(capsys):
+    for command, option in (("evaluate", "--eval_data.NAME PATH"), ("demo", "--kinds.NAME ROLE")):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert option in capsys.readouterr().out
 
 
 def test_a_set_whose_name_holds_a_dot_is_refused_in_the_file_too(capsys, tmp_path):
@@ -235,7 +283,16 @@ def test_a_file_of_settings_that_is_not_text_is_named(capsys, tmp_path):
 def test_prompts_that_cannot_be_used_are_named(capsys, drawings, tmp_path, content, says):
     file = tmp_path / "classes.json"
     file.write_bytes(content)
-    line = refused(capsys, "evaluate", "--eval_data.a", drawings / "test.csv", "--classes", file)
+    line = refused(
+        capsys,
+        "evaluate",
+        "--eval_data.a",
+        drawings / "test.csv",
+        "--classes",
+        file,
+        "--model",
+        "tracer-demo",
+    )
     assert f"classes file '{file}'" in line
     assert says in line
 
@@ -243,7 +300,9 @@ def test_prompts_that_cannot_be_used_are_named(capsys, drawings, tmp_path, conte
 def test_a_set_of_a_single_class_is_refused(capsys, drawings, tmp_path):
     file = tmp_path / "one.csv"
     file.write_text(f"image,label\n{next(drawings.glob('*.png'))},circle\n")
-    assert "needs at least two" in refused(capsys, "evaluate", "--eval_data.a", file)
+    assert "needs at least two" in refused(
+        capsys, "evaluate", "--eval_data.a", file, "--model", "tracer-demo"
+    )
 
 
 def test_weights_that_do_not_fit_the_demo_s_model_are_named(capsys, drawings, tmp_path):

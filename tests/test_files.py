@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from tracer.errors import UserError
-from tracer.files import MARK, aside, claim_folder, remove_folder, whole_file, whole_folder
+from tracer.files import MARK, aside, claim_folder, remove_folder, whole_file, whole_folder, write_tensors
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -72,3 +73,14 @@ def test_a_folder_that_is_being_written_is_not_removed(tmp_path):
         assert (part / "a").exists()
     remove_folder(tmp_path / "run")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_files_have_the_users_usual_mode(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)})
+        assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode
+        assert os.umask(mask) == mask  # and the mask is as it was
+    finally:
+        os.umask(before)

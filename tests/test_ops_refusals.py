@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from loss_calls import DEVICE, problem, without_teacher
 
 from tracer.kernels import _triton
+from tracer.losses import ClipLoss
 from tracer.ops import contrastive_loss
 
 EMPTY = torch.empty(0, 16, dtype=torch.float64)
@@ -106,3 +108,20 @@ def test_triton_on_a_cpu_is_refused_without_the_interpreter(monkeypatch):
     kwargs = {name: x.cpu().float() for name, x in without_teacher(problem(9, 9, classes=0)).items()}
     with pytest.raises(ValueError, match=r"'triton' needs a GPU.*use impl='blocked'"):
         contrastive_loss(**kwargs, impl="triton")
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.asarray])
+def test_labels_may_be_a_list_or_an_array(kind):
+    kwargs = without_teacher(problem(9, 9, dtype=torch.float32, classes=3))
+    want = contrastive_loss(**kwargs).loss
+    numbers = kind(kwargs.pop("labels").tolist())
+    assert torch.equal(contrastive_loss(**kwargs, labels=numbers).loss, want)
+    loss = ClipLoss()(kwargs["image"], kwargs["text"], kwargs["logit_scale"], labels=numbers)
+    torch.testing.assert_close(loss, want)
+
+
+@pytest.mark.parametrize("labels", [["cat"] * 9, [[1], [2, 3]]])
+def test_labels_that_are_not_numbers_are_refused(labels):
+    kwargs = without_teacher(problem(9, 9, classes=0))
+    with pytest.raises(ValueError, match="labels must be integers, one per row, got a list that is not"):
+        contrastive_loss(**kwargs | {"labels": labels})

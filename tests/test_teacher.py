@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracer.teacher import EMA, WMA, Frozen, MovingAverageTeacher, Schedule, Uniform, build_teacher
@@ -379,6 +381,37 @@ def test_a_compiled_student_is_unwrapped():
     assert teacher.update(1)
     assert list(teacher.gather()) == list(model.state_dict())
     assert type(teacher.module) is Net
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_distributed_student_is_unwrapped(one_rank):
+    model = net()
+    teacher = build_teacher(
+        torch.compile(nn.parallel.DistributedDataParallel(model), backend="eager"), Uniform()
+    )
+    train_step(model, 1)
+    assert teacher.update(1)
+    assert list(teacher.gather()) == list(model.state_dict())
+
+
+def test_a_student_that_torch_shards_is_refused_by_name(one_rank):
+    model = net()
+    fully_shard(model.norm, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match=r"sharded by FSDP2 \(fully_shard\) \('norm'\): the teacher follows"):
+        build_teacher(model, Uniform())
+
+
+@pytest.mark.parametrize("schedule", [WMA(3), EMA(3), Uniform(), Frozen()])
+def test_a_step_before_the_first_is_the_schedules_error(schedule):
+    with pytest.raises(ValueError, match="step is 0: the first update follows optimizer step 1"):
+        build_teacher(net(), schedule).update(0)
 
 
 def test_frozen_parameters_cost_nothing():

@@ -21,6 +21,7 @@ class PlainAverage(Average):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         model = _unwrapped(model)
+        _refuse_sharded(model)
         rule = cast_rule(model, dtype or torch.float32)
         shared: dict[int, Any] = {id(p): p for p in model.parameters() if is_shared(p, rule)}
         module = copy.deepcopy(model, shared).eval().requires_grad_(False)
@@ -29,6 +30,22 @@ class PlainAverage(Average):
         super().__init__(model, module)
         for name in self._tensors:
             self.follow(name)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Raise ValueError for a module whose weights torch's own sharding divides among the ranks."""
+    for name, module in model.named_modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        kind: str | None = next((k for k in ("FSDPModule", "FullyShardedDataParallel") if k in kinds), None)
+        if kind is None and any(type(p).__name__ == "DTensor" for p in module.parameters(recurse=False)):
+            kind = "DTensor"
+        if kind is not None:
+            which = {"FSDPModule": "FSDP2 (fully_shard)", "FullyShardedDataParallel": "FSDP"}.get(kind, kind)
+            raise ValueError(
+                f"the model is sharded by {which} ('{name or type(module).__name__}'): the teacher follows plain "
+                "modules, DistributedDataParallel and DeepSpeed engines of any ZeRO stage: shard the weights "
+                "with DeepSpeed"
+            )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -23,8 +23,8 @@ class Given(NamedTuple):
     image: Tensor
     text: Tensor
     logit_scale: Tensor | float
-    labels: Tensor | None
-    text_labels: Tensor | None
+    labels: _checks.Labels | None
+    text_labels: _checks.Labels | None
     teacher_image: Tensor | None
     teacher_text: Tensor | None
     teacher_logit_scale: Tensor | float | None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from tracer.kernels.contrastive import IMPLEMENTATIONS, Options
+
+Labels: TypeAlias = Tensor | Sequence[int]  # a NumPy array serves as a sequence
 
 IMPLS = ("auto", *IMPLEMENTATIONS)
 CONTRASTS = ("softmax", "sigmoid")
@@ -146,10 +150,12 @@ def products_dtype(x: Tensor) -> torch.dtype:
 
 
 def check_labels(
-    image: Tensor, text: Tensor, labels: Tensor | None, text_labels: Tensor | None
+    image: Tensor, text: Tensor, labels: Labels | None, text_labels: Labels | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return labels and text_labels as contiguous int64, or None twice where pairs are given by position."""
     n, m = len(image), len(text)
+    labels = _as_tensor("labels", labels, image.device)
+    text_labels = _as_tensor("text_labels", text_labels, image.device)
     if labels is None and text_labels is not None:
         raise ValueError("contrastive_loss: text_labels needs labels too; pass the labels of the images")
     if text_labels is None:
@@ -174,6 +180,23 @@ def check_labels(
                 f"use .to({str(image.device)!r})"
             )
     return labels.long().contiguous(), text_labels.long().contiguous()
+
+
+def _as_tensor(name: str, labels: Labels | None, device: torch.device) -> Tensor | None:
+    """Return labels as a tensor; a list or an array goes to the device of the features."""
+    if labels is None or isinstance(labels, Tensor):
+        return labels
+    try:
+        return torch.as_tensor(labels, device=device)
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # torch raises all three, for strings and ragged lists
+        raise ValueError(
+            f"contrastive_loss: {name} must be integers, one per row, got a {type(labels).__name__} that is "
+            f"not: number the classes from 0"
+        ) from error
 
 
 def check_teacher(

@@ -253,16 +253,16 @@ def load_adapters(model: nn.Module, adapters: Mapping[str, Tensor], drop: float 
     model.load_state_dict(adapters, strict=False)
 
 
-def save_adapters(state: Mapping[str, Tensor], path: Path, model: str) -> None:
+def save_adapters(state: Mapping[str, Tensor], path: Path | str, model: str) -> None:
     """Write the adapters in a state dict as a safetensors file that names its open_clip ``model``.
 
     Raises:
         OSError: the file cannot be written.
     """
-    write_tensors(path, adapter_state(state), {"model": model})
+    write_tensors(Path(path), adapter_state(state), {"model": model})
 
 
-def read_adapters(path: Path, model: str) -> dict[str, Tensor]:
+def read_adapters(path: Path | str, model: str) -> dict[str, Tensor]:
     """Return the adapters in a file of :func:`save_adapters`.
 
     They fit ``load_adapters``, and ``fold(weights | adapters, alpha)``.
@@ -271,7 +271,7 @@ def read_adapters(path: Path, model: str) -> dict[str, Tensor]:
         ValueError: the file does not exist or holds no adapters, or they were trained in another architecture
             than ``model``; the shapes of adapters alone cannot tell ViT-B-32 from ViT-B-16.
     """
-    adapters, metadata = read_tensors(path)
+    adapters, metadata = read_tensors(Path(path))
     saved_model = metadata.get("model")
     if saved_model is None or not adapter_state(adapters):
         raise ValueError(f"'{path}' holds no adapters: give a run's adapters.safetensors")

@@ -1,4 +1,4 @@
-"""The ``tracer`` command: demo, sweep, pretrain, finetune, evaluate, index.
+"""The ``tracer`` command: fine-tune, evaluate and compare CLIP models.
 
 Every option of a command is a field of its settings dataclass; ``--config FILE.yaml`` reads them from a file,
 and options after it override the file. A mistake that the user can mend ends with one line on stderr and exit
@@ -8,9 +8,11 @@ code 2.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,15 +24,19 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import docstring_parser
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from tracer import __version__
 from tracer.data.config import IndexConfig
+from tracer.demo.across import CompareConfig
 from tracer.demo.config import DemoConfig, PretrainConfig, SweepConfig
-from tracer.errors import Refused, Stopped, UserError
+from tracer.errors import Refused, Stopped, UserError, how_to_install
 from tracer.evaluation.config import EvaluateConfig
+from tracer.options import NAMED, check_command, check_options, normalised, unknown
 from tracer.settings import check_set_names
 from tracer.train.config import Config
+from tracer.train.finished import FoldConfig, ShowConfig, WiseConfig
 
 # Each command imports its libraries when it runs, so that --help and bad options answer at once.
 
@@ -55,7 +61,7 @@ def _finetune(config: Config) -> None:
     folder = finetune(config)
     if not ranks().first:
         return
-    if scores := json.loads((folder / "metrics.json").read_text()):
+    if scores := json.loads((folder / "metrics.json").read_text())["scores"]:
         print_scores(scores)
     print(f"run: {folder}")
 
@@ -65,6 +71,34 @@ def _evaluate(config: EvaluateConfig) -> None:
     from tracer.report.terminal import print_scores
 
     print_scores({config.pretrained or config.model: evaluate(config)})
+
+
+def _compare(config: CompareConfig) -> None:
+    from tracer.demo.across import compare
+
+    print(f"report: {compare(config)}")
+
+
+def _fold(config: FoldConfig) -> None:
+    from tracer.train.finished import fold_again
+
+    print(f"weights: {fold_again(config)}")
+
+
+def _wise(config: WiseConfig) -> None:
+    from tracer.train.finished import average
+
+    print(f"weights: {average(config)}")
+
+
+def _show(config: ShowConfig) -> None:
+    from tracer.report.terminal import print_scores
+    from tracer.train.finished import show
+
+    lines, scores = show(config)
+    print("\n".join(lines))
+    if scores:
+        print_scores(scores)
 
 
 def _pretrain(config: PretrainConfig) -> None:
@@ -110,6 +144,18 @@ COMMANDS = {
         plain=("data",),
         flags=("decode",),
     ),
+    "show": Command(
+        ShowConfig, "say what a run was, what it reached and how to repeat it", _show, plain=("run",)
+    ),
+    "compare": Command(CompareConfig, "write one report across any finished runs", _compare, plain=("runs",)),
+    "fold": Command(
+        FoldConfig,
+        "fold the adapters of a run into its start with another α",
+        _fold,
+        plain=("run",),
+        flags=("last",),
+    ),
+    "wise": Command(WiseConfig, "average the weights of two models (WiSE-FT)", _wise, plain=("a", "b")),
     "pretrain": Command(PretrainConfig, "train the small CLIP that the demo starts from", _pretrain),
 }
 
@@ -136,6 +182,10 @@ def main(argv: list[str] | None = None) -> int:
             "free some space there and start again" if full else "check that the path exists and is yours"
         )
         return _refuse(f"{error.strerror or error}: '{error.filename or os.getcwd()}': {remedy}")
+    except ModuleNotFoundError as error:
+        if (error.name or "tracer").partition(".")[0] == "tracer":
+            raise
+        return _refuse(f"this command {how_to_install(error.name or '')}")
     except KeyboardInterrupt:
         return _end("tracer: stopped; the same command goes on from the last whole checkpoint, if any", 130)
     except Exception:
@@ -192,53 +242,99 @@ def parse(argv: list[str] | None = None) -> tuple[str, Any]:
     """Return the command's name and its settings.
 
     Raises:
-        argparse.ArgumentError: an option, a value or the file of settings that does not fit the command.
-        UserError: a file of settings that is not text.
+        argparse.ArgumentError: a value that does not fit its option.
+        UserError: a command, an option or a file of settings that does not fit.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
-    _check_names(sys.argv[1:] if argv is None else argv)
+    argv = normalised(sys.argv[1:] if argv is None else argv)
+    check_command(argv, COMMANDS)
+    if argv and argv[0] in COMMANDS:
+        _check_options(argv[0], argv[1:])
     parser = ArgumentParser(prog="tracer", description=(__doc__ or "").splitlines()[0], exit_on_error=False)
     parser.add_argument("--version", action="version", version=f"tracer {__version__}")
     commands = parser.add_subcommands(required=True, dest="command")
     for name, command in COMMANDS.items():
-        summary = command.summary
-        sub = ArgumentParser(description=f"{summary[0].upper()}{summary[1:]}.", exit_on_error=False)
-        sub.add_argument("--config", action=SettingsFile, help="YAML file with any of these settings")
-        about = _documented(command.settings) if command.plain or command.flags else {}
-        for field in command.plain:
-            sub.add_argument(field, type=Path, help=about[field])
-        for field in command.flags:
-            sub.add_argument(f"--{field}", action="store_true", help=about[field])
-        sub.add_class_arguments(command.settings, skip={*command.plain, *command.flags})
-        commands.add_subcommand(name, sub, help=summary)
+        commands.add_subcommand(name, _parser_of(name, command), help=command.summary)
     namespace = parser.parse_args(argv)
     values = namespace[namespace.command].as_dict()
     values.pop("config")
+    given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
+    for name, other in (
+        ("steps", "epochs"),
+        ("epochs", "steps"),
+    ):  # an option overrides either one of the file
+        if name in given and other not in given and other in values:
+            values[other] = None
     return namespace.command, COMMANDS[namespace.command].settings(**values)
+
+
+def _parser_of(name: str, command: Command) -> ArgumentParser:
+    """Return the parser of one command's options."""
+    summary = command.summary
+    parser = Parser(
+        usage=" ".join(["tracer", name, *(field.upper() for field in command.plain), "[options]"]),
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these settings")
+    about = _documented(command.settings) if command.plain or command.flags else {}
+    for field in command.plain:
+        several: dict[str, Any] = {"nargs": "+"} if field == "runs" else {}
+        parser.add_argument(field, type=Path, help=about[field], **several)
+    for field in command.flags:
+        parser.add_argument(f"--{field}", action="store_true", help=about[field])
+    parser.add_class_arguments(command.settings, skip={*command.plain, *command.flags})
+    return parser
+
+
+class Parser(ArgumentParser):
+    """Parser whose help shows the options of named sets as they are given, and plain types."""
+
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+        """Return the whole text."""
+        text = super().format_help(formatter).replace("<class 'Path'>", "path")
+        for name, value in NAMED.items():
+            text = re.sub(f"--{name} {name.upper()}(?:    )?", f"--{name}.NAME {value}", text)
+        return text
+
+
+def _fields(command: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(COMMANDS[command].settings)}
+
+
+def _check_options(command: str, argv: list[str]) -> None:
+    """Refuse unknown options and files of settings, and named sets without a name or with a dot in it."""
+    known = _fields(command) - set(COMMANDS[command].plain)
+    check_options(command, argv, {*known, "config", "help", "print_config"})
+    for n, argument in enumerate(argv):
+        option, _, name = argument.partition("=")[0].removeprefix("--").partition(".")
+        value = argument.partition("=")[2] or "".join(argv[n + 1 : n + 2])
+        if argument.startswith("--") and option in NAMED and (name or value[:1] != "{"):
+            check_set_names(option, [name], value)
+        if argument.startswith("--config"):
+            _check_file(command, value)
+
+
+def _check_file(command: str, path: str) -> None:
+    """Refuse a file of settings that is not YAML in UTF-8, or holds a setting that the command does not have."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"'{path}' is not YAML in UTF-8: {error}: check --config") from error
+    except OSError as error:
+        raise UserError(
+            f"file of settings '{path}' cannot be read ({error.strerror}): check --config"
+        ) from error
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"'{path}' must hold settings as 'name: value', one a line: check --config")
+    for name in content or {}:
+        if str(name) not in _fields(command):
+            raise UserError(f"'{path}': {unknown(command, str(name), _fields(command), '')}")
 
 
 def _documented(settings: type) -> dict[str, str]:
     """Return what the docstring of a settings class says about each field."""
     return {p.arg_name: p.description or "" for p in docstring_parser.parse(settings.__doc__ or "").params}
-
-
-def _check_names(argv: list[str]) -> None:
-    """Refuse options of named sets whose name the parser would take apart at its dots, or that have no name."""
-    for n, argument in enumerate(argv):
-        option, _, name = argument.partition("=")[0].removeprefix("--").partition(".")
-        value = argument.partition("=")[2] or "".join(argv[n + 1 : n + 2])
-        if argument.startswith("--") and option in ("eval_data", "kinds") and (name or value[:1] != "{"):
-            check_set_names(option, [name])
-
-
-class SettingsFile(ActionConfigFile):
-    """The option ``--config``, which also refuses a file that is not text."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        try:
-            super().__call__(parser, cfg, values, option_string)
-        except UnicodeDecodeError as error:
-            raise UserError(f"'{values}' is not YAML in UTF-8: {error}: check --config") from error
 
 
 def run(command: str, config: Any) -> None:

@@ -29,3 +29,19 @@ class Stopped(BaseException):
 
 class Refused(UserError):
     """Another rank has ended the run, and says why; this rank ends with it and says nothing."""
+
+
+# The extra of this package that brings a library, where it is not "train".
+EXTRAS = {"nvidia": "dali", "pyarrow": "parquet", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+def how_to_install(library: str) -> str:
+    """Return the words that say which extra brings a library, and the command that installs it.
+
+    Args:
+        library: name of the module that could not be imported.
+    """
+    library = library.partition(".")[0]
+    extra = EXTRAS.get(library)
+    extras = f"train,{extra}" if extra else "train"
+    return f"needs {library}, which is not installed: pip install 'tracer-clip[{extras}]'"

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 MARK = ".tracer"  # the file in every folder of this program's; it alone allows to empty or remove the folder
 
 
+def cache_folder() -> Path:
+    """Return the user's folder for what can be made again: ``$XDG_CACHE_HOME/tracer``, or ``~/.cache/tracer``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tracer"
+
+
 def aside(path: Path) -> Path:
     """Return the path beside ``path`` at which a folder is written until it is whole."""
     return path.with_name(path.name + ".part")
@@ -248,11 +253,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     with whole_file(path) as part:
         try:
             save_file(own, part, metadata)
+            part.chmod(0o666 & ~_umask())  # the library keeps its files from everybody else
             _sort_metadata(part)
         except SafetensorError as error:  # the library words the system's error in its own way
             number = re.search(r"os error (\d+)", str(error))
             code = int(number[1]) if number else errno.EIO
             raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def _umask() -> int:
+    """Return the process's mask of permissions, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sort_metadata(path: Path) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from tracer._checks import Labels
 from tracer._mesh import MeshShape
 from tracer.ops import Ahead, ContrastiveOutput, contrastive_loss
 from tracer.recipes import R_ADAPTER, TRACER
@@ -101,7 +102,7 @@ class ClipLoss(_Loss):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
-        labels: Tensor | None = None,
+        labels: Labels | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Return the loss of normalised features [N, D]; ``labels`` [N], integer, name the class of each pair.
 
@@ -306,8 +307,8 @@ class TracerLoss(nn.Module):
         text_features: Tensor,
         logit_scale: Tensor | float,
         teacher: tuple[Tensor, Tensor, Tensor | float] | None = None,
-        labels: Tensor | None = None,
-        text_labels: Tensor | None = None,
+        labels: Labels | None = None,
+        text_labels: Labels | None = None,
         projections: tuple[Tensor, Tensor] | None = None,
         stats: bool = False,
         output_dict: bool = False,

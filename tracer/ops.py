@@ -24,6 +24,7 @@ from torch.distributed import ProcessGroup
 from tracer import _autograd, _mesh, _ranks, _sigmoid
 from tracer._ahead import Ahead
 from tracer._call import Call, Given, prepare, prepare_on_ranks
+from tracer._checks import Labels
 from tracer.diagnostics import named_diagnostics, sampled_diagnostics
 from tracer.kernels import average_foreach, contrastive_eager
 from tracer.kernels._tensor_lists import Table as AverageTable
@@ -57,8 +58,8 @@ def contrastive_loss(
     text: Tensor,
     logit_scale: Tensor | float,
     *,
-    labels: Tensor | None = None,
-    text_labels: Tensor | None = None,
+    labels: Labels | None = None,
+    text_labels: Labels | None = None,
     margin: float = 0.0,
     smoothing: float = 0.0,
     teacher_image: Tensor | None = None,

@@ -1,9 +1,12 @@
-"""The check of numbers that the settings of every command share."""
+"""What the settings of every command share: paths given as strings, and the check of their numbers."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from tracer.errors import UserError
@@ -19,6 +22,16 @@ MUST_BE: dict[str, Callable[[float], bool]] = {
     "from 0 to 1": lambda x: 0 <= x <= 1,
     "from 0 to 2147483647": lambda x: 0 <= x < 2**31,  # every random generator in use takes these seeds
 }
+
+
+def as_paths(settings: Any) -> None:
+    """Turn the strings in fields of a dataclass that hold paths into paths, in place."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if "Path" in str(field.type) and isinstance(value, str):
+            setattr(settings, field.name, Path(value))
+        elif "Path" in str(field.type) and isinstance(value, dict):
+            setattr(settings, field.name, {name: Path(path) for name, path in value.items()})
 
 
 def check_ranges(settings: Any, ranges: Mapping[str, str]) -> None:
@@ -39,20 +52,42 @@ def check_ranges(settings: Any, ranges: Mapping[str, str]) -> None:
                     raise UserError(f"--{name} is {number}: it must be {must}")
 
 
-def check_set_names(option: str, names: Iterable[str]) -> None:
+def check_set_names(option: str, names: Iterable[str], value: str = "") -> None:
     """Check the names of evaluation sets, each of which is part of an option's name on the command line.
 
     Args:
         option: without dashes: ``eval_data`` or ``kinds``.
         names: as the user gave them.
+        value: of the option, which the remedy repeats.
 
     Raises:
         UserError: a name is empty or holds a dot.
     """
     for name in names:
         if not name:
-            raise UserError(f"--{option} names no set: write --{option}.NAME, with a name of your choice")
+            word = "-".join(re.findall(r"\w+", Path(value).stem)) or "NAME"
+            if option == "kinds":
+                raise UserError(
+                    "--kinds names no set: write --kinds.NAME, with the name of an evaluation set"
+                )
+            raise UserError(
+                f"--{option} names no set: write --{option}.NAME PATH with a name of your choice, such as "
+                f"--{option}.{word} {value or 'photos/'}"
+            )
         if "." in name:
             raise UserError(
                 f"--{option}.{name}: the name of a set holds no dots, write --{option}.{name.replace('.', '_')}"
+            )
+
+
+def check_templates(templates: list[str], classes: Path | None) -> None:
+    """Raise UserError for a prompt template without the place of the name, or beside a file of prompts."""
+    if templates and classes is not None:
+        raise UserError(
+            "--prompt_template and --classes exclude each other: --classes gives every prompt itself"
+        )
+    for template in templates:
+        if template != "openai" and template.count("{}") != 1:
+            raise UserError(
+                f"--prompt_template '{template}' must hold {{}} once, for the name of the class, or be openai"
             )

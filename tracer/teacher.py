@@ -94,9 +94,11 @@ class MovingAverageTeacher:
         step does nothing.
 
         Raises:
-            ValueError: ``step`` is lower than an earlier one, or beyond the schedule's end; a parameter
+            ValueError: ``step`` is below 1, lower than an earlier one, or beyond the schedule's end; a parameter
                 was unfrozen, added or removed since the teacher was built.
         """
+        if step < 1:
+            self.schedule.weight(step)  # raises
         if step < self.step:
             raise ValueError(
                 f"update({step}) after update({self.step}): load the teacher's state of that step to go back"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from results_schema import validate
 from safetensors.torch import load_file
 
 from tracer.adapters import fold, read_adapters
@@ -54,6 +55,7 @@ def test_demo_compares_every_method_and_reuses_finished_runs(config, capsys):
     report = demo(config)
     page = report.read_text()
     results = json.loads((config.output / "results.json").read_text())
+    validate(results)
     methods = {method["key"]: method for method in results["methods"]}
     assert list(methods) == ["zero-shot", "flyp", "ema", "wma", "wise-ft", "r-adapter", *VARIANTS]
     for key, method in methods.items():
@@ -98,9 +100,9 @@ def test_each_variant_of_r_adapter_is_what_it_says(config):
     runs = {p.name: yaml.safe_load((p / "config.yaml").read_text()) for p in config.output.glob("r-adapter*")}
     keys = ("margin", "smoothing", "positives", "adapter_drop", "adapter_momentum", "lr", "weight_decay")
     settings = {name: tuple(run[key] for key in keys) for name, run in runs.items()}
-    assert settings["r-adapter-1"] == (0.05, 0.05, True, 0.2, 0.98, config.adapter_lr, 0.0)
-    assert settings["r-adapter-infonce-1"] == (0.0, 0.0, False, 0.2, 0.98, config.adapter_lr, 0.0)
-    assert settings["r-adapter-no-drop-1"] == (0.05, 0.05, True, 0.0, 0.98, config.adapter_lr, 0.0)
+    assert settings["r-adapter-1"] == (None, None, True, 0.2, 0.98, config.adapter_lr, None)
+    assert settings["r-adapter-infonce-1"] == (0.0, 0.0, False, 0.2, 0.98, config.adapter_lr, None)
+    assert settings["r-adapter-no-drop-1"] == (None, None, True, 0.0, 0.98, config.adapter_lr, None)
 
     demo(dataclasses.replace(config, seeds=1))
     results = json.loads((config.output / "results.json").read_text())
@@ -122,7 +124,9 @@ def test_each_variant_of_r_adapter_is_what_it_says(config):
         clip.model.load_state_dict(state)
         scores = evaluate_zero_shot(clip, sets, prompts)
         for name, score in methods[key]["runs"][0]["eval"].items():
-            assert score == pytest.approx(scores[name]), key
+            assert {n: score[n] for n in scores[name]} == pytest.approx(scores[name]), key
+            gain = score["accuracy"] - methods["zero-shot"]["runs"][0]["eval"][name]["accuracy"]
+            assert score["accuracy_gain"] == pytest.approx(gain)
 
 
 def test_without_the_ablation_r_adapter_is_one_row(config, tmp_path):

@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from results_schema import validate
 from safetensors.torch import load_file
 
 from tracer.cli import main
@@ -56,6 +57,7 @@ def config(tiny_config, drawings, tmp_path_factory) -> SweepConfig:
 def test_a_sweep(config):
     page = sweep(config).read_text()
     results = json.loads((config.output / "results.json").read_text())
+    validate(results)
     assert [m["key"] for m in results["methods"]] == ["zero-shot", "flyp", "wma", "wise-ft"]
     runs = sorted(p.parent.name for p in config.output.glob("*/student.safetensors"))
     assert runs == sorted(
@@ -69,8 +71,8 @@ def test_a_sweep(config):
         assert choice["chosen"] == choice["trials"][best]["point"]
         for n in range(2):  # what chose is the validation set alone
             metrics = json.loads((config.output / f"{method}-trial-{n}/metrics.json").read_text())
-            assert set(metrics["student"]) == {"validation"}
-            assert metrics["student"]["validation"]["accuracy"] == scores[n]
+            assert set(metrics["scores"]["student"]) == {"validation"}
+            assert metrics["scores"]["student"]["validation"]["accuracy"] == scores[n]
         curve = next(c for c in results["curves"] if c["key"] == method)
         assert [(p["seed"], p["alpha"]) for p in curve["points"]] == [
             (s, a) for s in (0, 1) for a in (0, 0.5, 1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
 import torch
 from evaluation import layouts
+from results_schema import validate
 
 from tracer.cli import main
 from tracer.data.build import read_index
@@ -35,7 +37,10 @@ def test_evaluate_writes_what_it_returns(tiny_config, drawings, tmp_path):
         output=tmp_path / "new" / "scores.json",
     )
     scores = evaluate(config)
-    assert json.loads(config.output.read_text()) == scores
+    written = json.loads(config.output.read_text())
+    assert written["scores"] == scores
+    assert written["prompts"] == {"by_class": classes}
+    assert written["weights"] == {"model": hashlib.sha256(start.read_bytes()).hexdigest()}
     assert {name: score["pictures"] for name, score in scores.items()} == {"small": 16, "large": 32}
     sets = [read_index(path, name) for name, path in config.eval_data.items()]
     clip = load_clip(str(tiny_config), str(start))
@@ -52,7 +57,7 @@ def test_the_command_prints_the_scores(tiny_config, drawings, tmp_path, capsys):
         "output": tmp_path / "scores.json",
     }
     assert main(["evaluate", *(str(x) for name, value in options.items() for x in (f"--{name}", value))]) == 0
-    table, scores = capsys.readouterr().out, json.loads((tmp_path / "scores.json").read_text())
+    table, scores = capsys.readouterr().out, json.loads((tmp_path / "scores.json").read_text())["scores"]
     assert "held_out" in table
     assert f"{100 * scores['held_out']['accuracy']:.1f}" in table
 
@@ -73,6 +78,14 @@ def test_markdown_and_a_set_that_is_not_whole(tiny_config, tmp_path, capsys):
     assert "| a (incomplete: 200 of 7,500 pictures) | 200 |" in page
     assert "| coco (incomplete: 12 of 5,000 pictures) | 12 |" in page
     assert main([str(a) for a in argv]) == 0  # an earlier page of this command is replaced
+    argv[-1] = tmp_path / "scores.json"
+    assert main([str(a) for a in argv]) == 0
+    written = json.loads((tmp_path / "scores.json").read_text())
+    validate(written)
+    assert written["classes"] == []  # there is no set of the user's own
+    assert written["sets"] == {"a": {"classes": list(wnids("a")), "prompts": {"by_class": classes}}}
+    assert written["scores"]["coco"]["measure"] == "image_to_text_r1"
+    argv[-1] = tmp_path / "scores.md"
     (tmp_path / "scores.md").write_text("notes of mine")
     assert main([str(a) for a in argv]) == 2
     assert (tmp_path / "scores.md").read_text() == "notes of mine"
@@ -90,7 +103,7 @@ def test_mixed_precision_moves_the_features_and_little_else(tiny_config, drawing
 
 
 def test_something_to_evaluate_on_is_needed():
-    with pytest.raises(UserError, match=r"there is nothing to evaluate on: give --eval_data.NAME="):
+    with pytest.raises(UserError, match=r"there is nothing to evaluate on: give --eval_data.NAME PATH"):
         evaluate(EvaluateConfig(eval_data={}))
 
 

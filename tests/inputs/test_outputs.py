@@ -132,7 +132,7 @@ def test_evaluate_leaves_a_file_beside_its_output_and_replaces_only_its_own(
     aside(output).write_text("mine")
     argv = options("evaluate", tiny_config, drawings, tmp_path, output)
     assert main(argv) == main(argv) == 0
-    assert set(json.loads(output.read_text())) == {"held_out"}
+    assert set(json.loads(output.read_text())["scores"]) == {"held_out"}
     assert aside(output).read_text() == "mine"
     output.write_text('{"a": "file of the user"}')
     assert main(argv) == 2
@@ -155,14 +155,14 @@ def test_finished_work_stays_where_another_process_takes_its_name(
     capsys, monkeypatch, tiny_config, drawings, tmp_path
 ):
     output = tmp_path / "run"
-    evaluate = run._evaluate
+    begin = run.head
 
     def meanwhile(*args):
         output.mkdir()
         (output / "note.txt").write_text("mine")
-        return evaluate(*args)
+        return begin(*args)
 
-    monkeypatch.setattr(run, "_evaluate", meanwhile)
+    monkeypatch.setattr(run, "head", meanwhile)
     assert main(options("finetune", tiny_config, drawings, tmp_path, output)) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"the finished work is in '{aside(output)}', rename it to keep it" in line

@@ -292,7 +292,7 @@ BROKEN = {
         lambda p, s: torch.save(s | wrapped(s, "_orig_mod."), p),
         "holds the same weights with and without a wrapper",
     ),
-    "a folder": (lambda p, s: p.mkdir(), "is a folder: give --pretrained the file of weights in it"),
+    "a folder": (lambda p, s: p.mkdir(), "is not the folder of a run (it holds no student.safetensors)"),
     "another model": (lambda p, s: save_file({"a": torch.zeros(2)}, p), "cannot be loaded"),
 }
 

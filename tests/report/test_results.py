@@ -11,6 +11,7 @@ from report.samples import content_with
 
 from tracer.errors import UserError
 from tracer.report import results
+from tracer.report.curves import logged_curves
 from tracer.report.results import Results, Run
 
 
@@ -62,7 +63,7 @@ def test_long_logs_are_averaged_not_cut() -> None:
     for seed, run in enumerate(runs):
         run["log"] = [{"step": s, "loss": s + seed} for s in range(1, 1001)]
     runs[1]["log"] = runs[1]["log"][:500]  # one run was stopped half-way
-    (curve,) = results.logged_curves(Results.from_json(content), lambda run: run.series("loss"))
+    (curve,) = logged_curves(Results.from_json(content), lambda run: run.series("loss"))
     assert len(curve.steps) == 100
     assert (curve.steps[0], curve.mean[0], curve.low[0], curve.high[0]) == (5.5, 6.0, 5.5, 6.5)
     assert (curve.mean[-1], curve.low[-1], curve.high[-1]) == (995.5, 995.5, 995.5)

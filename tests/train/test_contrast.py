@@ -109,7 +109,7 @@ def test_a_whole_run(siglip):
     for name in ("logit_scale", "logit_bias"):
         assert student[name] != start[name]
     assert read_log(run)[-1]["logit_bias"] != -8.0
-    assert 0 <= json.loads((run / "metrics.json").read_text())["student"]["test"]["ece"] <= 1
+    assert 0 <= json.loads((run / "metrics.json").read_text())["scores"]["student"]["test"]["ece"] <= 1
 
 
 @pytest.mark.parametrize(

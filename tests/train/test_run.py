@@ -26,6 +26,7 @@ def test_a_run_is_whole_and_says_what_it_did(config, capsys):
     assert {p.name for p in folder.iterdir()} == {
         ".tracer",
         "config.yaml",
+        "identity.json",
         "log.jsonl",
         "tensorboard",
         "student.safetensors",
@@ -42,8 +43,11 @@ def test_a_run_is_whole_and_says_what_it_did(config, capsys):
     assert rows[-1]["relational"] > 1e-4
     assert list((folder / "tensorboard").iterdir())
     assert yaml.safe_load((folder / "config.yaml").read_text())["steps"] == 6
-    scores = json.loads((folder / "metrics.json").read_text())
-    assert set(scores) == {"student", "teacher"}
+    scores = json.loads((folder / "metrics.json").read_text())["scores"]
+    assert set(scores) == {"zero-shot", "student", "teacher"}
+    for name in ("student", "teacher"):
+        gain = scores[name]["test"]["accuracy"] - scores["zero-shot"]["test"]["accuracy"]
+        assert scores[name]["test"]["gain"] == pytest.approx(gain)
     assert 0 <= scores["student"]["test"]["accuracy"] <= 1
     assert scores["student"]["test"]["pictures"] == 16
 
@@ -175,11 +179,18 @@ def test_only_what_trains_is_kept(config, tmp_path):
     assert sizes["student_bytes"] == pytest.approx(4 * whole, rel=0.01)
 
 
-def test_too_high_a_momentum_for_the_run_is_said(config, capsys):
-    finetune(dataclasses.replace(config, method="r-adapter", eval_data={}))
+def test_what_the_user_should_know_is_printed_and_kept(config, capsys):
+    with pytest.warns(UserWarning, match="has 16 pictures") as warned:
+        run = finetune(dataclasses.replace(config, method="r-adapter", wma_beta=2.0))
     out = capsys.readouterr()
     assert "parameters train (" in out.out
-    assert "the adapters' average will hold 1% of them" in out.out
+    notices = json.loads((run / "run.json").read_text())["notices"]
+    assert [notice[:35] for notice in notices] == [
+        "--wma_beta 2.0 has no effect with -",
+        "the adapters' average will hold 1% ",
+        "'test' has 16 pictures: an accuracy",
+    ]
+    assert set(notices) <= {str(one.message) for one in warned}
     assert "adapters.safetensors 0.0" in out.out
 
 

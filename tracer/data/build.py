@@ -42,7 +42,11 @@ Stamps = list[list[Any]]  # path, size and time of change of everything an index
 
 
 def read_index(
-    source: Path, name: str | None = None, settings: LoadingSettings | None = None, *, decode: bool = False
+    source: Path | str,
+    name: str | None = None,
+    settings: LoadingSettings | None = None,
+    *,
+    decode: bool = False,
 ) -> Index:
     """Index a folder, a table or shards, or map the index of an earlier time into memory.
 
@@ -56,7 +60,7 @@ def read_index(
         UserError: the source does not exist or cannot be read, holds no pictures, or more of them than
             ``settings.max_bad`` allows cannot be used.
     """
-    chosen = settings or LoadingSettings()
+    source, chosen = Path(source), settings or LoadingSettings()
     cache = ShardCache(chosen.cache / "shards", int(chosen.cache_gb * 1e9))
     name = name or _name(source)
     if settings is None:
@@ -98,6 +102,16 @@ def collect(name: str, samples: Iterable[Sample]) -> Index:
     about = About(total=len(builder))
     columns = _number_classes(columns, labels, None, about)
     return Index(name, columns, about)
+
+
+def check_sources(sources: Iterable[Path]) -> None:
+    """Raise UserError for the first source that does not exist; it is not opened."""
+    for source in sources:
+        if not source.is_dir() and not source.is_file() and shards_of(source) is None:
+            raise UserError(
+                f"data '{source}' does not exist: give a folder of class folders, a CSV file or other table, "
+                "or shards"
+            )
 
 
 def _name(source: Path) -> str:
@@ -231,10 +245,7 @@ def _items(
         options = Options(settings.json_caption_key, settings.max_pixels, decode)
         yield from read_shards(shards, cache, options, settings.workers, done)
         return
-    if not source.is_dir() and not source.is_file():
-        raise UserError(
-            f"data '{source}' does not exist: give a folder of class folders, a CSV file or other table, or shards"
-        )
+    check_sources([source])
     for item in read_folder(source) if source.is_dir() else read_table(source):
         yield item, None
 

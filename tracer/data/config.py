@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tracer.settings import check_ranges
+from tracer.files import cache_folder
+from tracer.settings import as_paths, check_ranges
 
 MAX_PIXELS = 178_956_970  # PIL's own limit
 
@@ -25,7 +26,8 @@ class LoadingSettings:
         max_pixels: a picture with more pixels is not decoded; the default is PIL's limit.
         max_bad: share of a data set's pictures that may be unusable; above it a command stops with a report.
         json_caption_key: field of a shard's json files that holds the caption, or a list of captions.
-        cache: folder of the indexes of data sets, and of local copies of remote shards.
+        cache: folder of the indexes of data sets, and of local copies of remote shards; default: data in the
+            user's cache folder, ~/.cache/tracer.
         cache_gb: GB that these copies may take; those not used for longest make room.
     """
 
@@ -36,8 +38,11 @@ class LoadingSettings:
     max_pixels: int = MAX_PIXELS
     max_bad: float = 0.01
     json_caption_key: str = "caption"
-    cache: Path = Path("runs/cache")
+    cache: Path = field(default_factory=lambda: cache_folder() / "data")
     cache_gb: float = 50.0
+
+    def __post_init__(self) -> None:
+        as_paths(self)
 
     def validate(self) -> None:
         """Raise UserError for the first setting of this section that is out of range."""
@@ -56,7 +61,8 @@ class IndexConfig:
         workers: threads.
         max_pixels: a picture with more pixels is a fault, and not decoded; the default is PIL's limit.
         json_caption_key: field of a shard's json files that holds the caption, or a list of captions.
-        cache: folder of the indexes of data sets, and of local copies of remote shards.
+        cache: folder of the indexes of data sets, and of local copies of remote shards; default: data in the
+            user's cache folder, ~/.cache/tracer.
         cache_gb: GB that these copies may take; those not used for longest make room.
     """
 
@@ -65,8 +71,11 @@ class IndexConfig:
     workers: int = 2
     max_pixels: int = MAX_PIXELS
     json_caption_key: str = "caption"
-    cache: Path = Path("runs/cache")
+    cache: Path = field(default_factory=lambda: cache_folder() / "data")
     cache_gb: float = 50.0
+
+    def __post_init__(self) -> None:
+        as_paths(self)
 
     def validate(self) -> None:
         """Raise UserError for the first setting that is out of range."""

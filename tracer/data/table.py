@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 
 from tracer.data.names import is_hidden, is_picture, note
 from tracer.data.sample import Fault, Sample
-from tracer.errors import UserError
+from tracer.errors import UserError, how_to_install
 
 CAPTION_SEPARATOR = "|"
 
@@ -96,7 +96,7 @@ def _parquet(source: Path) -> Iterator[Row]:
         parquet = __import__("pyarrow.parquet", fromlist=["parquet"])
     except ImportError as error:
         raise UserError(
-            f"'{source}' is a Parquet file, which needs pyarrow: pip install pyarrow, or save it as CSV"
+            f"'{source}' is a Parquet file, which {how_to_install('pyarrow')}, or save it as CSV"
         ) from error
     try:
         file = parquet.ParquetFile(source)

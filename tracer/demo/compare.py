@@ -10,22 +10,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from tracer.demo.benchmark import HOME, prepare
 from tracer.demo.config import ICONS, DemoConfig, SweepConfig
 from tracer.demo.judge import Judge, Rows, choose_examples, finished_run, scored_row
 from tracer.demo.methods import METHODS, TRAINED_VARIANTS, Runs, train_all
 from tracer.errors import UserError
 from tracer.evaluation.evaluate import refuse_nothing
-from tracer.evaluation.recognise import read_sets
+from tracer.evaluation.recognise import check_eval_data, read_sets
+from tracer.evaluation.record import digest_of_start, head
+from tracer.evaluation.scores import Scores, finite
 from tracer.evaluation.sets import EvaluationSet
 from tracer.files import check_folder, claim_folder, whole_file, write_json
 from tracer.machine import machine, versions
+from tracer.models.choice import check_model, choose_model
 from tracer.models.clip import Clip, load_clip
+from tracer.models.registry import registered_model
 from tracer.report.page import write_report
 from tracer.report.results import read_results
 from tracer.report.terminal import print_results
+from tracer.train.cautions import cautions_of_sizes
 from tracer.train.run import adapt, training_index
 
 AnyDemo = TypeVar("AnyDemo", bound=DemoConfig)
@@ -41,17 +44,24 @@ def demo(config: DemoConfig) -> Path:
     config.validate()
     command = command_line(config)
     check_folder(config.output)  # before the work, which takes long
+    check_model(config.model, config.pretrained)
     config, sets = prepare_data(config)
     refuse_unadaptable(config)  # before the training, which takes long
     claim_folder(config.output)
     clock.lap("data")
-    runs = train_all(config)
-    clock.lap("training")
     judge = Judge.of(config, sets)
-    methods, curves = score_all(config, runs, judge)
+    baseline = judge.baseline()
+    runs = train_all(config, baseline)
+    clock.lap("training")
+    start = {name: finite(each.score) for name, each in baseline.items()}
+    methods, curves = score_all(config, runs, judge, start)
     examples = choose_examples(judge, {key: runs[key][0] for key in METHODS})
     clock.lap("evaluation")
+    weights: dict[str, str | None] = {
+        "zero-shot": digest_of_start(config.model, config.pretrained, judge.start)
+    }
     results = {
+        **head("comparison", judge.clip.name, weights, sets),
         "title": "Robust fine-tuning, compared",
         "command": command,
         "start": describe_start(config, judge.clip),
@@ -59,7 +69,8 @@ def demo(config: DemoConfig) -> Path:
         "methods": methods,
         "curves": curves,
         "examples": examples,
-        "settings": yaml.safe_load(config.to_yaml()),
+        "notices": cautions_of_sizes(sets),
+        "settings": config.plain() | config.taken(),
         "versions": versions(),
         "machine": machine(),
         "times": clock.laps | {"total": clock.total()},
@@ -76,7 +87,7 @@ def command_line(config: DemoConfig) -> str:
             continue
         items = value.items() if isinstance(value, dict) else [("", value)]
         for key, item in items:
-            if isinstance(item, tuple | bool):
+            if isinstance(item, tuple | list | bool):
                 text = json.dumps(item)
             else:
                 text = "null" if item is None else str(item)
@@ -95,8 +106,9 @@ def prepare_data(config: AnyDemo) -> tuple[AnyDemo, list[EvaluationSet]]:
         config = _with_icons(config)
         config.validate()  # again, now that the sets have names
     refuse_nothing(config.eval_data)
+    check_eval_data(config.eval_data)
     pictures = training_index(config)
-    sets = read_sets(config.eval_data, config, config.classes, pictures)
+    sets = read_sets(config.eval_data, config, config.classes, pictures, config.prompt_template)
     captioned = next((each.name for each in sets if each.retrieval), None)
     if captioned:
         raise UserError(
@@ -121,7 +133,7 @@ def _with_icons(config: AnyDemo) -> AnyDemo:
         config,
         eval_data=config.eval_data or sets,
         kinds=config.kinds or benchmark.roles,
-        classes=config.classes or benchmark.classes,
+        classes=config.classes or (None if config.prompt_template else benchmark.classes),
     )
 
 
@@ -130,13 +142,12 @@ def refuse_unadaptable(config: DemoConfig) -> None:
     adapt(config, load_clip(config.model, config.pretrained).model)
 
 
-def score_all(config: DemoConfig, runs: Runs, judge: Judge) -> tuple[Rows, Rows]:
-    """Return the methods and the curves over α, as results.json holds them."""
+def score_all(config: DemoConfig, runs: Runs, judge: Judge, zero_shot: Scores) -> tuple[Rows, Rows]:
+    """Return the methods and the curves over α, as results.json holds them; ``zero_shot``: the start's scores."""
     finished = {
         key: [finished_run(folder, seed) for seed, folder in enumerate(folders)]
         for key, folders in runs.items()
     }
-    zero_shot = judge.scores(judge.start)
     ends = {0.0: [scored_row(zero_shot, seed) for seed in range(config.seeds)]}
     wise = ends | {1.0: finished["flyp"]}
     for alpha in {*config.alphas, config.wise_alpha} - wise.keys():
@@ -193,9 +204,10 @@ def _curve(key: str, name: str, rows: dict[float, Rows]) -> dict[str, Any]:
 
 def describe_start(config: DemoConfig, clip: Clip) -> dict[str, Any]:
     """Return the model that every method starts from."""
+    model, pretrained = choose_model(config.model, config.pretrained)
     return {
-        "model": config.model,
-        "pretrained": config.pretrained or "shipped with tracer",
+        "model": clip.name,
+        "pretrained": pretrained or ("shipped with tracer" if registered_model(model) else "its own weights"),
         "parameters": sum(p.numel() for p in clip.model.parameters()),
     }
 

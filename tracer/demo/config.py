@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from tracer.errors import UserError
+from tracer.files import cache_folder
 from tracer.recipes import R_ADAPTER
 from tracer.settings import check_ranges, check_set_names
 from tracer.train.baselines import BASELINES
 from tracer.train.config import Config
 
-ICONS = Path("runs/data/icons")  # where the demo keeps its data
+ICONS = cache_folder() / "demo" / "icons"  # where the demo keeps its data
 
 ROLES = ("in-distribution", "near", "shifted")  # of an evaluation set, seen from the training data
 
@@ -33,7 +34,6 @@ class DemoConfig(Config):
 
     train_data: Path = ICONS / "train.csv"
     model: str = "tracer-demo"
-    pretrained: str | None = None
     output: Path = Path("runs/demo")
     seeds: int = 3
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
@@ -53,6 +53,7 @@ class DemoConfig(Config):
     def validate(self) -> None:
         """Raise UserError for the first invalid setting, naming it and the remedy."""
         super().validate()
+        self._refuse_what_the_demo_decides()
         check_ranges(
             self, {"at least 1": "seeds", "from 0 to 1": "alphas wise_alpha", "above 0": "adapter_lr"}
         )
@@ -68,6 +69,22 @@ class DemoConfig(Config):
                 raise UserError(
                     f"--kinds.{name} names no evaluation set: the sets are {', '.join(self.eval_data)}"
                 )
+
+    def _refuse_what_the_demo_decides(self) -> None:
+        remedies = {
+            "method": "the demo trains every method",
+            "teacher": "the demo trains with each teacher",
+            "adapters": "the demo trains with and without adapters",
+            "seed": "the demo trains with the seeds 0, 1, … below --seeds",
+        }
+        for name, why in remedies.items():
+            if getattr(self, name) != DEFAULTS[name]:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} has no effect: {why}, so leave it out, or use finetune"
+                )
+
+
+DEFAULTS = {field.name: field.default for field in fields(DemoConfig)}
 
 
 @dataclass

@@ -18,13 +18,14 @@ from tracer.adapters import fold, read_adapters
 from tracer.data.decoded import DecodedPictures
 from tracer.demo.config import DemoConfig
 from tracer.errors import UserError
-from tracer.evaluation.scores import Scored, Scores
+from tracer.evaluation.scores import Scored, Scores, add_gains, finite
 from tracer.evaluation.sets import EvaluationSet
 from tracer.evaluation.zero_shot import classifier, evaluate_sets, predict
 from tracer.machine import compute_device
 from tracer.models.clip import Clip, load_clip
 from tracer.models.soups import interpolate
 from tracer.train.log import read_log
+from tracer.train.scoring import Baseline
 
 Weights = dict[str, Tensor]
 Rows = list[dict[str, Any]]  # entries of results.json
@@ -39,10 +40,11 @@ def scored_row(
 
 def finished_run(folder: Path, seed: int) -> dict[str, Any]:
     """Return a run as results.json holds it, read from its folder."""
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())["scores"]
     about = json.loads((folder / "run.json").read_text())
     row = scored_row(metrics["student"], seed, read_log(folder), about["seconds"])
-    return row | {"teacher_eval": metrics.get("teacher"), "sizes": about["sizes"]}
+    more = {"teacher_eval": metrics.get("teacher"), "sizes": about["sizes"], "notices": about["notices"]}
+    return row | more | {"weights": about["weights"]["student"]}
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Judge:
     workers: int
     decoded: DecodedPictures = field(default_factory=DecodedPictures)  # small sets stay for the next model
     max_bad: float = 0.0
+    start_scored: Baseline = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: DemoConfig, sets: list[EvaluationSet]) -> Judge:
@@ -65,15 +68,23 @@ class Judge:
         return cls(clip, start, sets, config.workers, DecodedPictures(loading=config), config.max_bad)
 
     def scored(self, weights: Weights) -> dict[str, Scored]:
-        """Return the scores of the model with these weights, and what they were made of."""
+        """Return the scores of the model with these weights, with their gains once the start is scored."""
         self.clip.model.load_state_dict(weights)
-        return evaluate_sets(
+        scored = evaluate_sets(
             self.clip, self.sets, workers=self.workers, decoded=self.decoded, max_bad=self.max_bad
         )
+        add_gains(scored, self.start_scored)
+        return scored
+
+    def baseline(self) -> Baseline:
+        """Return the scores of the start; those of other weights then have their gains above it."""
+        if not self.start_scored:
+            self.start_scored = self.scored(self.start)
+        return self.start_scored
 
     def scores(self, weights: Weights) -> Scores:
         """Return the scores of the model with these weights."""
-        return {name: each.score for name, each in self.scored(weights).items()}
+        return {name: finite(each.score) for name, each in self.scored(weights).items()}
 
     def rows(self, title: str, weights: Callable[[Path], Weights], folders: list[Path]) -> Rows:
         """Return a row for each seed: the scores of the weights that are made of the run's folder."""

@@ -11,7 +11,8 @@ from tracer.demo.config import DemoConfig
 from tracer.files import aside, check_ours, remove_folder
 from tracer.train.config import Config
 from tracer.train.identity import differences_from, identity_of, is_run_of
-from tracer.train.run import finetune
+from tracer.train.run import Series, finetune
+from tracer.train.scoring import Baseline
 
 
 class TrainedMethod(NamedTuple):
@@ -54,29 +55,38 @@ TRAINED_VARIANTS = {
 Runs = dict[str, list[Path]]  # method → the folder of its run, for each seed
 
 
-def train_all(config: DemoConfig) -> Runs:
-    """Return the folders of all runs, trained now or earlier."""
+def train_all(config: DemoConfig, baseline: Baseline | None = None) -> Runs:
+    """Return the folders of all runs, trained now or earlier; ``baseline`` has the start's scores."""
     trained = METHODS | TRAINED_VARIANTS if config.ablate else METHODS
-    return {
-        key: [finetune_once(config, key, method.settings, seed) for seed in range(config.seeds)]
-        for key, method in trained.items()
-    }
+    count = len(trained) * config.seeds
+    runs: Runs = {}
+    for n, (key, method) in enumerate(trained.items()):
+        titles = [
+            f"run {n * config.seeds + seed + 1} of {count}: {key}-{seed}" for seed in range(config.seeds)
+        ]
+        runs[key] = [
+            finetune_once(config, key, method.settings, seed, Series(title, baseline))
+            for seed, title in enumerate(titles)
+        ]
+    return runs
 
 
-def finetune_once(config: DemoConfig, key: str, changes: dict[str, Any], seed: int) -> Path:
+def finetune_once(
+    config: DemoConfig, key: str, changes: dict[str, Any], seed: int, series: Series | None = None
+) -> Path:
     """Return the folder of one run of a method; see :func:`run_once`."""
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)} | changes
     run = Config(**settings | {"seed": seed, "output": config.output / f"{key}-{seed}"})
     if run.adapted:
         run.lr = config.adapter_lr
-    return run_once(run)
+    return run_once(run, series)
 
 
-def run_once(run: Config) -> Path:
+def run_once(run: Config, series: Series | None = None) -> Path:
     """Return the folder of a run; train it unless it is there with the same settings, data, start and version.
 
     An unfinished run with the same settings is resumed. A run with other settings, finished or not, is
-    replaced.
+    replaced. ``series`` says of which series of runs it is part.
     """
     part = aside(run.output)
     for folder in (run.output, part):
@@ -90,4 +100,4 @@ def run_once(run: Config) -> Path:
         run.output.rename(part)  # so that it is never half deleted under its own name
     if part.exists() and differences_from(part, identity_of(run)):
         remove_folder(part)
-    return finetune(run)
+    return finetune(run, series or Series(run.output.name, None))

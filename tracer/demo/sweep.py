@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from safetensors.torch import load_file
 
 from tracer.demo.compare import Clock, describe_domains, describe_start, method_row, prepare_data, report
@@ -23,13 +22,16 @@ from tracer.demo.methods import run_once
 from tracer.errors import UserError
 from tracer.evaluation.fisher import fisher_information
 from tracer.evaluation.recognise import read_sets
+from tracer.evaluation.record import digest_of_start, head
 from tracer.evaluation.scores import Scored, Scores, difference, finite
 from tracer.evaluation.sets import EvaluationSet
 from tracer.evaluation.zero_shot import classifier
 from tracer.files import check_folder, claim_folder, whole_file, write_json
 from tracer.machine import machine, versions
+from tracer.models.choice import check_model
 from tracer.models.soups import fisher_weighted, greedy, uniform
 from tracer.train.baselines import BASELINES
+from tracer.train.cautions import cautions_of_sizes
 from tracer.train.config import Config
 from tracer.train.run import training_index
 
@@ -67,6 +69,7 @@ def sweep(config: SweepConfig) -> Path:
     clock = Clock()
     config.validate()
     check_folder(config.output)
+    check_model(config.model, config.pretrained)
     config, sets = prepare_data(config)
     validation = _validation_set(config, sets)
     claim_folder(config.output)
@@ -79,13 +82,17 @@ def sweep(config: SweepConfig) -> Path:
     results = Tested(config, judge, seeds).results()
     results |= {"soups": _soups(config, dataclasses.replace(judge, sets=[validation]), judge, choices)}
     clock.lap("evaluation")
+    weights = {"zero-shot": digest_of_start(config.model, config.pretrained, judge.start)}
     results |= {
+        **head("comparison", judge.clip.name, weights, sets),
         "title": "Robust fine-tuning, each method at its best setting",
         "command": f"tracer sweep --output {config.output}",
         "start": describe_start(config, judge.clip),
         "domains": describe_domains(config, sets),
+        "examples": [],
         "choices": {method: _described(choice) for method, choice in choices.items()},
-        "settings": yaml.safe_load(config.to_yaml()),
+        "notices": cautions_of_sizes(sets),
+        "settings": config.plain() | config.taken(),
         "versions": versions(),
         "machine": machine(),
         "times": clock.laps | {"total": clock.total()},
@@ -127,7 +134,13 @@ def choose(trials: list[Trial]) -> Choice:
 def _validation_set(config: SweepConfig, sets: list[EvaluationSet]) -> EvaluationSet:
     """Read the validation set, which must hold no test picture."""
     assert config.validation is not None  # validate() or prepare_data has seen to it
-    (own,) = read_sets({VALIDATION: config.validation}, config, config.classes, training_index(config))
+    (own,) = read_sets(
+        {VALIDATION: config.validation},
+        config,
+        config.classes,
+        training_index(config),
+        config.prompt_template,
+    )
     known = set(map(str, own.index.images))
     for each in sets:
         shared = next((str(image) for image in each.index.images if str(image) in known), None)
@@ -160,7 +173,7 @@ def _trials(config: SweepConfig, method: str) -> list[Trial]:
     for number, point in enumerate(points(config.grid)):
         run = settings_of(config, method, point, 0, f"{method}-trial-{number}")
         folder = run_once(run)
-        scores = json.loads((folder / "metrics.json").read_text())["student"]
+        scores = json.loads((folder / "metrics.json").read_text())["scores"]["student"]
         trials.append(Trial(point, folder, scores[VALIDATION]["accuracy"]))
     return trials
 
@@ -189,7 +202,7 @@ class Tested:
 
     def __init__(self, config: SweepConfig, judge: Judge, seeds: dict[str, list[Path]]) -> None:
         self._config, self._judge = config, judge
-        start = judge.scored(judge.start)
+        start = judge.baseline()
         self._seeds, self._start = seeds, start
         self._at: dict[tuple[str, float], list[dict[str, Scored]]] = {}
         alphas = sorted({*config.alphas, config.wise_alpha} - {0.0, 1.0})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from tracer.data.config import LoadingSettings
-from tracer.settings import check_set_names
+from tracer.settings import as_paths, check_set_names, check_templates
 
 
 @dataclass
@@ -19,10 +19,14 @@ class EvaluateConfig(LoadingSettings):
             file, WebDataset shards, or a published set as it is downloaded: ImageNet, -V2, -Sketch, -A, -R,
             ObjectNet, iWildCam and FMoW (PATH:SPLIT for one split), COCO and Flickr30k (their captions), CoOp's
             splits. A name holds no dots.
-        classes: JSON file {class: [prompt, …]}; default: those of a published set, or else prompts made of the
-            name of each label.
-        model: open_clip model name, a model config (.json), local-dir:<folder>, hf-hub:<name>, or tracer-demo.
-        pretrained: open_clip tag or local checkpoint file; null for a model that comes with its weights.
+        classes: JSON file {class: [prompt, …]}; default: those of a published set, else of the run that trained
+            the model, else the labels of the sets.
+        prompt_template: prompt of every class of sets of your own, with {} for its name; may be given several
+            times; openai stands for open_clip's 80. Default: "a photo of a {}".
+        model: open_clip model name, a model config (.json), local-dir:<folder>, hf-hub:<name>, or tracer-demo;
+            auto: the model that a run's weights name, else ViT-B-16-quickgelu.
+        pretrained: open_clip tag, local checkpoint file, folder of a run (its student), or null for random
+            weights; auto: the model's own weights where it comes with them, else openai.
         precision: fp32; amp_bf16, which runs the towers in bfloat16; auto: amp_bf16 where the hardware multiplies
             bfloat16, else fp32.
         output: file for the results, JSON, or Markdown if it ends with .md; replaces only an earlier one of this
@@ -31,12 +35,17 @@ class EvaluateConfig(LoadingSettings):
 
     eval_data: dict[str, Path] = field(default_factory=dict)
     classes: Path | None = None
-    model: str = "ViT-B-16-quickgelu"
-    pretrained: str | None = "openai"
+    prompt_template: list[str] = field(default_factory=list)
+    model: str = "auto"
+    pretrained: str | None = "auto"
     precision: Literal["auto", "fp32", "amp_bf16"] = "fp32"
     output: Path | None = None
+
+    def __post_init__(self) -> None:
+        as_paths(self)
 
     def validate(self) -> None:
         """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
         super().validate()
         check_set_names("eval_data", self.eval_data)
+        check_templates(self.prompt_template, self.classes)

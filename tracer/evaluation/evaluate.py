@@ -7,13 +7,16 @@ from pathlib import Path
 
 from tracer.data.decoded import DecodedPictures
 from tracer.data.loader import announce, choose
+from tracer.data.names import note
 from tracer.errors import UserError
 from tracer.evaluation.config import EvaluateConfig
-from tracer.evaluation.recognise import check_prompts, read_sets
-from tracer.evaluation.scores import Scores, incomplete
+from tracer.evaluation.recognise import check_eval_data, check_prompts, read_sets
+from tracer.evaluation.record import digest_of_start, head, run_of, sentences
+from tracer.evaluation.scores import Scores, finite, incomplete
 from tracer.evaluation.zero_shot import evaluate_sets
 from tracer.files import check_output, whole_file, write_json
 from tracer.machine import compute_device, resolve_precision
+from tracer.models.choice import check_model
 from tracer.models.clip import load_clip
 
 
@@ -26,13 +29,19 @@ def evaluate(config: EvaluateConfig) -> Scores:
     config.validate()
     if config.output and not _is_scores(config.output):
         check_output(config.output)  # before the work
-    choose(config, compute_device())  # refuses a loader that is missing
     refuse_nothing(config.eval_data)
-    sets = read_sets(config.eval_data, config, config.classes)
+    check_eval_data(config.eval_data)
+    check_model(config.model, config.pretrained)
+    choose(config, compute_device())  # refuses a loader that is missing
+    run = run_of(config.pretrained)
+    sets = read_sets(config.eval_data, config, config.classes, templates=config.prompt_template, run=run)
+    for text in sentences(sets):
+        note(text)
     clip = load_clip(config.model, config.pretrained)
     check_prompts(sets, clip.tokenizer)
     for each in sets:
         announce(each.index, clip.picture_format, config, compute_device())
+    weights = {"model": digest_of_start(config.model, config.pretrained, clip.model.state_dict())}
     clip.model.to(compute_device())
     scored = evaluate_sets(
         clip,
@@ -42,11 +51,14 @@ def evaluate(config: EvaluateConfig) -> Scores:
         max_bad=config.max_bad,
         precision=resolve_precision(config.precision),
     )
-    scores = {name: each.score for name, each in scored.items()}
+    scores = {name: finite(each.score) for name, each in scored.items()}
     if config.output:
+        content = head("evaluation", clip.name, weights, sets) | {"scores": scores}
         try:
             with whole_file(config.output, may_replace=_is_scores) as part:
-                part.write_text(markdown(scores)) if _is_markdown(config.output) else write_json(part, scores)
+                part.write_text(markdown(scores)) if _is_markdown(config.output) else write_json(
+                    part, content
+                )
         except (OSError, UserError):
             print(json.dumps(scores, indent=1))  # they took long
             raise
@@ -56,9 +68,7 @@ def evaluate(config: EvaluateConfig) -> Scores:
 def refuse_nothing(eval_data: dict[str, Path]) -> None:
     """Raise UserError if a command that cannot do without evaluation sets has none."""
     if not eval_data:
-        raise UserError(
-            "there is nothing to evaluate on: give --eval_data.NAME=<folder, table or shards> at least once"
-        )
+        raise UserError("there is nothing to evaluate on: give --eval_data.NAME PATH at least once")
 
 
 HEADER = "| set | pictures | accuracy | top-5 | macro-F1 | ECE | ECE if perfect | ECE, published code |"
@@ -97,7 +107,6 @@ def _is_scores(path: Path) -> bool:
         text = path.read_text()
         if _is_markdown(path):
             return text.startswith(HEADER[:18])
-        content = json.loads(text)
-        return bool(content) and all("pictures" in score and "groups" in score for score in content.values())
+        return json.loads(text).get("kind") == "evaluation"
     except (OSError, ValueError, AttributeError, TypeError):
         return False

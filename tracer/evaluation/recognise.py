@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from tracer.data.build import read_index
+from tracer.data.build import check_sources, read_index
 from tracer.data.config import LoadingSettings
 from tracer.data.index import Index
 from tracer.data.table import separator_of
-from tracer.data.text import sorted_ids
 from tracer.errors import UserError
 from tracer.evaluation.captions import read_captions
 from tracer.evaluation.coop import read_coop
 from tracer.evaluation.imagenet import read_imagenet
-from tracer.evaluation.prompts import check_distinct, check_labels, class_prompts, named_alike, names_of
+from tracer.evaluation.prompts import check_distinct, check_labels, class_prompts, named_alike
+from tracer.evaluation.record import classes_for
 from tracer.evaluation.sets import EvaluationSet, Prompts
 from tracer.evaluation.wilds import read_wilds
 from tracer.models.registry import Tokenizer
@@ -30,16 +30,26 @@ Reader = Callable[[Path, str, LoadingSettings], list[EvaluationSet]]
 READERS: tuple[Reader, ...] = (read_wilds, read_captions, read_coop, read_imagenet)
 
 
+def check_eval_data(eval_data: Mapping[str, Path]) -> None:
+    """Raise UserError for the first evaluation set that does not exist; none is opened."""
+    for path in eval_data.values():
+        folder, colon, _ = str(path).rpartition(":")  # before the name of a split
+        if not colon or not Path(folder).exists():
+            check_sources([path])
+
+
 def read_sets(
     eval_data: Mapping[str, Path],
     loading: LoadingSettings,
     classes: Path | None = None,
     training: Index | None = None,
+    templates: Sequence[str] = (),
+    run: Path | None = None,
 ) -> list[EvaluationSet]:
     """Read evaluation sets and recognise the published ones among them; nothing is downloaded.
 
-    Sets of the user's own share their classes: those of the training data, or else of all these sets together. A
-    set that gives its classes names has its own, where there is no training data. A published set always has.
+    Sets of the user's own share their classes: those of the training, or else of all these sets together. A
+    set that gives its classes names has its own, where there was no training. A published set always has.
 
     Args:
         eval_data: name → folder, table, shards or file of captions. iWildCam and FMoW give a set for each of their
@@ -48,6 +58,8 @@ def read_sets(
         classes: JSON file {class: [prompt, …]}; takes the place of the prompts of every set whose classes it
             holds.
         training: the training data.
+        templates: of the prompts of the user's own sets; default: the sets' own.
+        run: the ``run.json`` of the run that trained the model, if it is not this one.
 
     Raises:
         UserError: a set cannot be read or scored: a file of its layout is missing, a class is unknown or has no
@@ -56,14 +68,17 @@ def read_sets(
     given = class_prompts(classes, []) if classes else {}
     sets = [each for name, path in eval_data.items() for each in _read(path, name, loading, given)]
     own = [each for each in sets if not each.layout and not each.retrieval]
-    known = training.classes if training is not None else []
+    known = run is not None or (training is not None and bool(training.classes))
     together = [each.index for each in own if known or not each.index.about.named]
     indexes = [*together, *([training] if training is not None else [])]
     for each in own:
-        alone = not known and each.index.about.named
-        ids = known or (each.index.classes if alone else _classes(together))
-        names = names_of(each.index, indexes) if alone else names_of(training or each.index, together)
-        each.prompts = given or class_prompts(None, ids, names, each.index.templates)
+        if given:
+            each.source, each.prompts = f"'{classes}'", given
+        else:
+            alone = not known and each.index.about.named
+            own_templates = templates or ([] if run is not None else each.index.templates)
+            chosen = classes_for(own_templates, training, [each.index] if alone else together, run)
+            each.source, each.prompts, each.templates = chosen
         each.alike = frozenset(named_alike(each.index, *indexes))
     for each in sets:
         _check(each, given)
@@ -87,6 +102,8 @@ def _read(path: Path, name: str, loading: LoadingSettings, given: Prompts) -> li
         for each in sets:
             if given and not each.retrieval and set(each.class_ids) <= set(given):
                 each.prompts, each.classes = {c: given[c] for c in each.class_ids}, {}
+                each.source = "--classes"
+            each.source = each.source or each.layout
         if sets:
             return sets
     index = read_index(path, name, loading)
@@ -112,10 +129,6 @@ def _groups_of(path: Path, index: Index) -> list[str]:
         folder = f"{path.parent}{os.sep}"
         group = {os.path.join(folder, row[picture].strip()): row["group"].strip() for row in rows}
     return [group[str(image)] for image in map(os.fspath, index.images)]
-
-
-def _classes(indexes: list[Index]) -> list[str]:
-    return sorted_ids(list({label for index in indexes for label in index.classes}))
 
 
 def _check(each: EvaluationSet, given: Prompts) -> None:

@@ -25,8 +25,11 @@ class EvaluationSet:
         groups: number of the group of each picture [N] int64; intervals draw groups with replacement.
         grouped_by: what a group is: class, camera, country, picture, or group for a column of the user's.
         regions: region of each picture; empty where the set has none.
-        measure: the measure by which the set is published: accuracy, macro_f1 or worst_region.
+        measure: the measure by which models are judged on the set: accuracy, macro_f1 or worst_region, as it is
+            published; image_to_text_r1 for retrieval. Default: accuracy, where there are classes.
         alike: classes that may have the same prompts, since their data set says so.
+        source: where the classes come from, in words.
+        templates: those that made the prompts; empty where a file or the published set gives them class by class.
     """
 
     index: Index
@@ -37,10 +40,13 @@ class EvaluationSet:
     groups: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     grouped_by: str = ""
     regions: list[str] = field(default_factory=list)
-    measure: str = "accuracy"
+    measure: str = ""
     alike: frozenset[str] = frozenset()
+    source: str = ""
+    templates: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.measure = self.measure or ("image_to_text_r1" if self.retrieval else "accuracy")
         if not self.grouped_by:
             by_class = bool(self.index.classes)
             self.groups = self.index.label_numbers if by_class else np.arange(len(self.index))

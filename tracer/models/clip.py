@@ -20,11 +20,10 @@ from torch import Size, Tensor, nn
 from tracer.adapters import Adapter
 from tracer.errors import UserError
 from tracer.models.architecture import Architecture, refuse_another, saved_architecture
+from tracer.models.choice import OWN_WEIGHTS, choose_model
 from tracer.models.picture_format import PictureFormat
 from tracer.models.registry import Tokenizer, registered_model, registered_names
 from tracer.models.weights import MAX_LOGIT_SCALE, SUFFIXES, check_finite, readable_by_open_clip
-
-OWN_WEIGHTS = ("local-dir:", "hf-hub:")  # names of models that come with their weights
 
 CONFIG_FILE = "open_clip_config.json"  # of a folder or a hub's repository with a model
 
@@ -63,15 +62,18 @@ def load_clip(name: str, pretrained: str | None) -> Clip:
 
     Args:
         name: a registered model, an open_clip name, ``local-dir:<folder>``, ``hf-hub:<name>``, or the path of
-            a model config (.json).
-        pretrained: a tag of open_clip or the path of a checkpoint; None means random weights, for a registered
-            model its own, and for ``local-dir:`` and ``hf-hub:`` those that lie there.
+            a model config (.json); auto: the model that the weights name.
+        pretrained: a tag of open_clip, the path of a checkpoint, or the folder of a run; None means random
+            weights, for a registered model its own, and for ``local-dir:`` and ``hf-hub:`` those that lie there;
+            auto: see :func:`tracer.models.choice.choose_model`.
 
     Raises:
         UserError: the model or the tag is unknown; the checkpoint is missing, does not fit, or belongs to another
             architecture; weights are not finite or cannot be downloaded; a folder's or a hub's model was asked to
             take other weights; or the picture format is not supported.
     """
+    unset = pretrained == "auto"
+    name, pretrained = choose_model(name, pretrained)
     if pretrained and Path(pretrained).suffix in SUFFIXES and not Path(pretrained).exists():
         raise UserError(f"checkpoint '{pretrained}' does not exist: check --pretrained")
     registered = registered_model(name)
@@ -87,6 +89,8 @@ def load_clip(name: str, pretrained: str | None) -> Clip:
     saved = saved_architecture(file) if file else None
     if saved and file:
         refuse_another(file, saved, name, config)
+    if unset and pretrained is None and not registered and not name.startswith(OWN_WEIGHTS):
+        warnings.warn(f"{name} has random weights: give --pretrained to take trained ones", stacklevel=2)
     load = _load_registered if registered else _load_open_clip
     model, tokenizer = load(name, pretrained)
     check_finite(model.state_dict(), f"'{file or pretrained or name}'")
@@ -135,6 +139,7 @@ def source_files(name: str, pretrained: str | None) -> list[Path]:
     They are the model config (.json), the file of weights, all files of a ``local-dir:``, and those files of a
     ``hf-hub:`` model that have been downloaded. Files that do not exist are left out.
     """
+    name, pretrained = choose_model(name, pretrained)
     files = [Path(name)] if name.endswith(".json") else []
     if name.startswith("local-dir:"):
         folder = Path(name.removeprefix("local-dir:"))
@@ -152,7 +157,6 @@ def _load_registered(name: str, pretrained: str | None) -> tuple[nn.Module, Toke
     registered = registered_model(name)
     assert registered is not None  # load_clip asked
     if pretrained and not Path(pretrained).is_file():
-        _refuse_a_folder(pretrained)
         raise UserError(
             f"{name} has no pretrained tags, and '{pretrained}' is not a local file: give --pretrained a "
             f".safetensors or .pt file, or null for the weights shipped with it"
@@ -199,18 +203,9 @@ def _check_names(name: str, pretrained: str | None) -> None:
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained and not Path(pretrained).is_file() and pretrained not in tags:
-        _refuse_a_folder(pretrained)
         raise UserError(
             f"'{pretrained}' is neither a local file nor a pretrained tag of {name} "
             f"(its tags: {', '.join(tags) or 'none'}): check --pretrained"
-        )
-
-
-def _refuse_a_folder(pretrained: str) -> None:
-    if Path(pretrained).is_dir():
-        raise UserError(
-            f"checkpoint '{pretrained}' is a folder: give --pretrained the file of weights in it, such as "
-            "student.safetensors"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import pickle
 import tempfile
@@ -39,7 +40,9 @@ PREFIXES = ("module.", "model.")  # what DistributedDataParallel and Lightning p
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "n_averaged")
 
 
-def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_weights(
+    state: Mapping[str, Tensor], path: Path | str, metadata: dict[str, str] | None = None
+) -> None:
     """Write a checkpoint that ``open_clip.create_model(name, pretrained=path)`` loads.
 
     The logit scale is written with its bound, log ``MAX_LOGIT_SCALE``, unless there is a logit bias beside it, as
@@ -56,7 +59,7 @@ def save_weights(state: Mapping[str, Tensor], path: Path, metadata: dict[str, st
     state = dict(state)
     if "logit_scale" in state and "logit_bias" not in state:
         state["logit_scale"] = state["logit_scale"].detach().clamp(max=math.log(MAX_LOGIT_SCALE))
-    write_tensors(path, state, metadata)
+    write_tensors(Path(path), state, metadata)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -68,7 +71,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         return {}
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path | str) -> dict[str, Tensor]:
     """Return the state dict in a file of weights, on the CPU, with the names that open_clip gives.
 
     The file may be a safetensors file or one of ``torch.save``, whatever its suffix, and may hold the state dict
@@ -78,6 +81,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is damaged, of another kind, or holds no plain weights; names the remedy.
     """
+    path = Path(path)
     return _plain_names(path, _state_dict(path, _entries(path)))
 
 
@@ -105,6 +109,15 @@ def readable_by_open_clip(path: Path) -> Iterator[tuple[Path, dict[str, Size]]]:
             write_tensors(readable, state)
         del entries, names, state  # open_clip reads the file again: one copy at a time in memory
         yield readable, shapes
+
+
+def digest_of_values(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the names and values of a state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def first_not_finite(state: Mapping[str, Tensor]) -> str | None:
@@ -223,6 +236,7 @@ def _plain_names(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         )
     if adapter_state(plain) and len(adapter_state(plain)) == len(plain):
         raise UserError(
-            f"'{path}' holds adapters alone: give the run's student.safetensors, where they are folded in"
+            f"'{path}' holds adapters alone: fold them first with 'tracer fold {path.parent} --alpha 0.5', or "
+            "give the run's student.safetensors, where they are folded in"
         )
     return plain

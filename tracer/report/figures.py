@@ -17,18 +17,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from tracer.report.curves import LoggedCurve, logged_curves
 from tracer.report.palette import COLOURS, DASHES, MARKERS, PAGE
 from tracer.report.results import (
     DIRECTIONS,
     Column,
     Domain,
     Interpolation,
-    LoggedCurve,
     Method,
     Results,
     Run,
     domain_column,
-    logged_curves,
 )
 from tracer.report.sentences import amount, listing, percent
 
@@ -98,6 +97,7 @@ class Drawn:
     gap: Markup | None
     gap_block: int  # measured steps that each point of the gap is the mean of
     bars: list[Markup]
+    during: list[Markup]  # accuracy on each evaluation set, where --eval_every measured it
     terms: list[Markup]
     diagnostics: list[Markup]
     others: list[Markup]
@@ -127,6 +127,7 @@ class Figures:
             gap=self.over_steps(gap, "Teacher–student KL, nats (log scale)", True, 4.0) if gap else None,
             gap_block=max((curve.block for curve in gap), default=1),
             bars=self.all_bars(),
+            during=self.logged(self.during()),
             terms=self.logged(TERMS),
             diagnostics=self.diagnostics(),
             others=self.logged(OTHERS | self.untitled()),
@@ -300,10 +301,18 @@ class Figures:
                 drawn.append(self.over_steps(curves, title))
         return drawn
 
+    def during(self) -> dict[str, str]:
+        """Return key → title of the accuracies that were measured during the training."""
+        keys = {
+            key: key.split("/") for m in self.results.main for run in m.runs for row in run.log for key in row
+        }
+        named = {key: parts for key, parts in keys.items() if parts[0] == "eval" and parts[-1] == "accuracy"}
+        return {key: f"Accuracy of the {parts[1]} on {parts[2]}" for key, parts in sorted(named.items())}
+
     def untitled(self) -> dict[str, str]:
         """Return key → key of what was logged and is shown nowhere else."""
         keys = {key for m in self.results.main for run in m.runs for row in run.log for key in row}
-        keys -= {"step", "kl", *TERMS, *OTHERS}
+        keys -= {"step", "kl", *TERMS, *OTHERS, *self.during()}
         return {key: key for key in sorted(keys) if not key.startswith(("student/", "teacher/", "pair/"))}
 
     def diagnostics(self) -> list[Markup]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,6 @@ from typing import Any
 from tracer.errors import UserError
 
 NBSP = "\N{NO-BREAK SPACE}"
-
-POINTS = 100  # the most points of a logged curve: a longer log is averaged over blocks of steps
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 
@@ -51,6 +49,7 @@ class Run:
     log: list[dict[str, float]]
     seconds: float
     sizes: dict[str, float]
+    notices: tuple[str, ...] = ()
 
     def series(self, *keys: str) -> dict[float, float]:
         """Return step → mean of ``keys``, for the steps at which all of them were measured."""
@@ -89,7 +88,18 @@ class Method:
     def stat(self, column: Column, measure: str = "accuracy", teacher: bool = False) -> Stat:
         """Return mean and spread of ``measure`` (accuracy or ece) over the runs, or over their teachers."""
         scores = [run.teacher_eval if teacher else run.eval for run in self.runs]
-        return Stat.of((column.read(score, measure) for score in scores), exact=not self.trained)
+        stat = Stat.of((column.read(score, measure) for score in scores), exact=not self.trained)
+        return replace(stat, error=column.sampling_error(scores)) if measure == "accuracy" else stat
+
+    def gain_error(self, column: Column, measure: str, teacher: bool = False) -> float:
+        """Return half the paired 95 % interval of the change above the start; NaN if it was not measured.
+
+        That of a mean over domains follows from those of the domains, whose pictures were drawn independently.
+        """
+        scores = [run.teacher_eval if teacher else run.eval for run in self.runs]
+        halves = [[_half_interval(score.get(d, {}), measure) for d in column.domains] for score in scores]
+        each = [math.hypot(*row) / len(row) for row in halves if row and all(map(math.isfinite, row))]
+        return statistics.fmean(each) if each else math.nan
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,18 @@ class Column:
     detail: str
     domains: tuple[str, ...]
     chance: float
+    pictures: tuple[float, ...] = ()
+
+    def sampling_error(self, scores: Sequence[Scores]) -> float:
+        """Return the standard error that the choice of test pictures gives an accuracy; 0 if it is unknown."""
+        errors = []
+        for domain, pictures in zip(self.domains, self.pictures, strict=False):
+            accuracies = [score.get(domain, {}).get("accuracy", math.nan) for score in scores]
+            finite = [p for p in accuracies if math.isfinite(p)]
+            if finite and pictures > 0:
+                p = statistics.fmean(finite)
+                errors.append(math.sqrt(max(p * (1 - p), 0.0) / pictures))
+        return math.hypot(*errors) / len(errors) if errors else 0.0
 
     def read(self, scores: Scores, measure: str) -> float:
         """Return the value in one evaluation, a fraction; NaN if a domain was not measured."""
@@ -138,11 +160,15 @@ class Column:
 
 @dataclass(frozen=True)
 class Stat:
-    """Mean over seeds, and the spread: their sample standard deviation, None where one value leaves it unknown."""
+    """Mean over seeds, and the spread: their sample standard deviation, None where one value leaves it unknown.
+
+    ``error`` is the standard error over the choice of the test pictures.
+    """
 
     mean: float
     spread: float | None
     values: tuple[float, ...] = ()
+    error: float = 0.0
 
     @classmethod
     def of(cls, values: Iterable[float], exact: bool = False) -> Stat:
@@ -189,6 +215,7 @@ class Results:
     versions: dict[str, Any]
     machine: dict[str, Any]
     times: dict[str, float]
+    notices: list[str] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -216,9 +243,20 @@ class Results:
             versions=content.get("versions") or {},
             machine=content.get("machine") or {},
             times=content.get("times") or {},
+            notices=[str(text) for text in content.get("notices") or []],
             pairs=[Pair(**pair) for pair in content.get("pairs") or []],
             choices=content.get("choices") or {},
         )
+
+    @cached_property
+    def cautions(self) -> list[str]:
+        """Return what was warned about, each sentence once; one about a run names its method."""
+        own = [f"{m.name}: {text}" for m in self.methods for run in m.runs for text in run.notices]
+        of_sets = {
+            text for m in self.methods for run in m.runs for text in run.notices if text.startswith("'")
+        }
+        own = [text for text in own if text.partition(": ")[2] not in of_sets]
+        return list(dict.fromkeys([*self.notices, *sorted(of_sets), *own]))
 
     @cached_property
     def main(self) -> list[Method]:
@@ -323,7 +361,14 @@ def _run(content: dict[str, Any]) -> Run:
         log=[_numbers(row) for row in content.get("log") or []],
         seconds=number(content.get("seconds")),
         sizes=_numbers(content.get("sizes")),
+        notices=tuple(map(str, content.get("notices") or ())),
     )
+
+
+def _half_interval(score: dict[str, float], measure: str) -> float:
+    """Return the distance from a gain to the bound of its interval that is nearer to 0; see Method.gain_error."""
+    gain, low, high = (score.get(f"{measure}_gain{bound}", math.nan) for bound in ("", "_low", "_high"))
+    return gain - low if gain > 0 else high - gain
 
 
 def _method(content: dict[str, Any]) -> Method:
@@ -353,20 +398,28 @@ def domain_column(domain: Domain, group: str) -> Column:
     """Return the column of one domain, under the heading ``group``."""
     sizes = {"pictures": domain.pictures, "classes": domain.classes}
     detail = ", ".join(f"{size:.0f}{NBSP}{what}" for what, size in sizes.items() if math.isfinite(size))
-    return Column(domain.name, group, domain.name, detail, (domain.name,), domain.chance)
+    return Column(domain.name, group, domain.name, detail, (domain.name,), domain.chance, (domain.pictures,))
 
 
 def _mean_column(domains: list[Domain], key: str, label: str) -> Column:
     names = tuple(d.name for d in domains)
     detail = f"mean of {len(domains)}" if len(domains) > 1 else names[0]
-    return Column(key, "Summary", label, detail, names, statistics.fmean(d.chance for d in domains))
+    pictures = tuple(d.pictures for d in domains)
+    return Column(key, "Summary", label, detail, names, statistics.fmean(d.chance for d in domains), pictures)
 
 
-def clearly_differ(a: Stat, b: Stat) -> bool:
-    """Return whether the ranges mean ± spread are known and do not overlap."""
+def clearly_differ(a: Stat, b: Stat, paired_error: float = math.nan) -> bool:
+    """Return whether two means differ by more than seeds and test pictures explain.
+
+    The difference must exceed the sum of both spreads, and the error that the choice of the test pictures gives
+    it: half the paired 95 % interval where it was measured (``paired_error``), else the standard error of two
+    independent samples, which the shared pictures make about twice too large.
+    """
     if a.spread is None or b.spread is None:
         return False
-    return abs(a.mean - b.mean) > a.spread + b.spread
+    known = math.isfinite(paired_error)
+    error = paired_error if known else math.hypot(a.error, b.error)
+    return abs(a.mean - b.mean) > max(a.spread + b.spread, error)
 
 
 def best_of(stats: Sequence[Stat], lower_is_better: bool = False) -> int | None:
@@ -410,46 +463,3 @@ def sizes_of(results: Results) -> list[Sizes]:
             keys = ("trained_parameters", "optimizer_bytes", "checkpoint_bytes", weights)
             table.append(Sizes(method, *(recorded.get(key, math.nan) for key in keys)))
     return table
-
-
-@dataclass(frozen=True)
-class LoggedCurve:
-    """A logged quantity of one method over the steps: mean, smallest and largest over the seeds.
-
-    Each point is the mean over ``block`` steps at which the quantity was measured.
-    """
-
-    method: Method
-    steps: list[float]
-    mean: list[float]
-    low: list[float]
-    high: list[float]
-    block: int
-
-    def end(self) -> float:
-        """Return the mean over the last tenth of the steps."""
-        start = self.steps[0] + 0.9 * (self.steps[-1] - self.steps[0])
-        return statistics.fmean(v for s, v in zip(self.steps, self.mean, strict=True) if s >= start)
-
-
-def logged_curves(results: Results, series: Callable[[Run], dict[float, float]]) -> list[LoggedCurve]:
-    """Return the curve of each method whose runs have a ``series`` (step → value) that is not always 0."""
-    return [curve for method in results.main if (curve := _logged_curve(method, series))]
-
-
-def _logged_curve(method: Method, series: Callable[[Run], dict[float, float]]) -> LoggedCurve | None:
-    seeds = [values for run in method.runs if (values := series(run))]
-    steps = sorted(set().union(*seeds))
-    if all(value == 0 for values in seeds for value in values.values()):
-        return None  # never logged, or a term that was switched off
-    block = -(-len(steps) // POINTS)
-    curve = LoggedCurve(method, [], [], [], [], block)
-    for start in range(0, len(steps), block):
-        within = steps[start : start + block]
-        present = [[values[s] for s in within if s in values] for values in seeds]
-        means = [statistics.fmean(values) for values in present if values]
-        curve.steps.append(statistics.fmean(within))
-        curve.mean.append(statistics.fmean(means))
-        curve.low.append(min(means))
-        curve.high.append(max(means))
-    return curve

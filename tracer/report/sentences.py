@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tracer.report.curves import LoggedCurve, logged_curves
 from tracer.report.results import (
     NBSP,
     Column,
-    LoggedCurve,
     Method,
     Pair,
     Results,
@@ -17,7 +17,6 @@ from tracer.report.results import (
     Sizes,
     Stat,
     clearly_differ,
-    logged_curves,
     number,
     sizes_of,
 )

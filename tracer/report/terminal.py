@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tracer.report.results import NBSP, Results
+from tracer.report.results import NBSP, Results, number
 from tracer.report.sentences import headline, percent, size_sentence, with_spread
 from tracer.report.tables import Row, table_rows
+from tracer.report.verdict import verdicts
 
 
 def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
@@ -21,20 +22,36 @@ def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
 
     A published set with another number of pictures than it should have is marked as incomplete.
 
+    Where the gains above the start are known, they stand beside the accuracy, with their 95 % interval, and a
+    sentence for each set says whether the fine-tuning helped.
+
     Args:
-        scores: model → set → its measures as fractions, with the number of pictures.
+        scores: model → set → its measures as fractions, with the number of pictures, and perhaps the gains.
     """
     recalls = [f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
     titles = ["image→text R@1", "R@5", "R@10", "text→image R@1", "R@5", "R@10"]
-    classes = {"accuracy": "accuracy %", "ece": "ECE %", "ece_perfect": "ECE if perfect %"}
+    calibration = {"ece": "ECE %", "ece_perfect": "ECE if perfect %"}
     special = {"macro_f1": "macro-F1 %", "worst_region": "worst region %"}
     rows = [(model, name, score) for model, sets in scores.items() for name, score in sets.items()]
     classified = [row for row in rows if "accuracy" in row[2]]
     published = {score.get("measure") for *_, score in rows}
     shown = {key: title for key, title in special.items() if key in published}
-    _print_table("Zero-shot evaluation", classified, classes | shown)
+    measures = _with_gains({"accuracy": "accuracy %"}, classified)
+    _print_table("Zero-shot evaluation", classified, measures | calibration | _with_gains(shown, classified))
     captioned = [row for row in rows if "accuracy" not in row[2]]
-    _print_table("Retrieval", captioned, dict(zip(recalls, titles, strict=True)))
+    _print_table("Retrieval", captioned, _with_gains(dict(zip(recalls, titles, strict=True)), captioned))
+    console = Console()
+    for line in verdicts(scores):
+        console.print(_printable(line, console.encoding), soft_wrap=True)
+
+
+def _with_gains(columns: dict[str, str], rows: list[tuple[str, str, Mapping[str, Any]]]) -> dict[str, str]:
+    """Return columns with one more behind each whose gains some score has."""
+    both: dict[str, str] = {}
+    for key, title in columns.items():
+        known = any(f"{key}_gain" in score for *_, score in rows)
+        both |= {key: title} | ({f"{key}_gain": "change"} if known else {})
+    return both
 
 
 def _print_table(title: str, rows: list[tuple[str, str, Mapping[str, Any]]], columns: dict[str, str]) -> None:
@@ -43,7 +60,7 @@ def _print_table(title: str, rows: list[tuple[str, str, Mapping[str, Any]]], col
     table = Table(title=title)
     for column in ("model", "set", "pictures", *columns.values()):
         left = column in ("model", "set")
-        table.add_column(column, justify="left" if left else "right", no_wrap=not left)
+        table.add_column(column, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     for model, name, score in rows:
         pictures = str(int(score["pictures"]))
         if score.get("expected", score["pictures"]) != score["pictures"]:
@@ -59,9 +76,10 @@ def _with_interval(score: Mapping[str, Any], key: str) -> str:
     """Return a measure in per cent, with its 95 % interval below it where there is one."""
     if score.get(key) is None:
         return ""
-    low, high = score.get(f"{key}_low"), score.get(f"{key}_high")
-    text = f"{100 * score[key]:.1f}"
-    return text if low is None or high is None else f"{text}\n{100 * low:.1f}–{100 * high:.1f}"
+    signed = key.endswith("_gain")
+    text, low, high = (percent(number(score.get(f"{key}{bound}")), signed) for bound in ("", "_low", "_high"))
+    known = score.get(f"{key}_low") is not None
+    return f"{text}\n{low}{' to ' if signed else '–'}{high}" if known else text
 
 
 def print_results(results: Results) -> None:

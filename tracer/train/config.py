@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import yaml
 
 from tracer.data.config import LoadingSettings
+from tracer.data.remote import address_of
 from tracer.errors import UserError
 from tracer.recipes import EMA, R_ADAPTER, TRACER, WMA
-from tracer.settings import check_ranges, check_set_names
-from tracer.train.baselines import BaselineSettings
+from tracer.settings import as_paths, check_ranges, check_set_names, check_templates
+from tracer.train.baselines import BASELINES, BaselineSettings
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
@@ -30,6 +32,8 @@ class DataSettings:
         eval_data: name → data of each evaluation set, as train_data; the first is the in-distribution one. A name
             holds no dots.
         classes: JSON file {class: [prompt, …]} for zero-shot evaluation; default: a prompt per label.
+        prompt_template: prompt of every class in zero-shot evaluation, with {} for its name; may be given several
+            times; openai stands for open_clip's 80. Default: "a photo of a {}".
         templates: captions of pictures that have a label alone: openai for open_clip's 80, or a file with one a
             line, {} for the name; default: those of the data set, or "a photo of a {}".
         flip: mirror half of the training pictures.
@@ -41,6 +45,7 @@ class DataSettings:
     train_data: Path
     eval_data: dict[str, Path] = field(default_factory=dict)
     classes: Path | None = None
+    prompt_template: list[str] = field(default_factory=list)
     templates: str | None = None
     flip: bool = False
     color_jitter: float = 0.0
@@ -50,6 +55,7 @@ class DataSettings:
         """Raise UserError for the first setting of this section that is out of range."""
         check_ranges(self, {"at least 0": "shuffle_window", "at least 0 and below 1": "color_jitter"})
         check_set_names("eval_data", self.eval_data)
+        check_templates(self.prompt_template, self.classes)
 
 
 @dataclass
@@ -57,12 +63,14 @@ class ModelSettings:
     """Say which model is trained, and from which weights.
 
     Args:
-        model: open_clip model name, a model config (.json), local-dir:<folder>, hf-hub:<name>, or tracer-demo.
-        pretrained: open_clip tag or local checkpoint file; null for a model that comes with its weights.
+        model: open_clip model name, a model config (.json), local-dir:<folder>, hf-hub:<name>, or tracer-demo;
+            auto: the model that a run's weights name, else ViT-B-16-quickgelu.
+        pretrained: open_clip tag, local checkpoint file, folder of a run, or null for random weights; auto: the
+            model's own weights where it comes with them, random ones for a model config, else openai.
     """
 
-    model: str = "ViT-B-16-quickgelu"
-    pretrained: str | None = "openai"
+    model: str = "auto"
+    pretrained: str | None = "auto"
 
 
 @dataclass
@@ -77,12 +85,13 @@ class MethodSettings:
         method: tracer (contrastive + distillation from a moving teacher), flyp (contrastive only) or r-adapter
             (contrastive, linear adapters alone).
         teacher: moving average that teaches the student; only for method tracer.
-        teacher_every: optimizer steps between two moves of the average; default: 500 for ema, else 1.
+        teacher_every: optimizer steps between two moves of the average; default: 1, and for ema a fiftieth of the
+            steps, at most 500.
         wma_beta: β of the Beta(β, β) weights of the WMA teacher.
         ema_start: momentum m of the EMA teacher at its first move.
         ema_end: momentum m after its warm-up.
         ema_warmup: share of all steps over which m rises linearly.
-        adapters: train linear adapters alone, and fold them at the end; always so for method r-adapter.
+        adapters: train linear adapters alone, and fold them at the end; default: for method r-adapter alone.
         adapter_rank: rank of the adapters; default: full.
         adapter_drop: probability with which a training step drops an adapter, in [0, 1).
         adapter_momentum: m of the adapters' moving average, which is what is folded, in [0, 1); 0: no average.
@@ -111,7 +120,7 @@ class MethodSettings:
     ema_end: float = EMA.end
     ema_warmup: float = EMA.warmup
 
-    adapters: bool = False
+    adapters: bool | None = None
     adapter_rank: int | None = None
     adapter_drop: float = R_ADAPTER.drop
     adapter_momentum: float = R_ADAPTER.momentum
@@ -132,7 +141,7 @@ class MethodSettings:
     @property
     def adapted(self) -> bool:
         """Return whether adapters train instead of the model."""
-        return self.adapters or self.method == "r-adapter"
+        return self.method == "r-adapter" or bool(self.adapters)
 
     @property
     def penalised(self) -> bool:
@@ -141,7 +150,11 @@ class MethodSettings:
         return self.method == "tracer" and not self.adapted and bool(penalties)
 
     def validate(self) -> None:
-        """Raise UserError for the first setting of this section that is out of range."""
+        """Raise UserError for the first setting of this section that is out of range, or denies the method."""
+        if self.method == "r-adapter" and self.adapters is False:
+            raise UserError(
+                "--method r-adapter trains adapters, which --adapters false excludes: leave one of them out"
+            )
         check_ranges(
             self,
             {
@@ -171,7 +184,7 @@ class OptimisationSettings:
         lr: peak learning rate of AdamW; default: 5e-4 where adapters train, else 1e-5.
         weight_decay: weight decay of AdamW, not applied to gains, biases and the logit scale; default: 0 where
             adapters train, else 0.1.
-        warmup: steps of linear warm-up, then cosine to 0.
+        warmup: steps of linear warm-up, then cosine to 0; default: a quarter of the steps, at most 500.
         clip_grad: largest gradient norm; 0 switches clipping off.
         max_skipped: a step whose loss or gradient is not finite changes nothing and is counted; the run stops
             after this many of them in a row.
@@ -185,7 +198,7 @@ class OptimisationSettings:
     micro_batch: int | None = None
     lr: float | None = None
     weight_decay: float | None = None
-    warmup: int = TRACER.warmup
+    warmup: int | None = None
     clip_grad: float = 1.0
     max_skipped: int = 10
     crop_scale: float = 0.9
@@ -193,6 +206,7 @@ class OptimisationSettings:
     default_steps: ClassVar[int] = 2000
 
     def __post_init__(self) -> None:
+        as_paths(self)
         if self.steps is None and self.epochs is None:
             self.steps = self.default_steps
 
@@ -206,6 +220,11 @@ class OptimisationSettings:
         if self.steps is None:
             raise ValueError("the settings give epochs: resolve() them first")
         return self.steps
+
+    @property
+    def warmup_steps(self) -> int:
+        """Return the number of steps in which the learning rate rises."""
+        return min(TRACER.warmup, self.total_steps // 4) if self.warmup is None else self.warmup
 
     def micro_batches(self, ranks: int = 1) -> int:
         """Return the number of micro-batches into which each of so many ranks divides its pairs of a batch."""
@@ -229,7 +248,7 @@ class OptimisationSettings:
             raise UserError(
                 f"--steps {self.steps} and --epochs {self.epochs} exclude each other: give one of them"
             )
-        if self.steps is not None and self.warmup >= self.steps:
+        if self.steps is not None and self.warmup is not None and self.warmup >= self.steps:
             raise UserError(f"--warmup is {self.warmup}: it must be below --steps {self.steps}")
 
 
@@ -315,6 +334,10 @@ class RunSettings:
 
     Args:
         output: folder of the run; must not exist, and appears only when the run is complete.
+        eval_every: optimizer steps between two evaluations during the training; default: only at its end.
+        keep_best: evaluation set; best.safetensors keeps the student with the best accuracy on it so far. Takes
+            --eval_every.
+        log_to: where the scalars of each step go besides log.jsonl, as a list: tensorboard, csv, wandb, mlflow.
         save_every: optimizer steps between two checkpoints, from which the same command goes on after it was cut
             off; one more follows the last step.
         keep: how many of the newest checkpoints are kept until the run is complete. Where one is damaged, the run
@@ -327,11 +350,16 @@ class RunSettings:
     save_every: int = 500
     keep: int = 2
     restart: bool = False
+    eval_every: int | None = None
+    keep_best: str | None = None
+    log_to: list[Literal["tensorboard", "csv", "wandb", "mlflow"]] = field(
+        default_factory=lambda: ["tensorboard"]  # type: ignore[arg-type, list-item]
+    )
     seed: int = 0
 
     def validate(self) -> None:
         """Raise UserError for the first setting of this section that is out of range."""
-        check_ranges(self, {"at least 1": "save_every keep", "from 0 to 2147483647": "seed"})
+        check_ranges(self, {"at least 1": "save_every keep eval_every", "from 0 to 2147483647": "seed"})
 
 
 class Recipe(NamedTuple):
@@ -380,7 +408,7 @@ class Config(
         if self.epochs is None:
             return self
         steps = max(1, self.epochs * pictures // (self.batch_size * self.accumulation))
-        if self.warmup >= steps:
+        if self.warmup is not None and self.warmup >= steps:
             raise UserError(
                 f"--warmup is {self.warmup}: it must be below the {steps} steps that --epochs {self.epochs} makes "
                 f"of {pictures} pictures"
@@ -401,15 +429,68 @@ class Config(
         )
         for section in sections:
             section.validate(self)
+        if self.eval_every and not self.eval_data:
+            raise UserError(
+                f"--eval_every {self.eval_every} needs evaluation sets: give --eval_data.NAME PATH"
+            )
+        if self.keep_best and not self.eval_every:
+            raise UserError(
+                f"--keep_best {self.keep_best} needs --eval_every N, the steps between evaluations"
+            )
         if self.adapted and self.freezing:
             raise UserError(
                 f"{' '.join(self.freezing)} and adapters exclude each other: adapters freeze all the rest, and "
                 "--adapter_towers chooses the tower"
             )
 
+    @property
+    def moves_every(self) -> int:
+        """Return the number of optimizer steps between two moves of the teacher's average."""
+        if self.teacher_every is not None:
+            return self.teacher_every
+        return min(EMA.every, max(1, self.total_steps // 50)) if self.teacher == "ema" else WMA.every
+
+    def taken(self) -> dict[str, Any]:
+        """Return the value that each setting takes which was left to method, baseline or number of steps."""
+        values: dict[str, Any] = self.recipe._asdict() | {"adapters": self.adapted}
+        if self.steps is not None:
+            values |= {"warmup": self.warmup_steps, "teacher_every": self.moves_every}
+        values = {name: value for name, value in values.items() if getattr(self, name) is None}
+        return values | self._of_baseline()
+
+    def _of_baseline(self) -> dict[str, Any]:
+        """Return the settings that have the values of the chosen baseline."""
+        settings = BASELINES[self.baseline].settings if self.baseline else {}
+        return {name: value for name, value in settings.items() if getattr(self, name) == value}
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings as YAML and JSON have them; paths are absolute, to hold from any folder."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values |= {f.name: f.default for f in dataclasses.fields(self) if f.name in self._of_baseline()}
+        plain = {
+            name: _absolute(value) if isinstance(value, Path) else value for name, value in values.items()
+        }
+        plain["eval_data"] = {name: _absolute(path) for name, path in self.eval_data.items()}
+        for name in ("model", "pretrained", "templates"):  # names, or paths of files
+            if plain[name] and Path(plain[name]).exists():
+                plain[name] = _absolute(plain[name])
+        if self.model.startswith("local-dir:"):
+            plain["model"] = f"local-dir:{_absolute(self.model.removeprefix('local-dir:'))}"
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
     def to_yaml(self) -> str:
-        """Return the settings as YAML that ``--config`` reads back, with the recipe's values filled in."""
-        values = dataclasses.asdict(self) | self.recipe._asdict()
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
-        plain["eval_data"] = {name: str(path) for name, path in self.eval_data.items()}
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        """Return the settings as YAML that ``--config`` reads back.
+
+        What nobody chose stays unset, so that another ``--method`` brings its own values; the value that it took
+        stands beside it.
+        """
+        taken = self.taken()
+        lines = []
+        for name, value in self.plain().items():
+            text = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True).rstrip()
+            lines.append(f"{text}  # {taken[name]}" if name in taken else text)
+        return "\n".join(lines) + "\n"
+
+
+def _absolute(path: Path | str) -> str:
+    return str(path) if address_of(path) else os.path.abspath(path)

@@ -64,12 +64,13 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, kind: type[AdamW] = 
 
 
 def lr_schedule(config: Config, optimizer: Optimizer) -> LRScheduler:
-    """Return a linear warm-up over ``config.warmup`` steps, then a cosine to 0 at ``config.total_steps``."""
-    cosine = CosineAnnealingLR(optimizer, max(1, config.total_steps - config.warmup))
-    if not config.warmup:
+    """Return a linear warm-up over ``config.warmup_steps``, then a cosine to 0 at ``config.total_steps``."""
+    warmup = config.warmup_steps
+    cosine = CosineAnnealingLR(optimizer, max(1, config.total_steps - warmup))
+    if not warmup:
         return cosine
-    rise = LinearLR(optimizer, 1 / config.warmup, 1.0, total_iters=config.warmup)
-    return SequentialLR(optimizer, [rise, cosine], [config.warmup])
+    rise = LinearLR(optimizer, 1 / warmup, 1.0, total_iters=warmup)
+    return SequentialLR(optimizer, [rise, cosine], [warmup])
 
 
 @contextmanager

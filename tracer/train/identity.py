@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tracer.data.build import read_index
 from tracer.data.content import content
 from tracer.data.index import Index
@@ -19,13 +17,14 @@ from tracer.data.text import read_templates
 from tracer.evaluation.recognise import read_sets
 from tracer.files import digest_of
 from tracer.machine import compute_device, resolve_precision, versions
+from tracer.models.choice import choose_model
 from tracer.models.clip import openai_templates, source_files
 from tracer.train.config import Config
 
 # Settings that say where and how fast a run works, and change nothing in its result.
 WITHOUT_EFFECT = (
     "output", "save_every", "keep", "restart", "max_skipped", "max_bad", "cache", "cache_gb", "workers", "timeout",
-    "heartbeat",
+    "heartbeat", "log_to",
 )  # fmt: skip
 # Settings that name data and files: what these hold decides, not where they lie.
 PLACES = ("train_data", "eval_data", "classes", "deepspeed")
@@ -101,30 +100,33 @@ def identity_of(config: Config) -> Identity:
     """Return what decides the result of the run that ``config`` describes."""
     index = training_index(config)
     config = config.resolve(len(index))
-    settings = yaml.safe_load(config.to_yaml()) | {"precision": resolve_precision(config.precision)}
+    settings = config.plain() | config.taken() | {"precision": resolve_precision(config.precision)}
+    settings["model"], settings["pretrained"] = model, pretrained = choose_model(
+        config.model, config.pretrained
+    )
     settings["loader"] = choose(config, compute_device())[0]
     settings = {n: v for n, v in settings.items() if n not in (*WITHOUT_EFFECT, *PLACES)}
     files = {"--train_data": content(index, config.cache)}
-    for each in read_sets(config.eval_data, config, config.classes, index):
+    for each in read_sets(config.eval_data, config, config.classes, index, config.prompt_template):
         files[f"--eval_data.{each.name}"] = content(each.index, config.cache)
     for option, given in (("--classes", config.classes), ("--deepspeed", config.deepspeed)):
         if given is not None and given.is_file():
             files[option] = digest_of(given)
-    files |= _start_files(config, settings)
+    files |= _start_files(model, pretrained, settings)
     if config.templates and Path(config.templates).is_file():
         settings["templates"] = "a file"  # the index holds them
     return Identity(settings, files, versions())
 
 
-def _start_files(config: Config, settings: dict[str, Any]) -> dict[str, str]:
+def _start_files(model: str, pretrained: str | None, settings: dict[str, Any]) -> dict[str, str]:
     """Return the digests of the files that the model is made of, and take their paths out of ``settings``."""
     files: dict[str, list[str]] = {}
-    for path in source_files(config.model, config.pretrained):
-        own = config.pretrained is not None and path == Path(config.pretrained)
+    for path in source_files(model, pretrained):
+        own = pretrained is not None and path == Path(pretrained)
         files.setdefault("--pretrained" if own else "--model", []).append(digest_of(path))
     if "--pretrained" in files:
         settings["pretrained"] = "a file"
-    if config.model.endswith(".json") or config.model.startswith("local-dir:"):
+    if model.endswith(".json") or model.startswith("local-dir:"):
         settings["model"] = "a file"
     return {option: "".join(digests) for option, digests in files.items()}
 

@@ -1,24 +1,26 @@
-"""Write down the scalars of every training step, as JSON lines and for TensorBoard."""
+"""Write down the scalars of every training step, as JSON lines and with the loggers that the user chose."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from tracer.errors import UserError
 from tracer.files import whole_file
+from tracer.train.loggers import LOGGERS, Logger
 
 
 class StepLog:
-    """A log with a row of scalars per optimizer step, in ``log.jsonl`` and under ``tensorboard/``.
+    """A log with a row of scalars per optimizer step, in ``log.jsonl`` and in each of the ``loggers``.
 
     Device tensors stay on the device until ``every`` steps have gathered, so that logging does not make the
     host wait for the GPU at each step.
@@ -27,6 +29,8 @@ class StepLog:
         folder: the run's; the log of an earlier attempt in it is continued. None writes nothing, and only counts.
         after: steps of that log that still hold; the rows of later ones are dropped, in TensorBoard too.
         every: steps between two writes.
+        loggers: names of :data:`tracer.train.loggers.LOGGERS`.
+        settings: of the run, which some loggers show.
 
     Attributes:
         skipped: how many of all rows tell of a skipped step (``skipped`` is 1).
@@ -37,13 +41,22 @@ class StepLog:
         UserError: the earlier log has fewer rows than ``after``.
     """
 
-    def __init__(self, folder: Path | None, after: int = 0, every: int = 25):
+    def __init__(
+        self,
+        folder: Path | None,
+        after: int = 0,
+        every: int = 25,
+        loggers: Sequence[str] = ("tensorboard",),
+        settings: Mapping[str, Any] | None = None,
+    ):
         self.every = every
+        self._loggers: list[Logger] = []
         self._rows: list[tuple[int, dict[str, Tensor | float]]] = []
         self.skipped = self.skipped_in_a_row = 0
         self._file: TextIO | None = None
         if folder is not None:
             self._open(folder, after)
+            self._loggers = [LOGGERS[name](folder, after, settings or {}) for name in loggers]
 
     def _open(self, folder: Path, after: int) -> None:
         path = folder / "log.jsonl"
@@ -56,8 +69,6 @@ class StepLog:
         for row in read_log(folder):
             self._count(row)
         self._file = path.open("a")
-        purge = {"purge_step": after + 1} if after else {}
-        self._board = SummaryWriter(str(folder / "tensorboard"), **purge)
 
     def write(self, step: int, values: Mapping[str, Tensor | float]) -> None:
         """Note the values of one step: numbers, or tensors of one element.
@@ -78,23 +89,24 @@ class StepLog:
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
     def flush(self) -> None:
-        """Write the gathered rows to both logs."""
+        """Write the gathered rows to all logs."""
         if self._file is None:
             return
         for step, values in self._rows:
             scalars = {name: float(value) for name, value in values.items()}
             scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
             self._file.write(json.dumps({"step": step, **scalars}, allow_nan=False) + "\n")
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
+            for logger in self._loggers:
+                logger.add(step, scalars)
         self._rows.clear()
         self._file.flush()
 
     def sync(self) -> None:
-        """Wait until all rows so far are on the disk, and in TensorBoard's file."""
+        """Wait until all rows so far are on the disk, and with the loggers."""
         self.flush()
         if self._file is not None:
-            self._board.flush()
+            for logger in self._loggers:
+                logger.flush()
             os.fsync(self._file.fileno())
 
     def __enter__(self) -> StepLog:
@@ -106,7 +118,31 @@ class StepLog:
             self.flush()
             if self._file is not None:
                 self._file.close()
-                self._board.close()
+                for logger in self._loggers:
+                    logger.close()
+
+
+class Shown:
+    """Shows loss and pairs per second in a bar, at most once a second: reading the loss waits for the GPU.
+
+    Args:
+        bar: of the steps.
+        pairs: of a step.
+    """
+
+    def __init__(self, bar: tqdm, pairs: int) -> None:
+        self._bar, self._pairs = bar, pairs
+        self._time, self._steps = time.perf_counter(), 0
+
+    def update(self, loss: Tensor | float, skipped: int) -> None:
+        """Note a step, and show it if the last one is a second old."""
+        self._steps += 1
+        passed = time.perf_counter() - self._time
+        if passed < 1 or self._bar.disable:
+            return
+        about = {"loss": f"{float(loss):.3f}", "pairs/s": f"{self._steps * self._pairs / passed:.0f}"}
+        self._bar.set_postfix(about | ({"skipped": skipped} if skipped else {}))
+        self._time, self._steps = time.perf_counter(), 0
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

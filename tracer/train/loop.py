@@ -48,16 +48,15 @@ from tracer.train.engine import (
     start_engine,
 )
 from tracer.train.extras import Extras
-from tracer.train.log import StepLog
+from tracer.train.log import Shown, StepLog
 from tracer.train.ranks import ranks
+from tracer.train.scoring import Scorer, Weights
 from tracer.train.stop import StopHere, StopRequest, stop_requests
 
 if TYPE_CHECKING:
     from tracer.train.engine import DeepSpeedEngine
 
 MEASURE_EVERY = 5  # optimizer steps between two measurements of the loss's diagnostics and of the teacher gap
-
-Weights = dict[str, Tensor]  # a state dict in float32
 
 
 class Averages(NamedTuple):
@@ -261,8 +260,24 @@ def means(measured: Sequence[Mapping[str, Tensor | float]]) -> dict[str, Tensor 
     }
 
 
-def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: Checkpoints) -> Trained:
-    """Train ``clip.model`` on the pictures of ``index``, from the last checkpoint on."""
+def train(
+    config: Config,
+    clip: Clip,
+    index: Index,
+    log: StepLog,
+    checkpoints: Checkpoints,
+    scorer: Scorer | None = None,
+    title: str = "",
+) -> Trained:
+    """Train ``clip.model`` on the pictures of ``index``, from the last checkpoint on.
+
+    Args:
+        config, clip, index: what is trained how on what.
+        log: of the steps.
+        checkpoints: of the run.
+        scorer: of the first rank, for evaluations during the training.
+        title: of the bar.
+    """
     torch.manual_seed(config.seed)
     trainer = Trainer(config, clip.model)
     engine, averages = trainer.engine, trainer.averages
@@ -270,26 +285,10 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
     done, total = checkpoints.step, config.total_steps
     here = ranks()
     skipped = Skipped(len(index), config.max_bad, checkpoints.skipped)
-    batches = iter(
-        TrainingBatches(
-            index,
-            clip,
-            batch_size=config.batch_size,
-            steps=total * config.accumulation,
-            first=done * config.accumulation,
-            seed=config.seed,
-            crop_scale=config.crop_scale,
-            workers=config.workers,
-            device=engine.device,
-            rank=here.rank,
-            world_size=here.size,
-            loading=config,
-            variation=Variation(config.crop_scale, config.flip, config.color_jitter, config.shuffle_window),
-            skipped=skipped,
-        )
-    )
+    batches = iter(_batches(config, clip, index, done, engine.device, skipped))
     steps = range(done + 1, total + 1)
-    bar = tqdm(steps, desc=config.output.name, unit="step", initial=done, total=total, disable=not here.first)
+    bar = tqdm(steps, desc=title, unit="step", initial=done, total=total, disable=not here.first)
+    shown = Shown(bar, config.batch_size * config.accumulation)
 
     def save(step: int) -> None:
         here.watch.at(step, "saves")
@@ -303,9 +302,11 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
             for step in bar:
                 measure = step % MEASURE_EVERY == 0 or step == total
                 scalars = trainer.step(step, islice(batches, config.accumulation), measure, request.point)
+                if config.eval_every and (step % config.eval_every == 0 or step == total):
+                    here.watch.at(step, "evaluates")
+                    scalars |= evaluate_now(step, engine, averages, scorer)
                 log.write(done := step, scalars)
-                if log.skipped:
-                    bar.set_postfix(skipped=log.skipped)
+                shown.update(scalars["loss"], log.skipped)
                 if log.skipped_in_a_row >= config.max_skipped:
                     _end_not_finite(trainer, step, log.skipped_in_a_row, index)
                 if step % config.save_every == 0 or step == total:
@@ -319,15 +320,53 @@ def train(config: Config, clip: Clip, index: Index, log: StepLog, checkpoints: C
         raise _stopped(request, done, total)
     if log.skipped == total:
         _end_not_finite(trainer, total, total, index)
-    last = full_weights(engine)
+    last, student, teacher = gathered(engine, averages)
     trained = Trained(
-        student=averages.student.gather() if averages.student else last,
-        teacher=averages.teacher.gather() if averages.teacher else None,
+        student=student,
+        teacher=teacher,
         last=last,
         sizes=optimizer_sizes(engine) | {"checkpoint_bytes": checkpoints.nbytes()},
     )
     engine.destroy()  # its hooks would keep model and optimizer in memory, in a comparison for every run
     return trained
+
+
+def _batches(
+    config: Config, clip: Clip, index: Index, done: int, device: torch.device, skipped: Skipped
+) -> TrainingBatches:
+    """Return the batches of the steps after ``done``."""
+    here = ranks()
+    return TrainingBatches(
+        index,
+        clip,
+        batch_size=config.batch_size,
+        steps=config.total_steps * config.accumulation,
+        first=done * config.accumulation,
+        seed=config.seed,
+        crop_scale=config.crop_scale,
+        workers=config.workers,
+        device=device,
+        rank=here.rank,
+        world_size=here.size,
+        loading=config,
+        variation=Variation(config.crop_scale, config.flip, config.color_jitter, config.shuffle_window),
+        skipped=skipped,
+    )
+
+
+def gathered(engine: DeepSpeedEngine, averages: Averages) -> tuple[Weights, Weights, Weights | None]:
+    """Return the last step's weights, the student's to keep, and the teacher's; call it on every rank."""
+    last = full_weights(engine)
+    student = averages.student.gather() if averages.student else last
+    return last, student, averages.teacher.gather() if averages.teacher else None
+
+
+def evaluate_now(
+    step: int, engine: DeepSpeedEngine, averages: Averages, scorer: Scorer | None
+) -> dict[str, float]:
+    """Return the scores of the present weights as scalars to log, measured by the first rank; call it on all."""
+    _, student, teacher = gathered(engine, averages)
+    return ranks().once(lambda: scorer.during(step, student, teacher) if scorer else {})
 
 
 def _stopped(request: StopRequest, done: int, total: int) -> Stopped:
@@ -374,10 +413,9 @@ def moving_averages(config: Config, engine: DeepSpeedEngine) -> Averages:
 
 def teacher_schedule(config: Config) -> Schedule:
     """Return the teacher's schedule that ``config`` names."""
+    every = config.moves_every
     if config.teacher == "ema":
-        every = config.teacher_every or recipes.EMA.every
         return EMA(config.total_steps, config.ema_start, config.ema_end, config.ema_warmup, every)
-    every = config.teacher_every or recipes.WMA.every
     if config.teacher == "wma":
         return WMA(config.total_steps, config.wma_beta, every)
     return Uniform(every) if config.teacher == "uniform" else Frozen()

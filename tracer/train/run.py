@@ -5,27 +5,30 @@ from __future__ import annotations
 import os
 import socket
 import time
+import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from tracer.adapters import TOWERS, Share, adapter_state, add_adapters, fold, save_adapters
-from tracer.data.decoded import DecodedPictures
+from tracer.adapters import TOWERS, Share, add_adapters, save_adapters
+from tracer.data.build import check_sources
 from tracer.data.index import Index
 from tracer.data.loader import announce, choose
 from tracer.errors import UserError
-from tracer.evaluation.recognise import check_prompts, read_sets
-from tracer.evaluation.scores import Scores
+from tracer.evaluation.recognise import check_eval_data, check_prompts, read_sets
+from tracer.evaluation.record import digest_of_start, head, sentences
 from tracer.evaluation.sets import EvaluationSet
-from tracer.evaluation.zero_shot import evaluate_sets
 from tracer.files import (
     aside,
     check_ours,
     check_output,
+    digest_of,
     is_marked,
     remove_folder,
     remove_tree,
@@ -36,17 +39,21 @@ from tracer.files import (
 )
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.architecture import Architecture
+from tracer.models.choice import check_model
 from tracer.models.clip import contrast_of, load_clip
 from tracer.models.freezing import freeze, lock_batchnorm, locked_buffers, trained_batchnorm
 from tracer.models.towers import checkpoint_activations
 from tracer.models.weights import first_not_finite, save_weights
+from tracer.train.cautions import cautions_of_sizes, idle_options, resting_averages
 from tracer.train.checkpoint import WHOLE, Checkpoints
 from tracer.train.config import Config
 from tracer.train.engine import deepspeed_settings
 from tracer.train.identity import IDENTITY, Identity, differences_from, identity_of, training_index
-from tracer.train.log import StepLog
-from tracer.train.loop import Trained, Weights, train
+from tracer.train.log import StepLog, read_log
+from tracer.train.loggers import check_loggers
+from tracer.train.loop import Trained, train
 from tracer.train.ranks import Ranks, check_batch_size, join, ranks
+from tracer.train.scoring import BEST, Baseline, Scorer, Weights, whole_models
 from tracer.train.start import check_compiler, check_shared
 
 
@@ -55,7 +62,8 @@ class RunRecord:
     """What ``run.json`` keeps about a finished run.
 
     ``seconds`` counts all attempts. ``precision`` is the one used, never auto. ``sizes`` are in parameters and
-    bytes. ``fingerprint`` is :func:`fingerprint` of the settings.
+    bytes. ``fingerprint`` is :func:`fingerprint` of the settings. ``notices`` are the sentences that were printed
+    as warnings about the settings and the evaluation sets.
     """
 
     seconds: float
@@ -63,12 +71,27 @@ class RunRecord:
     sizes: dict[str, int]
     versions: dict[str, str]
     fingerprint: str
+    notices: list[str]
 
 
-def finetune(config: Config) -> Path:
+class Series(NamedTuple):
+    """What a run knows of the series of runs that it is part of.
+
+    ``title`` stands in the bar; ``baseline`` has the scores of the start that the runs share.
+    """
+
+    title: str
+    baseline: Baseline | None
+
+
+def finetune(config: Config, series: Series | None = None) -> Path:
     """Fine-tune as ``config`` says, evaluate, and return the folder of the run.
 
     A run that was cut off goes on from its last checkpoint, and ends as if it had not been.
+
+    Args:
+        config: the settings.
+        series: given where the settings are those of several methods, so that some have no effect on this run.
 
     Raises:
         UserError: anything in the settings or the data that the user can mend.
@@ -76,24 +99,26 @@ def finetune(config: Config) -> Path:
     config.validate()
     here = join(config.timeout)
     with here.quiet(), here.watched(config.heartbeat):
-        return _finetune(config, here)
+        return _finetune(config, here, series)
 
 
-def _finetune(config: Config, here: Ranks) -> Path:
+def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
     started = time.perf_counter()
     check_batch_size(config.batch_size, here.size)
     here.agree(lambda: check_compiler(config))
     here.once(lambda: _check_folders(config))
+    here.once(lambda: _check_names(config))
     choose(config, compute_device())  # refuses a loader that is missing
     # The data first: most mistakes are made there. One rank builds an index, the others find it in the cache.
     index = here.leaders_first(lambda: training_index(config))
     sets = here.agree(lambda: _read_evaluation(config, index) if here.first else [])
     here.agree(lambda: deepspeed_settings(config))
     config = config.resolve(len(index))
+    notices = here.once(lambda: _notices(config, sets, series))
     torch.manual_seed(config.seed)  # for random initial weights, and for adapters of a given rank
     clip = here.leaders_first(lambda: load_clip(config.model, config.pretrained))
     check_prompts(sets, clip.tokenizer)
-    start = clip.model.state_dict()  # stays float32, whatever the engine does to the model
+    start = {name: value.clone() for name, value in clip.model.state_dict().items()}
     prepare(config, clip.model)
     with ExitStack() as stack:
         own = here.leaders_first(lambda: identity_of(config))
@@ -105,29 +130,36 @@ def _finetune(config: Config, here: Ranks) -> Path:
         checkpoints = Checkpoints(folder, identity, started, config.keep)
         if checkpoints.step:
             tqdm.write(f"'{folder}': going on after step {checkpoints.step} of {config.steps}")
-        with here.agree(lambda: StepLog(folder if here.first else None, after=checkpoints.step)) as log:
+        with here.agree(lambda: start_log(config, folder if here.first else None, checkpoints.step)) as log:
             log.skipped, log.skipped_in_a_row = here.once(lambda: [log.skipped, log.skipped_in_a_row])
             if here.first:
                 announce(index, clip.picture_format, config, compute_device())
                 (folder / "config.yaml").write_text(config.to_yaml())
-            trained = train(config, clip, index, log, checkpoints)
-        if not here.first:
+                note_start(config, index, sets, here)
+            scorer = _scorer(config, sets, start, folder, series) if here.first else None
+            title = series.title if series else config.output.name
+            trained = train(config, clip, index, log, checkpoints, scorer, title)
+        if scorer is None:  # another rank than the first
             return config.output
         frozen = {n: start[n] for n in _frozen(clip.model)}
         name, architecture = clip.name, clip.architecture
         del clip  # frees the engine's weights, to which its model is tied
         weights = _export(config, _exact(trained, frozen), start, folder, name, architecture)
-        write_json(folder / "metrics.json", _evaluate(config, weights, sets))
+        if scorer.best:
+            weights["best"] = load_file(folder / BEST)
+        about = _head(config, name, weights, sets, start, folder)
+        write_json(folder / "metrics.json", {**about, "kind": "metrics", "scores": scorer.scores(weights)})
         record = RunRecord(
             seconds=checkpoints.seconds,
             precision=resolve_precision(config.precision),
             sizes=trained.sizes | {f"{p.stem}_bytes": p.stat().st_size for p in folder.glob("*.safetensors")},
             versions=versions(),
             fingerprint=identity,
+            notices=notices,
         )
         if config.adapted:
             _print_sizes(record.sizes)
-        write_json(folder / "run.json", asdict(record))
+        write_json(folder / "run.json", {**about, **asdict(record)})
         sync(folder)
     for checkpoint in config.output.glob("checkpoint-*"):
         if is_marked(checkpoint):
@@ -170,9 +202,41 @@ def _claim(output: Path, identity: Identity, stack: ExitStack) -> None:
         write_json(file, asdict(identity))
 
 
+def _check_names(config: Config) -> None:
+    """Refuse loggers, data and models that are not there, before any is read."""
+    check_loggers(config.log_to)
+    check_sources([config.train_data])
+    check_eval_data(config.eval_data)
+    check_model(config.model, config.pretrained)
+
+
 def _read_evaluation(config: Config, index: Index) -> list[EvaluationSet]:
     """Return the evaluation sets; those of the user's own have the classes of --classes or the training data."""
-    return read_sets(config.eval_data, config, config.classes, index)
+    sets = read_sets(config.eval_data, config, config.classes, index, config.prompt_template)
+    names = [each.name for each in sets]
+    if config.keep_best and config.keep_best not in names:
+        raise UserError(
+            f"--keep_best {config.keep_best} names no evaluation set: the sets are {', '.join(names)}"
+        )
+    return sets
+
+
+def _notices(config: Config, sets: list[EvaluationSet], series: Series | None) -> list[str]:
+    """Print what the user should know before the training, and return it."""
+    idle = [] if series else idle_options(config)
+    notices = [*idle, *resting_averages(config), *cautions_of_sizes(sets)]
+    for text in notices:
+        warnings.warn(text, stacklevel=2)
+    return notices
+
+
+def _scorer(
+    config: Config, sets: list[EvaluationSet], start: Weights, folder: Path, series: Series | None
+) -> Scorer:
+    """Return what scores this run's weights, with the best of an earlier attempt."""
+    scorer = Scorer(config, sets, start, folder, series.baseline if series else None)
+    scorer.remember(read_log(folder))
+    return scorer
 
 
 def prepare(config: Config, model: nn.Module) -> None:
@@ -185,7 +249,6 @@ def prepare(config: Config, model: nn.Module) -> None:
         nn.init.constant_(model.get_parameter("logit_bias"), config.logit_bias)
     if config.adapted:
         tqdm.write(str(adapt(config, model)))
-        _warn_of_a_slow_average(config)
     freeze(model, config.freeze, config.freeze_image_blocks, config.freeze_text_blocks)
     if config.freezing:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -224,15 +287,6 @@ def adapt(config: Config, model: nn.Module) -> Share:
         raise UserError(f"{error} (--adapter_towers, --adapter_rank, --method)") from error
 
 
-def _warn_of_a_slow_average(config: Config) -> None:
-    reached = 1 - config.adapter_momentum**config.total_steps
-    if reached < 0.8:
-        tqdm.write(
-            f"the adapters' average will hold {reached:.0%} of them: with so few steps, "
-            f"choose an --adapter_momentum below {config.adapter_momentum:g}"
-        )
-
-
 def _exact(trained: Trained, frozen: Weights) -> Trained:
     """Return the trained weights with the ``frozen`` ones as they were: a bf16 engine has rounded them.
 
@@ -262,30 +316,48 @@ def _export(
     Each file describes its ``architecture``. Adapters are written by themselves, with the name of their ``model``,
     and folded into the weights of ``start``.
     """
-    weights = {"student": trained.student}
-    if trained.teacher is not None:
-        weights["teacher"] = trained.teacher
+    weights = whole_models(config, start, trained.student, trained.teacher)
     if config.adapted:
         save_adapters(trained.student, folder / "adapters.safetensors", model)
         save_adapters(trained.last, folder / "adapters_last.safetensors", model)
-        weights = {n: fold(start | adapter_state(w), config.adapter_alpha) for n, w in weights.items()}
     for name, state in weights.items():
         save_weights(state, folder / f"{name}.safetensors", architecture.metadata())
     return weights
 
 
-def _evaluate(config: Config, weights: dict[str, Weights], sets: list[EvaluationSet]) -> dict[str, Scores]:
-    """Return the scores of each model on every set, in a fresh copy of the architecture."""
-    if not sets:
-        return {}
-    clip = load_clip(config.model, config.pretrained)
-    clip.model.to(compute_device())
-    scores, decoded = {}, DecodedPictures(loading=config)
-    for name, state in weights.items():
-        clip.model.load_state_dict(state)
-        scored = evaluate_sets(clip, sets, workers=config.workers, decoded=decoded, max_bad=config.max_bad)
-        scores[name] = {each: result.score for each, result in scored.items()}
-    return scores
+def start_log(config: Config, folder: Path | None, after: int) -> StepLog:
+    """Return the log of a run, with the loggers that its settings name."""
+    return StepLog(folder, after, loggers=config.log_to, settings=config.plain() | config.taken())
+
+
+def _head(
+    config: Config,
+    model: str,
+    weights: dict[str, Weights],
+    sets: list[EvaluationSet],
+    start: Weights,
+    folder: Path,
+) -> dict[str, Any]:
+    """Return what the files of results of a run begin with."""
+    digests: dict[str, str | None] = {"zero-shot": digest_of_start(config.model, config.pretrained, start)}
+    digests |= {name: digest_of(folder / f"{name}.safetensors") for name in weights}
+    return head("run", model, digests, sets)
+
+
+def note_start(config: Config, index: Index, sets: list[EvaluationSet], here: Ranks) -> None:
+    """Print what is about to be trained, on what, and for how long."""
+    classes = f"{len(index.classes)} classes, " if index.classes else ""
+    captions = len(index.columns.captions)
+    pairs = config.total_steps * config.batch_size * config.accumulation
+    method = config.method + (f" with a {config.teacher} teacher" if config.method == "tracer" else "")
+    ranks_ = f" on {here.size} ranks" if here.size > 1 else ""
+    tqdm.write(
+        f"{method}: {len(index)} pictures, {classes}{captions or 'no'} captions; {config.total_steps} steps of "
+        f"{config.batch_size * config.accumulation} pairs, {pairs / len(index):.3g} epochs; "
+        f"{compute_device().type}{ranks_}, {resolve_precision(config.precision)}"
+    )
+    for text in sentences(sets):
+        tqdm.write(f"evaluation of {text}")
 
 
 def _print_sizes(sizes: dict[str, int]) -> None:

@@ -32,7 +32,7 @@ SLOW_FACTOR, SLOW_LEAST = 1.5, 0.05  # a step's own work: times the median of al
 SLOW_STEPS = 10  # steps over which that is measured
 REPORT_EVERY = 300.0  # seconds between two reports of the same kind about a rank
 KILLED = "its process has ended without a word: it was killed, perhaps for want of memory"
-PHASES = ("starts", "loads its pictures", "computes", "saves")
+PHASES = ("starts", "loads its pictures", "computes", "evaluates", "saves")
 
 
 class Watch:

@@ -1,0 +1,123 @@
+"""The scores of a run: of its start, of what it trains, and during the training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from tracer.adapters import adapter_state, fold
+from tracer.data.decoded import DecodedPictures
+from tracer.evaluation.scores import Scored, Scores, add_gains, finite
+from tracer.evaluation.sets import EvaluationSet
+from tracer.evaluation.zero_shot import evaluate_sets
+from tracer.machine import compute_device
+from tracer.models.clip import Clip, load_clip
+from tracer.models.weights import save_weights
+from tracer.train.config import Config
+
+Weights = dict[str, Tensor]  # a state dict in float32
+
+Baseline = dict[str, Scored]  # the start's scores by set, with what they were made of
+
+BEST = "best.safetensors"  # the file of --keep_best
+
+
+def whole_models(
+    config: Config, start: Weights, student: Weights, teacher: Weights | None
+) -> dict[str, Weights]:
+    """Return whole models by the names of their files; adapters are folded into ``start``."""
+    weights = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    if config.adapted:
+        weights = {n: fold(start | adapter_state(w), config.adapter_alpha) for n, w in weights.items()}
+    return weights
+
+
+class Scorer:
+    """Scores weights of a run's model in a copy of the architecture, which is built when it is first needed.
+
+    Args:
+        config: settings of the run.
+        sets: the evaluation sets.
+        start: weights before the training.
+        folder: of the run, for the best weights.
+        baseline: the start's scores, where they are known.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        sets: list[EvaluationSet],
+        start: Weights,
+        folder: Path,
+        baseline: Baseline | None = None,
+    ) -> None:
+        self.config, self.sets, self.start, self.folder = config, sets, start, folder
+        self.best: tuple[int, float] | None = None  # step and value of the weights in BEST
+        self._baseline: Baseline | None = baseline
+        self._clip: Clip | None = None
+        self._decoded = DecodedPictures(loading=config)
+
+    @property
+    def baseline(self) -> Baseline:
+        """Return the start's scores, measured at the first call."""
+        if self._baseline is None:
+            self._baseline = self._measure(self.start)
+        return self._baseline
+
+    def scores(self, weights: dict[str, Weights]) -> dict[str, Scores]:
+        """Return the scores of the start, named zero-shot, and of each model with its gains above the start."""
+        if not self.sets:
+            return {}
+        scored = {"zero-shot": self.baseline}
+        for name, state in weights.items():
+            scored[name] = self._measure(state)
+            add_gains(scored[name], self.baseline)
+        return {
+            model: {of: finite(each.score) for of, each in sets.items()} for model, sets in scored.items()
+        }
+
+    def during(self, step: int, student: Weights, teacher: Weights | None) -> dict[str, float]:
+        """Return the scalars to log of the weights after a step, and keep them if they are the best so far."""
+        models = whole_models(self.config, self.start, student, teacher)
+        rows: dict[str, float] = {}
+        for name, state in models.items():
+            for of, each in self._measure(state).items():
+                measures = dict.fromkeys([each.score["measure"], "accuracy", "ece"])
+                rows |= {f"eval/{name}/{of}/{m}": each.score[m] for m in measures if m in each.score}
+        if self.config.keep_best:
+            value = rows[self._best_key]
+            if self.best is None or value > self.best[1]:
+                self.best = step, value
+                save_weights(models["student"], self.folder / BEST, self._loaded().architecture.metadata())
+        return rows
+
+    def remember(self, rows: list[dict[str, float]]) -> None:
+        """Take up the best so far from the rows of an earlier attempt's log."""
+        for row in rows if self.config.keep_best else ():
+            value = row.get(self._best_key)
+            if value is not None and (self.best is None or value > self.best[1]):
+                self.best = int(row["step"]), value
+
+    @property
+    def _best_key(self) -> str:
+        """The logged scalar by which the best weights are chosen: the measure by which the set is published."""
+        (kept,) = (each for each in self.sets if each.name == self.config.keep_best)
+        return f"eval/student/{kept.name}/{kept.measure}"
+
+    def _measure(self, state: Weights) -> Baseline:
+        clip = self._loaded()
+        clip.model.load_state_dict(state)
+        return evaluate_sets(
+            clip,
+            self.sets,
+            workers=self.config.workers,
+            decoded=self._decoded,
+            max_bad=self.config.max_bad,
+        )
+
+    def _loaded(self) -> Clip:
+        if self._clip is None:
+            self._clip = load_clip(self.config.model, self.config.pretrained)
+            self._clip.model.to(compute_device())
+        return self._clip
