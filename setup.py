@@ -52,6 +52,8 @@ setup(
             "pandas>=2",  # these two for open_clip's own training script
             "webdataset>=0.2.86",
             "transformers>=4.57",  # open_clip's text towers from Hugging Face
+            "wandb>=0.18",
+            "mlflow-skinny>=2.16",
         ],
         "docs": ["mkdocs>=1.6", "mkdocstrings[python]>=0.29"],
         "bench": [
