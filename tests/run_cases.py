@@ -71,6 +71,7 @@ def settings() -> Config:
         precision="fp32",
         projection_orthogonal=0.01,
         adapter_momentum=0.5,
+        heartbeat=120,  # a busy machine that runs tests may be slow
     )
 
 
