@@ -50,9 +50,10 @@ def test_every_architecture_and_kernel_is_there(found):
     assert {r["architecture"] for r in found} == set(ARCHITECTURES)
     for arch in ARCHITECTURES:
         kernels = {(r["kernel"], r["products"]) for r in found if r["architecture"] == arch}
-        kinds = ("forward", "forward with stats", "backward")
-        merged = ("combine of forward", "combine of forward with stats")
-        assert kernels == {(kind, count) for kind in kinds + merged for count in ("one", "several")} | {
+        merged = ("forward", "forward with stats", f"forward, {machine_code.ONE_WAY}")
+        backward = ("backward", f"backward, {machine_code.ONE_WAY}", f"backward, {machine_code.SIGMOID}")
+        kinds = (*merged, *backward, *(f"combine of {kind}" for kind in merged))
+        assert kernels == {(kind, count) for kind in kinds for count in ("one", "several")} | {
             ("moving average", "none")
         }
 
