@@ -34,6 +34,7 @@ from benchmarks.rank_worker import GATHERED, MESH, RING, Plan
 from tracer._mesh import default_shape
 
 MEASURED = ("clip", "full")
+QUICK = 1024  # pairs
 
 
 def measure(
@@ -54,20 +55,36 @@ def measure(
     """
     ranks = ranks or ([2] if quick else [1, 2, 4])
     cases, precisions = cases or list(MEASURED), precisions or (["fp32"] if quick else ["fp32", "bf16"])
-    pairs, repeats = (min(pairs, 1024), min(repeats, 3)) if quick else (pairs, repeats)
+    pairs, repeats = (min(pairs, QUICK), min(repeats, 3)) if quick else (pairs, repeats)
     if unknown := [*({*cases} - {*MEASURED}), *({*precisions} - {"fp32", "bf16"})]:
         raise SystemExit(f"unknown {', '.join(unknown)}: cases are clip and full; precisions fp32 and bf16")
     if odd := [world for world in ranks if pairs % world]:
         raise SystemExit(f"{pairs} pairs do not divide over {odd[0]} ranks: choose another --pairs")
     rows = []
+    small = (
+        [QUICK] if pairs > QUICK and not quick else []
+    )  # the check of a quick run compares with these rows
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        expected = {case: _expected(case, pairs, width, Path(folder)) for case in cases}
+        expected = {
+            (case, size): _expected(case, size, width, Path(folder))
+            for case in cases
+            for size in (*small, pairs)
+        }
         for world_size in ranks:
             progress(f"ranks: {world_size}, {', '.join(cases)}")
             plans = [
-                Plan(case, precision, pairs, width, _competitors(case, world_size), expected[case], repeats)
+                Plan(
+                    case,
+                    precision,
+                    size,
+                    width,
+                    _competitors(case, world_size),
+                    expected[case, size],
+                    repeats,
+                )
                 for case in cases
                 for precision in precisions
+                for size in (*(small if (world_size, precision) == (2, "fp32") else ()), pairs)
             ]
             rows += _run(world_size, plans, Path(folder))
     return {"pairs": pairs, "width": width, "rows": rows}
@@ -82,7 +99,7 @@ def _expected(case: str, pairs: int, width: int, folder: Path) -> str:
     """Write the loss and gradients of the whole batch on one process, by the case's baseline, to a file."""
     step = Problem(pairs, width, device="cpu").step(case, baseline(case), "fp32")
     step()
-    path = folder / f"{case}.pt"
+    path = folder / f"{case}-{pairs}.pt"
     torch.save(step.result(), path)
     return str(path)
 
@@ -126,6 +143,7 @@ def report(results: dict[str, Any]) -> str:
             lines.append([
                 CASES[row["case"]],
                 row["precision"],
+                str(row["pairs"]),
                 str(row["ranks"]),
                 _named(row, name),
                 str(Timing(**entry["time"])),
@@ -134,8 +152,8 @@ def report(results: dict[str, Any]) -> str:
                 f"{entry['units']:.2f}",
                 f"{entry['received'] / 2**20:.2f}",
             ])  # fmt: skip
-    header = ["", "", "ranks", "", "step (measured)", "faster", "MiB (counted)", "products (counted)"]
-    size = f"N {results['pairs']} over all ranks, D {results['width']}"
+    header = ["", "", "N", "ranks", "", "step (measured)", "faster", "MiB (counted)", "products (counted)"]
+    size = f"N pairs over all ranks, D {results['width']}"
     measured = table([*header, "MiB received (counted)"], lines)
     return f"{size}, forward and backward\n\n{measured}\n\n{_by_formula(results)}"
 
@@ -164,7 +182,11 @@ def _by_formula(results: dict[str, Any]) -> str:
 
 def highlights(results: dict[str, Any]) -> list[Highlight]:
     """Return rows for the README: time in float32 on 2 ranks, and what a rank receives for the CLIP loss."""
-    rows = [row for row in results["rows"] if row["ranks"] == 2 and row["precision"] == "fp32"]
+    rows = [
+        row
+        for row in results["rows"]
+        if row["ranks"] == 2 and row["precision"] == "fp32" and row["pairs"] == results["pairs"]
+    ]
     lines = []
     for row in rows:
         other, ours = row["competitors"][_other(row)], row["competitors"][MESH]
@@ -203,7 +225,7 @@ def exact(results: dict[str, Any]) -> dict[str, float]:
 def ratios(results: dict[str, Any]) -> dict[str, float]:
     """Return, by row, the time of the others divided by ours."""
     return {
-        f"{row['case']} {row['precision']}, {row['ranks']} ranks: {_other(row)} / {name}": (
+        f"{row['case']} {row['precision']} N {row['pairs']}, {row['ranks']} ranks: {_other(row)} / {name}": (
             _median(row, _other(row)) / _median(row, name)
         )
         for row in results["rows"]

@@ -24,7 +24,7 @@ import open_clip_train.main as open_clip_script
 from PIL import Image, ImageDraw
 from torch import nn
 
-from tracer.losses import ClipLoss
+from tracer.losses import ClipLoss, SigLipLoss
 
 TINY_MODEL = {
     "embed_dim": 32,
@@ -34,7 +34,19 @@ TINY_MODEL = {
 
 
 def create_loss(args: argparse.Namespace) -> nn.Module:
-    """Return the fused CLIP loss for the options of open_clip's script, as ``open_clip.create_loss`` does."""
+    """Return the fused loss for the options of open_clip's script, as ``open_clip.create_loss`` does.
+
+    Raises:
+        SystemExit: the options ask for a loss that is none of both.
+    """
+    if args.distill or "coca" in args.model.lower():
+        raise SystemExit(
+            "error: this example has open_clip's CLIP and SigLIP losses: no --distill-…, no CoCa"
+        )
+    if args.siglip:
+        return SigLipLoss(
+            cache_labels=True, rank=args.rank, world_size=args.world_size, dist_impl=args.loss_dist_impl
+        )
     return ClipLoss(
         local_loss=args.local_loss,
         gather_with_grad=args.gather_with_grad,

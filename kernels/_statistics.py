@@ -188,12 +188,12 @@ def _divergence(side: Side, matrix: str) -> Tensor:
     return side[f"gap_{matrix}"] - side["lse_t"] + side[f"lse_{matrix}"]
 
 
-def final_statistics(side: Side, options: Options) -> Tensor:
-    """Return what the backward pass takes of whole rows (or columns), [len(Statistics), rows].
+def final_statistics(side: Side, options: Options, weight: float) -> Tensor:
+    """Return what the backward pass takes of whole rows (or columns) of this ``weight``, [len(Statistics), rows].
 
     A row without a positive has no target: NaN takes the place of the log-sum-exps that a target belongs to, and
     with them of the row's gradient. This is the only place that writes it. With ``options.ignore`` such a row is
-    left out instead (:func:`leave_out`).
+    left out instead (:func:`leave_out`), and where no target is asked for it is a row like any other.
     """
     count = side["positives"]
     none = torch.zeros_like(count)
@@ -202,8 +202,21 @@ def final_statistics(side: Side, options: Options) -> Tensor:
     stats = torch.stack(Statistics(lse_z, lse_s, lse_t, lse_x, count))
     if options.ignore:
         return leave_out(stats)
+    if not asks_for_targets(options, weight):
+        return without_targets(stats)
     for name in ("lse_z", "lse_x"):
         stats[Statistics._fields.index(name)].masked_fill_(count == 0, math.nan)
+    return stats
+
+
+def asks_for_targets(options: Options, weight: float) -> bool:
+    """Return whether a term that is on takes the positives of the rows (or columns) of this weight."""
+    return weight > 0 and (options.contrastive or options.interactive)
+
+
+def without_targets(stats: Tensor) -> Tensor:
+    """Give rows without a positive one, in place, so that 0/0 reaches no gradient: nothing else is made of it."""
+    stats[Statistics._fields.index("positives")].clamp_(min=1)
     return stats
 
 
@@ -292,5 +305,7 @@ def result(rows: Side, cols: Side, shift: Tensor, options: Options, whole: Whole
 
 def finals(rows: Side, cols: Side, options: Options, width: int) -> Saved:
     """Return the final statistics of whole rows and of ``width`` whole columns, of which nothing may be asked."""
-    of_rows = final_statistics(rows, options)
-    return Saved(of_rows, final_statistics(cols, options) if cols else of_rows.new_empty(0, width))
+    of_rows = final_statistics(rows, options, options.image_to_text)
+    if not cols:
+        return Saved(of_rows, of_rows.new_empty(0, width))
+    return Saved(of_rows, final_statistics(cols, options, options.text_to_image))

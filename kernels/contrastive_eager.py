@@ -53,6 +53,7 @@ from .contrastive import (
     accumulation_dtype,
     teacher_factor,
 )
+from .sigmoid import divisor
 
 _LOG2E = math.log2(math.e)
 
@@ -164,7 +165,7 @@ def sigmoid_terms(logits: Logits, options: Options, biases: Biases) -> dict[str,
     """Return the contrastive and the relational term of single pairs, those that are on."""
     positives, terms = logits.positives, {}
 
-    rows = (positives.sum(1) > 0).sum() if options.ignore else len(positives)
+    rows = divisor((positives.sum(1) > 0).sum(), positives.dtype) if options.ignore else len(positives)
 
     def over_pairs(values: Tensor) -> Tensor:
         return values.sum() / rows

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from . import _tiles
 from ._grid import Grid, plan, strips
-from ._statistics import SOFTMAX, Side, Whole, leave_out, weights_of
+from ._statistics import SOFTMAX, Side, Whole, asks_for_targets, leave_out, weights_of, without_targets
 from ._tiles import Tile
 from ._triton import gpu, launch, require_gpu, triton
 from ._triton_backward import backward_kernel
@@ -150,6 +150,9 @@ def combine(operands: Inputs, options: Options, partials: Partials) -> Forward:
         tile, **partials.constants, **_terms(options), WIDTH=width, LABELS=operands.labels is not None,
         SMOOTHING=options.smoothing != 0, STATS=options.stats, IGNORE=options.ignore, BLOCK=tile.block_n,
     )  # fmt: skip
+    for weight, stats in zip((options.image_to_text, options.text_to_image), saved, strict=True):
+        if len(stats) and not options.ignore and not asks_for_targets(options, weight):
+            without_targets(stats)
     if not options.halved:
         sums = _reweighted(sums.view(grid[1], grid[0], width).sum(1), saved, options, Whole(N, M))
     terms, diagnostics = sums.sum(0).split([len(TERMS), width - len(TERMS)])

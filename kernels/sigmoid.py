@@ -11,6 +11,7 @@ results are those of *sums* over pairs: who divides by the number of rows does s
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -54,3 +55,8 @@ def rows_with_positives(inputs: Inputs, options: Options, text_labels: Tensor | 
     ordered = text_labels.sort().values
     after = torch.searchsorted(ordered, inputs.labels, right=True)
     return (after > torch.searchsorted(ordered, inputs.labels)).sum()
+
+
+def divisor(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the number of rows that a mean runs over; NaN for none, as the mean of no softmax is."""
+    return rows.to(dtype).masked_fill(rows == 0, math.nan)

@@ -168,7 +168,7 @@ REFUSALS: dict[str, tuple[Callable[[Ahead, dict[str, Any]], None], dict[str, Any
     "names": (other_names, {}, r"ahead is \('teacher_text',\) on rank 0 but \('teacher_image',\) on rank 1"),
     "nothing": (none, {}, r"ahead is \('teacher_text',\) on rank 0 but \(\) on rank 1"),
     "left out": (alike, {"ahead": None}, r"ahead is \('teacher_text', 'text'\) on rank 0 but \(\) on rank 1"),
-    "mesh": (alike, {"mesh": "ring"}, r"began ahead in a mesh of \(2, 1\), and the loss has ring or another"),
+    "mesh": (alike, {"mesh": "ring"}, r"began ahead with mesh=None, and the loss has mesh=ring or another"),
 }
 
 
@@ -181,6 +181,19 @@ def another_batch() -> None:
         with pytest.raises(ValueError, match=rf"text is \[7, 16\] in torch.float32, but {AGREED}"):
             contrastive_loss(**some, group=dist.group.WORLD, ahead=ahead)
     call(mine, None, True)
+
+
+def a_second_call() -> None:
+    """What was gathered ahead serves one call: the next one gathers what it is given."""
+    mine = part_of(whole_batch(24, 24, dtype=torch.float32), evenly(24), evenly(24))
+    other = mine | {"text": mine["text"].flip(0)}
+    with Ahead(dist.group.WORLD, 12, 12) as ahead:
+        alike(ahead, mine)
+        first = contrastive_loss(**mine, group=dist.group.WORLD, ahead=ahead).loss
+        second = contrastive_loss(**other, group=dist.group.WORLD, ahead=ahead).loss
+    assert torch.equal(first, contrastive_loss(**mine, group=dist.group.WORLD).loss)
+    assert torch.equal(second, contrastive_loss(**other, group=dist.group.WORLD).loss)
+    assert not torch.equal(first, second)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -292,6 +305,6 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
     }.items():
         table[f"equal-{name}"] = partial(equal, (2, 1), False, WEIGHTS | changes)
     table |= {f"refused-{name}": partial(refused, *how) for name, how in REFUSALS.items()}
-    table["another-batch"] = another_batch
+    table |= {"another-batch": another_batch, "a-second-call": a_second_call}
     table |= {f"loop-{name}": partial(loop, *how) for name, how in LOOPS.items()}
     return table | {"not-compared": what_is_not_compared_is_not_gathered}

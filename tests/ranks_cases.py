@@ -6,9 +6,12 @@ single process's result on the concatenation: values as they are, features' grad
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import ranks_forms
@@ -33,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.rank_worker import products_taken, received
-from tracer._mesh import MeshShape
+from tracer._mesh import MeshShape, default_shape, mesh_of
 from tracer.kernels.contrastive import Needs
 from tracer.losses import ClipLoss, MPMNCELoss, SigLipLoss, TracerLoss
 from tracer.ops import contrastive_loss
@@ -188,6 +191,28 @@ def wrong_rank() -> None:
         ClipLoss(rank=0, world_size=ranks + 1)(x, x, 1.0)
     with pytest.raises(ValueError, match="ClipLoss: rank = "):
         ClipLoss(rank=(dist.get_rank() + 1) % ranks, world_size=ranks)(x, x, 1.0)
+    with pytest.raises(ValueError, match=r"ClipLoss: rank = 0, but this process is rank [1-9]"):
+        ClipLoss(rank=0, world_size=ranks)(x, x, 1.0)  # which is right on one of them
+
+
+def hosts_of_unequal_size() -> None:
+    """Each rank knows the size of its own host alone; all find the same mesh."""
+    ranks, here = dist.get_world_size(), dist.get_rank()
+    group = dist.new_group(range(ranks))
+    with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="1" if here == 0 else str(ranks - 1)):
+        mesh = mesh_of(group, None)
+    assert (mesh.rows, mesh.cols) == default_shape(ranks, ranks)
+    with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="1"):
+        mesh = mesh_of(dist.new_group(range(ranks)), None)
+    assert (mesh.rows, mesh.cols) == (ranks, 1)
+
+
+def subgroups_give_up_when_their_group_does() -> None:
+    group = dist.new_group(range(dist.get_world_size()), timeout=timedelta(seconds=47))
+    mesh = mesh_of(group, (2, 2))
+    for name in (mesh.row, mesh.col):
+        made = dist.distributed_c10d._resolve_process_group(name)
+        assert made._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=47)
 
 
 def compiled(mesh: MeshShape) -> None:
@@ -313,6 +338,11 @@ def other_errors_reach_all() -> None:
         AttributeError if dist.get_rank() == last else ValueError, match="'str' object has no"
     ):
         contrastive_loss(**mine, group=dist.group.WORLD)
+    mine = part_of(whole_batch(24, 24), evenly(24), evenly(24))
+    if dist.get_rank() == last:
+        mine["margin"] = None
+    with pytest.raises(TypeError if dist.get_rank() == last else ValueError, match="NoneType"):
+        contrastive_loss(**mine, group=dist.group.WORLD)
     plain_clip(None, "blocked")
 
 
@@ -344,8 +374,17 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
         named[f"{case.__name__}-eager"] = partial(case, None, "eager")
     named |= {
         case.__name__: case
-        for case in (under_ddp, modules, wrong_rank, nobody_has_a_batch, other_errors_reach_all)
+        for case in (
+            under_ddp,
+            modules,
+            wrong_rank,
+            hosts_of_unequal_size,
+            nobody_has_a_batch,
+            other_errors_reach_all,
+        )
     }
+    if world_size == 4:
+        named["subgroups_give_up_when_their_group_does"] = subgroups_give_up_when_their_group_does
     if world_size == 2:
         named |= {f"compiled-{mesh}": partial(compiled, mesh) for mesh in ((2, 1), (1, 2), "ring")}
     if world_size in (2, 3):

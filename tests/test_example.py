@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import logging
 import re
@@ -54,3 +55,17 @@ def test_open_clips_script_trains_the_same_with_our_loss(example, tmp_path):
     assert ours == pytest.approx(reference, abs=2e-4)
     assert ours[-1] < ours[0]
     assert (tmp_path / "logs" / "ours" / "checkpoints" / "epoch_2.pt").is_file()
+
+
+def test_the_options_choose_the_loss(example):
+    """SigLIP's with --siglip; a loss that the example has not is refused instead of replaced."""
+    options = {
+        "local_loss": True, "gather_with_grad": True, "rank": 0, "world_size": 1, "horovod": False,
+        "loss_dist_impl": None, "siglip": False, "distill": False, "model": "ViT-B-32",
+    }  # fmt: skip
+    assert type(example.create_loss(argparse.Namespace(**options))).__name__ == "ClipLoss"
+    siglip = example.create_loss(argparse.Namespace(**options | {"siglip": True}))
+    assert type(siglip).__name__ == "SigLipLoss"
+    for other in ({"distill": True}, {"model": "coca_ViT-B-32"}):
+        with pytest.raises(SystemExit, match="no CoCa"):
+            example.create_loss(argparse.Namespace(**options | other))

@@ -248,6 +248,20 @@ def test_one_direction_asks_nothing_of_the_other_side(impl):
     assert contrastive_loss(**kwargs, impl=impl).loss.isnan()
     assert contrastive_loss(**kwargs, directions=(0, 1), impl=impl).loss.isnan()
     assert_right(impl, kwargs | {"directions": (1, 0)}, slack=1e-5)
+    assert_right(impl, kwargs | {"directions": (1, 0), "stats": True}, slack=1e-5)
+    back = kwargs | {"labels": kwargs["text_labels"], "text_labels": kwargs["labels"]}
+    back |= {"image": kwargs["text"], "text": kwargs["image"]}
+    assert_right(impl, back | {"directions": (0, 1), "stats": True}, slack=1e-5)
+
+
+@TILED
+@pytest.mark.parametrize("terms", [{"stats": True}, {"cross": 0.7}, {"cross": 0.7, "stats": True}], ids=str)
+def test_a_sigmoid_needs_no_positive(impl, terms):
+    """Nor do the diagnostics and the cross term, which take softmaxes: nothing of 0/0 reaches the gradients."""
+    kwargs = sigmoid(13, 17, impl) | {"interactive": 0.0, "relational": 0.0, "cross": 0.0} | terms
+    kwargs["labels"][3], kwargs["text_labels"][4] = 98, 99
+    assert contrastive_loss(**kwargs, impl=impl).loss.isfinite()
+    assert_as_defined(impl, kwargs)
 
 
 @TILED
@@ -380,6 +394,8 @@ def test_nothing_has_a_partner(impl):
     kwargs = without_teacher(problem(8, 8, dtype=dtype_of(impl))) | {"ignore_index": -1}
     kwargs["text_labels"] = kwargs["labels"] + 50
     assert contrastive_loss(**kwargs, impl=impl).loss.isnan()
+    got = gradients(impl, kwargs | {"contrast": "sigmoid"})
+    assert all(value.isnan().all() for value in got.values())
 
 
 def test_two_runs_agree_bit_for_bit():

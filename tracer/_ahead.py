@@ -102,17 +102,21 @@ class Ahead:
             self._under_way.append(gather)
             self.begun[name] = gather
 
-    def refuse_others(self, inputs: Inputs, group: ProcessGroup, shape: tuple[int, int] | str) -> None:
+    def take(self) -> dict[str, Tensor]:
+        """Return the gathers under way, by the names of the loss's arguments; they serve one call of the loss."""
+        begun, self.begun = self.begun, {}
+        return begun
+
+    def refuse_misfit(self, inputs: Inputs, group: ProcessGroup, shape: MeshShape) -> None:
         """Raise ValueError where a call of the loss does not have the features whose gathers have begun."""
         if self._refusal:
             raise self._refusal
         if self._agreed is None:
             return
-        mesh = self._agreed.mesh
-        if group is not self._group or shape != (mesh.rows, mesh.cols):
+        if group is not self._group or shape != check_shape(self._shape, group.size()):
             raise ValueError(
-                f"contrastive_loss: gathers began ahead in a mesh of {(mesh.rows, mesh.cols)}, and the loss has "
-                f"{shape} or another group: give both the same group and mesh"
+                f"contrastive_loss: gathers began ahead with mesh={self._shape}, and the loss has mesh={shape} or "
+                "another group: give both the same group and mesh"
             )
         for name in self.begun:
             x = getattr(inputs, name)

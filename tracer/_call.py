@@ -115,24 +115,22 @@ def prepare_on_ranks(
         return mine, mesh_of(group, check_shape(shape, ranks)), sizes
     call: Call | None = None
     refusal: Exception | None = None
-    mesh = None
     try:
-        mesh = check_shape(shape, ranks)
+        shape = check_shape(shape, ranks)
         call = make(ranks)
         if ahead is not None:
-            ahead.refuse_others(call.inputs, group, mesh)
+            ahead.refuse_misfit(call.inputs, group, shape)
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         refusal = error
-    described = {} if call is None else _described(call, given, weights) | {"mesh": mesh}
+    described = {} if call is None else _described(call, given, weights) | {"mesh": shape}
     described["ahead"] = tuple(ahead.begun) if ahead is not None else ()
     images, texts = (0, 0) if call is None else (len(call.inputs.image), len(call.inputs.text))
     sizes = agree(group, images, texts, described, refusal)
     assert call is not None  # else agree has raised
-    assert mesh is not None
     for name, of in (("image", sizes.images), ("text", sizes.texts)):
         if not sum(of):
             raise ValueError(f"contrastive_loss: {name} is empty on every rank; skip empty batches")
-    return call, mesh_of(group, mesh), sizes
+    return call, mesh_of(group, shape), sizes
 
 
 _DIFFERENTIABLE = ("image", "text", "logit_scale", "logit_bias")

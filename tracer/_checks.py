@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -96,7 +97,7 @@ def without_partners(
     """Return the labels, those equal to ``ignore_index`` replaced by two that no other label equals."""
     if ignore_index is None:
         return labels, text_labels
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, np.integer)):
         raise ValueError(f"contrastive_loss: ignore_index must be an integer or None, got {ignore_index!r}")
     if labels is None or text_labels is None:
         raise ValueError("contrastive_loss: ignore_index needs labels; pass them, or leave it out")

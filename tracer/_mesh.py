@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import os
+from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -59,12 +61,10 @@ def default_shape(size: int, ranks_per_host: int) -> tuple[int, int]:
     return size // cols, cols
 
 
-def check_shape(shape: MeshShape, size: int) -> tuple[int, int] | Literal["ring"]:
-    """Return the shape of the mesh of so many ranks; None stands for the default."""
-    if shape is None:
-        return default_shape(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
-    if shape == "ring":
-        return "ring"
+def check_shape(shape: MeshShape, size: int) -> MeshShape:
+    """Return the shape of the mesh of so many ranks; None: the default, which the ranks find together."""
+    if shape is None or shape == "ring":
+        return shape
     is_pair = isinstance(shape, (tuple, list)) and len(shape) == 2 and all(isinstance(n, int) for n in shape)
     if not is_pair or shape[0] < 1 or shape[0] * shape[1] != size:
         raise ValueError(
@@ -92,21 +92,31 @@ def check_group(group: object) -> ProcessGroup | None:
 _made: WeakKeyDictionary[ProcessGroup, dict[object, Any]] = WeakKeyDictionary()
 
 
-def mesh_of(group: ProcessGroup, shape: tuple[int, int] | Literal["ring"]) -> Mesh:
+def mesh_of(group: ProcessGroup, shape: MeshShape) -> Mesh:
     """Return the mesh of a group's ranks. The first call for a shape makes the groups of its rows and columns."""
     rows, cols, rank, everyone, row, col, ring = _constants(group, shape)
     return Mesh(rows, cols, rank, everyone, row, col, ring)
 
 
-def _constants(group: ProcessGroup, shape: tuple[int, int] | Literal["ring"]) -> tuple[Any, ...]:
+def _constants(group: ProcessGroup, shape: MeshShape) -> tuple[Any, ...]:
     made = _made.setdefault(group, {})
     if shape not in made:
-        made[shape] = _make(group, shape)
+        made[shape] = _make(group, _default_shape_of(group) if shape is None else shape)
     return tuple(made[shape])
 
 
 # What torch.compiler.assume_constant_result does, which would load the compiler: it must not trace these groups.
 _constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _default_shape_of(group: ProcessGroup) -> tuple[int, int]:
+    """Return the default shape, the same on all ranks: hosts with different numbers of ranks count as one host."""
+    size = dist.get_world_size(group)
+    here = torch.tensor([int(os.environ.get("LOCAL_WORLD_SIZE") or size)])
+    everyones = [torch.empty_like(here) for _ in range(size)]
+    dist.all_gather(everyones, here, group=host_group(group))
+    on_hosts = {int(number) for number in everyones}
+    return default_shape(size, on_hosts.pop() if len(on_hosts) == 1 else size)
 
 
 def _make(group: ProcessGroup, shape: tuple[int, int] | Literal["ring"]) -> Mesh:
@@ -127,9 +137,18 @@ def _subgroup(group: ProcessGroup, ranks: range) -> str:
 
 def _new_group(group: ProcessGroup, ranks: range, backend: str) -> ProcessGroup:
     globally = [dist.get_global_rank(group, rank) for rank in ranks]
-    made = dist.new_group(globally, backend=backend, use_local_synchronization=True)
+    made = dist.new_group(
+        globally, backend=backend, use_local_synchronization=True, timeout=_timeout_of(group)
+    )
     assert isinstance(made, ProcessGroup)  # a rank that is not in the group gets a number
     return made
+
+
+def _timeout_of(group: ProcessGroup) -> timedelta | None:
+    """Return after how long a collective of a group gives up, which torch does not pass on to its subgroups."""
+    device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+    options = getattr(group._get_backend(device), "options", None)
+    return getattr(options, "_timeout", None)
 
 
 def host_group(group: ProcessGroup) -> ProcessGroup:

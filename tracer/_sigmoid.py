@@ -21,7 +21,7 @@ from tracer._agreement import Sizes
 from tracer._collectives import arrived, gather, pass_on
 from tracer._mesh import Mesh
 from tracer.kernels.contrastive import TERMS, Biases, Inputs, Options, accumulation_dtype
-from tracer.kernels.sigmoid import PairNeeds, Pairs, rows_with_positives
+from tracer.kernels.sigmoid import PairNeeds, Pairs, divisor, rows_with_positives
 
 _TENSORS = (*Inputs._fields, *Biases._fields)
 
@@ -61,6 +61,8 @@ class _Terms(torch.autograd.Function):
         # Two terms may get different upstream gradients, which only the backward pass knows.
         formed = needs.gradients and not options.relational
         rows = _rows(inputs, options, ranks)
+        if isinstance(rows, Tensor):
+            rows = divisor(rows, accumulation_dtype(inputs.image))
         pairs = _walk(impl, kept, biases, options, needs if formed else PairNeeds(), None, ranks)
         ctx.save_for_backward(*(pairs[1:] if formed else (*kept, *biases)), *_tensor(rows))
         ranks = ranks and ranks._replace(begun={})  # they have arrived

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from tracer._agreement import agree
 from tracer._checks import Labels
 from tracer._mesh import MeshShape
 from tracer.ops import Ahead, ContrastiveOutput, contrastive_loss
@@ -28,6 +29,7 @@ class _Loss(nn.Module):
 
     rank: int
     world_size: int
+    _agreed = False  # whether all ranks know their rank
 
     @property
     def _group(self) -> ProcessGroup | None:
@@ -44,9 +46,17 @@ class _Loss(nn.Module):
             raise ValueError(
                 f"{name}: world_size = {self.world_size}, but the process group has {dist.get_world_size()} ranks"
             )
+        everyone = dist.group.WORLD
+        assert everyone is not None
+        refusal: ValueError | None = None
         if self.rank != dist.get_rank():
-            raise ValueError(f"{name}: rank = {self.rank}, but this process is rank {dist.get_rank()}")
-        return dist.group.WORLD
+            refusal = ValueError(f"{name}: rank = {self.rank}, but this process is rank {dist.get_rank()}")
+        if refusal and torch.compiler.is_compiling():
+            raise refusal
+        if not (self._agreed or torch.compiler.is_compiling()):  # once: the others would wait for this rank
+            agree(everyone, 0, 0, {"class": name}, refusal)
+            self._agreed = True
+        return everyone
 
 
 class ClipLoss(_Loss):
@@ -133,10 +143,10 @@ class SigLipLoss(_Loss):
     ``dist_impl`` and ``chunk_size`` choose among ways to compute the same loss there; here they are accepted and
     change nothing, for no matrix of logits is stored.
 
-    With ``world_size`` > 1 the loss is that of the batches of all ranks of the default process group, divided by
-    all their rows. It is the same on every rank, where open_clip's divides what a rank's images add by the rank's
-    rows; the gradients that an averaging engine makes of both are equal. ``mesh="ring"`` sends texts and their
-    gradients round the ranks, as open_clip's does.
+    With ``world_size`` > 1 the loss is that of the batches of all ranks of the default process group, divided
+    by all their rows. It is the same on every rank, where open_clip's divides what a rank's images add by the
+    rank's rows; for batches of one size the gradients that an averaging engine makes of both are equal.
+    ``mesh="ring"`` sends texts and their gradients round the ranks, as open_clip's does.
 
     Raises:
         ValueError: an unknown ``dist_impl`` or a negative ``chunk_size``; when called, a ``rank`` or

@@ -6,15 +6,14 @@
 * ``"blocked"`` the same walk in torch operations (``kernels/contrastive_blocked.py``): CPU and any other device;
 * ``"eager"``   the definition (``kernels/contrastive_eager.py``): any dtype, N×M matrices in memory;
 * ``"auto"``    ``triton`` for CUDA/ROCm tensors with D a multiple of 8, ``blocked`` for everything else;
-  ``eager`` instead of ``blocked`` where a whole matrix has no more entries than a small tile (256×256),
-  so that tiling could only add to the work.
+  ``eager`` instead of ``blocked`` for softmaxes where a whole matrix has no more entries than a small tile
+  (256×256), so that tiling could only add to the work.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -140,8 +139,8 @@ def contrastive_loss(
         respect to ``image``, ``text``, ``logit_scale`` and ``logit_bias``; ``impl="eager"`` without a group any
         number of times and in forward mode. ``"auto"`` allows that only where it picks ``eager``: ask for it by
         name.
-        The loss is NaN where a feature is NaN or infinite or, without ignore_index, the softmax of a row or
-        column has no positive.
+        The loss is NaN where a feature is NaN (where one is infinite, NaN or infinite), where the softmax of a row
+        or column has no positive unless ignore_index leaves it out, and where nothing has a positive with it.
 
     Raises:
         ValueError: sizes, dtypes, devices or numbers that don't fit, or that differ between ranks; the
@@ -153,23 +152,26 @@ def contrastive_loss(
         image, text, logit_scale, labels, text_labels, teacher_image, teacher_text, teacher_logit_scale,
         logit_bias, teacher_logit_bias, contrast, directions, ignore_index,
     )  # fmt: skip
-    options = Options(
-        margin=float(margin),
-        smoothing=float(smoothing),
-        teacher_temperature=float(teacher_temperature),
-        relational=relational > 0,
-        interactive=interactive > 0,
-        cross=cross > 0,
-        stats=stats,
-    )
-    make = partial(prepare, given, options, weights, impl)
+
+    def make(count: int = 1) -> Call:
+        options = Options(
+            margin=float(margin),
+            smoothing=float(smoothing),
+            teacher_temperature=float(teacher_temperature),
+            relational=relational > 0,
+            interactive=interactive > 0,
+            cross=cross > 0,
+            stats=stats,
+        )
+        return prepare(given, options, weights, impl, count)
+
     ranks = _mesh.check_group(group)
     if ranks is None:
         call, N, M = make(), len(image), len(text)
         terms, measured = _terms_of(call)
     else:
         call, layout, sizes = prepare_on_ranks(make, given, weights, ranks, mesh, ahead)
-        begun = {} if ahead is None or torch.compiler.is_compiling() else ahead.begun
+        begun = {} if ahead is None or torch.compiler.is_compiling() else ahead.take()
         N, M = sum(sizes.images), sum(sizes.texts)
         terms, measured = _terms_of(call, _sigmoid.Ranks(layout, sizes, begun))
     distance = None

@@ -33,7 +33,25 @@ def test_tables(results):
     assert "by formula instead of measured" in text
     assert ranks.highlights(results)[0].what.startswith("CLIP loss on 2 ranks, fp32, N 256")
     assert {value for name, value in ranks.exact(results).items() if "ours, products" in name} == {4, 12}
-    assert all(ratio > 0 for ratio in ranks.ratios(results).values())
+    assert set(ranks.ratios(results)) == {
+        f"{case} fp32 N 256, 2 ranks: {other} / {name}"
+        for case, other in (("clip", "open_clip"), ("full", GATHERED))
+        for name in (MESH, RING)
+    }
+
+
+def test_a_quick_run_finds_its_rows_in_a_full_one(results, monkeypatch):
+    """That of the check: it compares exact counts by name."""
+    monkeypatch.setattr(ranks, "QUICK", 128)
+    full, quick = (
+        ranks.measure(
+            quick=quick, cases=["clip"], precisions=["fp32"], ranks=[2], pairs=256, width=16, repeats=1
+        )
+        for quick in (False, True)
+    )
+    assert quick["pairs"] == 128
+    assert ranks.exact(quick).items() <= ranks.exact(full).items()
+    assert ranks.ratios(quick).keys() <= ranks.ratios(full).keys()
 
 
 def test_batches_that_do_not_divide_are_refused():

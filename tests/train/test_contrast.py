@@ -100,6 +100,9 @@ def test_a_whole_run(siglip):
     run = finetune(dataclasses.replace(siglip, method="r-adapter", logit_bias=-6.0))
     settings = yaml.safe_load((run / "config.yaml").read_text())
     assert (settings["contrast"], settings["logit_bias"]) == (None, -6.0)
+    assert (
+        float(load_file(run / "student.safetensors")["logit_bias"]) == -6.0
+    )  # not the start's, which is frozen
     model = load_clip(siglip.model, siglip.pretrained).model
     kept = {name: settings[name] for name in ("method", "smoothing", "contrast")}
     objective(Config(train_data=siglip.train_data, **kept), model)

@@ -33,7 +33,9 @@ class Extras:
                 f"--gradient {settings.gradient:g} needs a teacher, which --method {settings.method} has not"
             )
         if distilled and (settings.contrast or contrast_of(model)) == "sigmoid":
-            raise UserError("--gradient is defined for --contrast softmax alone: leave one of the two out")
+            raise UserError(
+                "--gradient has no meaning for the sigmoid of each pair: leave it out, or give --contrast softmax"
+            )
         if settings.l2_sp and (settings.micro_batch or settings.zero_stage == 3):
             raise UserError(
                 "--l2_sp needs the whole weights in each pass: leave out --micro_batch and --zero_stage 3"

@@ -53,7 +53,7 @@ from tracer.train.log import StepLog, read_log
 from tracer.train.loggers import check_loggers
 from tracer.train.loop import Trained, train
 from tracer.train.ranks import Ranks, check_batch_size, join, ranks
-from tracer.train.scoring import BEST, Baseline, Scorer, Weights, whole_models
+from tracer.train.scoring import BEST, Baseline, Scorer, Weights, trained_from, whole_models
 from tracer.train.start import check_compiler, check_shared
 
 
@@ -141,7 +141,8 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
             trained = train(config, clip, index, log, checkpoints, scorer, title)
         if scorer is None:  # another rank than the first
             return config.output
-        frozen = {n: start[n] for n in _frozen(clip.model)}
+        began = trained_from(config, start)
+        frozen = {n: began[n] for n in _frozen(clip.model)}
         name, architecture = clip.name, clip.architecture
         del clip  # frees the engine's weights, to which its model is tied
         weights = _export(config, _exact(trained, frozen), start, folder, name, architecture)

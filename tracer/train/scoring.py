@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from tracer.adapters import adapter_state, fold
@@ -23,13 +24,21 @@ Baseline = dict[str, Scored]  # the start's scores by set, with what they were m
 BEST = "best.safetensors"  # the file of --keep_best
 
 
+def trained_from(config: Config, start: Weights) -> Weights:
+    """Return the weights that the training began with: those of the start, and the logit bias of the settings."""
+    if config.logit_bias is None or "logit_bias" not in start:
+        return start
+    return start | {"logit_bias": torch.full_like(start["logit_bias"], config.logit_bias)}
+
+
 def whole_models(
     config: Config, start: Weights, student: Weights, teacher: Weights | None
 ) -> dict[str, Weights]:
-    """Return whole models by the names of their files; adapters are folded into ``start``."""
+    """Return whole models by the names of their files; adapters are folded into what the training began with."""
     weights = {"student": student} | ({} if teacher is None else {"teacher": teacher})
     if config.adapted:
-        weights = {n: fold(start | adapter_state(w), config.adapter_alpha) for n, w in weights.items()}
+        base = trained_from(config, start)
+        weights = {n: fold(base | adapter_state(w), config.adapter_alpha) for n, w in weights.items()}
     return weights
 
 
