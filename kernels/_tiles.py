@@ -116,6 +116,7 @@ TABLES: dict[str, Table] = {
             "forward, one product": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
             "forward with stats, one product": (Tile(64, 64, 64, 8, 3), _TINY),
             "backward, one product": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
+            "forward, one way": (Tile(64, 64, 32, 8, 3), Tile(32, 32, 32, 4, 3)),
         },
         _FLOAT32
         | {
@@ -129,6 +130,7 @@ TABLES: dict[str, Table] = {
             "forward with stats": (Tile(32, 32, 32, 8, 2),),
             "forward with stats, one product": (Tile(32, 32, 32, 8, 2),),
             "backward, one product": (Tile(64, 32, 16, 8, 2), Tile(32, 32, 32, 4, 2)),
+            "forward, one way, one product": (Tile(64, 32, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
         },
     ),
     "sm_100": _table(
@@ -143,6 +145,7 @@ TABLES: dict[str, Table] = {
                 Tile(64, 64, 64, 4, 3),
                 Tile(32, 32, 64, 4, 2),  # three stages spill
             ),
+            "forward, one way": (Tile(32, 32, 64, 8, 3), Tile(32, 16, 64, 4, 3)),
         },
         {},  # several products spill in TF32, so float32 stays exact here
         _FLOAT32
@@ -151,6 +154,8 @@ TABLES: dict[str, Table] = {
             "backward": (Tile(32, 32, 32, 8, 2),),
             "backward, one product": (Tile(64, 32, 16, 8, 2), Tile(32, 32, 32, 4, 2)),
             "sigmoid": (Tile(32, 32, 32, 4, 2),),
+            "forward, one way": (Tile(32, 32, 32, 8, 2),),
+            "forward, one way, one product": (Tile(64, 32, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
         },
     ),
     "gfx942": _table(

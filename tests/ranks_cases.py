@@ -304,7 +304,7 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "ignore_index": (lambda mine: mine.update(ignore_index=-1), r"ignore_index is None on rank 0 but -1"),
     "one rank's contrast": (lambda mine: mine.update(contrast="hinge"), r"unknown contrast 'hinge'"),
     "impl": (lambda mine: mine.update(impl="eager"), r"impl is blocked on rank 0 but eager"),
-    "mesh": (lambda mine: mine.update(mesh="ring"), r"mesh is \(\d, \d\) on rank 0 but ring"),
+    "mesh": (lambda mine: mine.update(mesh="ring"), r"mesh is None on rank 0 but ring"),
     "dtype": (halves(FEATURES, torch.float64), r"dtype is torch.float32 on rank 0 but torch.float64"),
     "width": (narrower, r"D is 16 on rank 0 but 8 on rank \d"),
     "gradient": (

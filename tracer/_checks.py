@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -97,8 +97,9 @@ def without_partners(
     """Return the labels, those equal to ``ignore_index`` replaced by two that no other label equals."""
     if ignore_index is None:
         return labels, text_labels
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, np.integer)):
+    if isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__"):
         raise ValueError(f"contrastive_loss: ignore_index must be an integer or None, got {ignore_index!r}")
+    ignore_index = operator.index(ignore_index)  # NumPy's integers too
     if labels is None or text_labels is None:
         raise ValueError("contrastive_loss: ignore_index needs labels; pass them, or leave it out")
     lowest = torch.iinfo(torch.int64).min

@@ -40,18 +40,22 @@ def test_tables(results):
     }
 
 
-def test_a_quick_run_finds_its_rows_in_a_full_one(results, monkeypatch):
-    """That of the check: it compares exact counts by name."""
-    monkeypatch.setattr(ranks, "QUICK", 128)
-    full, quick = (
-        ranks.measure(
-            quick=quick, cases=["clip"], precisions=["fp32"], ranks=[2], pairs=256, width=16, repeats=1
-        )
-        for quick in (False, True)
-    )
-    assert quick["pairs"] == 128
+def test_a_quick_run_finds_its_rows_in_a_full_one(monkeypatch):
+    """That of the check, which compares numbers by their names."""
+
+    def rows(world_size, plans, folder):
+        entry = {"units": 4, "received": 8, "memory": 16, "time": {"median": 1.0}}
+        return [
+            {**plan._asdict(), "ranks": world_size, "competitors": dict.fromkeys(plan.competitors, entry)}
+            for plan in plans
+        ]
+
+    monkeypatch.setattr(ranks, "_run", rows)
+    monkeypatch.setattr(ranks, "_expected", lambda *_: "")
+    full, quick = ranks.measure(), ranks.measure(quick=True)
     assert ranks.exact(quick).items() <= ranks.exact(full).items()
     assert ranks.ratios(quick).keys() <= ranks.ratios(full).keys()
+    assert len(ranks.highlights(full)) == 3
 
 
 def test_batches_that_do_not_divide_are_refused():

@@ -47,7 +47,7 @@ def test_a_run_is_whole_and_says_what_it_did(config, capsys):
     assert set(scores) == {"zero-shot", "student", "teacher"}
     for name in ("student", "teacher"):
         gain = scores[name]["test"]["accuracy"] - scores["zero-shot"]["test"]["accuracy"]
-        assert scores[name]["test"]["gain"] == pytest.approx(gain)
+        assert scores[name]["test"]["accuracy_gain"] == pytest.approx(gain)
     assert 0 <= scores["student"]["test"]["accuracy"] <= 1
     assert scores["student"]["test"]["pictures"] == 16
 
