@@ -1,9 +1,8 @@
 """Run every part of the benchmarks that this machine can run, and write the page of its results.
 
-    python -m benchmarks                  every part → benchmarks/results/<machine>.json, .md and pictures,
-    README python -m benchmarks --parts teacher  measure one part again and keep the results of the others
-    python -m benchmarks --quick          smaller sizes, into runs/bench; touches neither committed results nor
-    README
+    python -m benchmarks                  every part → benchmarks/results/<machine>.json, .md, pictures and README
+    python -m benchmarks --parts teacher  measure one part again and keep the results of the others
+    python -m benchmarks --quick          smaller sizes, into runs/bench; touches no committed results, no README
 
 Each part runs in a process of its own, one after the other: leave the machine otherwise idle meanwhile. A part
 whose results are wrong fails, and its earlier results stay.

@@ -34,6 +34,7 @@ from benchmarks.harness import PARTS, ROOT, machine, progress, table
 from tracer.files import whole_file
 
 FOLDER = ROOT / "runs" / "gpu"
+HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}  # for processes that shall see no GPU
 DALI = "tests/data/test_loader.py::test_the_device_decodes_as_the_cpu_does"
 CHECKS = (
     "tests/kernels",
@@ -90,10 +91,10 @@ def _why_unseen() -> str:
     return "it finds no device"
 
 
-def facts() -> dict[str, str]:
+def facts(miniature: bool) -> dict[str, str]:
     """Return what a result depends on: card, slice, multiprocessors, driver and versions."""
     known = {"torch": torch.__version__, "triton": triton.__version__}
-    if not torch.cuda.is_available():
+    if miniature or not torch.cuda.is_available():
         return {"card": "none: Triton's interpreter on the CPU", **known}
     own = torch.cuda.get_device_properties()
     part = re.search(r"MIG (\S+)", own.name)
@@ -103,7 +104,7 @@ def facts() -> dict[str, str]:
         "cards visible": str(torch.cuda.device_count()),
         "multiprocessors": str(own.multi_processor_count),
         "memory": f"{own.total_memory / 2**30:.0f} GiB",
-        "architecture": getattr(own, "gcnArchName", f"sm_{own.major}{own.minor}"),
+        "architecture": own.gcnArchName if torch.version.hip else f"sm_{own.major}{own.minor}",
         "driver": _driver(),
         "runtime": f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}",
         **known,
@@ -124,7 +125,7 @@ def _driver() -> str:
 
 def run_checks(tests: Sequence[str], miniature: bool) -> list[Outcome]:
     """Run tests in a process of their own and return the outcome of each file, in their order."""
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""} if miniature else {}
+    hidden = HIDDEN if miniature else {}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-p", "no:benchmark", "-q", f"--junitxml={report}", *tests]
@@ -201,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     small = options.miniature
     require_card(small)
-    about = facts()
+    about = facts(small)
     progress("\n".join(f"{name}: {value}" for name, value in about.items()))
     options.output.mkdir(parents=True, exist_ok=True)
 
@@ -211,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         notes.append("DALI is not installed, so its decoder was not checked.")
     outcomes = run_checks(checks, small)
     parts = tuple(options.parts) if options.parts is not None else MINIATURE_PARTS if small else PARTS
+    if small:
+        os.environ |= HIDDEN  # the benchmarks' processes see no GPU either
     measured, problem = benchmarked(parts, options.quick or small, options.output)
     if problem:
         outcomes.append(Outcome("benchmarks", 0, 0.0, (problem,)))

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-INF_CL, MEMEFF, SIGLIP_KERNEL = "Inf-CL", "memeff", "siglip-kernel, another loss"
+INF_CL, MEMEFF, SIGLIP_KERNEL = "Inf-CL", "memeff", "siglip-kernel"
 # By competitor, the module that it is imported as and the command that installs it.
 INSTALL = {
     INF_CL: ("inf_cl", "pip install --no-deps inf-cl"),

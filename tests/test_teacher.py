@@ -385,7 +385,10 @@ def test_a_compiled_student_is_unwrapped():
 
 @pytest.fixture
 def one_rank():
-    """A process group of this process alone."""
+    """A process group of this process alone, which other tests may have left."""
+    if torch.distributed.is_initialized():
+        yield
+        return
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -26,7 +25,7 @@ def test_the_command_in_miniature(tmp_path):
     checks = ["tests/kernels/test_devices.py::test_repeats_agree_bit_for_bit", card.DALI]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.card", "--miniature", "--output", str(tmp_path), "--checks", *checks],
-        cwd=ROOT, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False,
+        cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "card: none: Triton's interpreter" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from unittest import mock
 
 import numpy as np
@@ -23,6 +24,7 @@ from tracer.data.build import read_index
 from tracer.data.config import LoadingSettings
 from tracer.data.loader import choose
 from tracer.data.order import Crops, random_crops
+from tracer.data.picture import decode_scaled
 from tracer.data.threads import effect_of_scaling
 from tracer.data.window import centre_window, random_window
 from tracer.errors import UserError
@@ -69,6 +71,15 @@ def test_the_device_decodes_as_the_cpu_does(photographs):
     away = difference(loaded(photographs, CLIP, "dali", device=device), photographs)
     assert away[0] <= mean
     assert away[1] <= largest + 1e-3
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_scaled_decoding_takes_any_size(scale):
+    """Sides that the scale does not divide are rounded up, as libjpeg does."""
+    content = io.BytesIO()
+    drawing(0, 2001, 1501).save(content, "JPEG")
+    shape = decode_scaled(content.getvalue(), scale, exif=False).shape
+    assert shape == (-(-1501 // scale), -(-2001 // scale), 3)
 
 
 def test_scaled_decoding_is_close_and_its_effect_is_said(tmp_path):

@@ -197,6 +197,20 @@ def test_a_name_that_comes_twice_is_named(tmp_path, read):
     assert [fault.reason for fault in index.about.faults] == ["its name comes twice in the shard"]
 
 
+def test_what_has_a_longer_name_is_not_the_picture(tmp_path, read):
+    """WebDataset takes all behind the first dot for the kind: 3.depth.png is no 3.png, whichever comes first."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in (("3.depth.png", picture(5)), ("3.png", picture(3)), ("3.cls", b"1")):
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            tar.addfile(about, io.BytesIO(content))
+    index = read(path)
+    assert len(index) == 1
+    assert index.read(0) == picture(3)
+    assert not index.about.faults
+
+
 def test_a_shard_without_pictures_is_named(tmp_path, read):
     shard(tmp_path / "set/0.tar", GOOD)
     shard(tmp_path / "set/1.tar", {"a.txt": "a text"})

@@ -89,7 +89,8 @@ def test_parquet_is_read_where_pyarrow_is_installed_and_asked_for_elsewhere(tmp_
     if importlib.util.find_spec("pyarrow") is None:
         path.touch()
         with pytest.raises(
-            UserError, match=r"a.parquet' is a Parquet file, which needs pyarrow: pip install"
+            UserError,
+            match=r"a.parquet' is a Parquet file, which needs pyarrow, which is not installed: pip install",
         ):
             list(read_table(path))
         return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -13,7 +15,6 @@ import torch
 
 from tracer.errors import UserError
 from tracer.train import start
-from tracer.train.ranks import join
 
 
 @pytest.fixture
@@ -57,22 +58,18 @@ def test_a_master_that_is_this_host_itself(second_of_two_hosts):
     start.check_network()
 
 
-def test_a_taken_port_is_named(monkeypatch):
+def test_a_taken_port_is_named():
+    """In a process of its own, which has no group yet."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        for name, value in {
-            "WORLD_SIZE": 2,
-            "RANK": 0,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }.items():
-            monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr("tracer.train.ranks.dist.is_initialized", lambda: False)
-        monkeypatch.setattr("tracer.train.ranks._joined", [])
-        with pytest.raises(UserError, match=f"rank 0 of 2 cannot listen on 127.0.0.1:{port}, since another"):
-            join(5.0)
+        ranks = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = subprocess.run(
+            [sys.executable, "-c", "from tracer.train.ranks import join; join(5.0)"],
+            env=os.environ | ranks, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert f"UserError: rank 0 of 2 cannot listen on 127.0.0.1:{port}, since another" in done.stderr
 
 
 def test_ranks_that_do_not_come_are_named(monkeypatch):

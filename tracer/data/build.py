@@ -77,8 +77,9 @@ def read_index(
 
 
 def index_samples(name: str, samples: Iterable[Sample], settings: LoadingSettings) -> Index:
-    """Index what a reader of a floor above yields: look at every picture, as :func:`read_index` does; keep "
-    "nothing.
+    """Index what a reader of a floor above yields: look at every picture, as :func:`read_index` does.
+
+    Nothing is kept in the cache.
 
     Raises:
         UserError: there are no pictures, or more of them than ``settings.max_bad`` allows cannot be used.

@@ -39,7 +39,7 @@ def exact(picture: Picture, exif: bool) -> np.ndarray:
         content = torch.frombuffer(bytearray(picture.content), dtype=torch.uint8)
         levels = decode_image(content, ImageReadMode.RGB, apply_exif_orientation=exif)
         return levels.numpy().transpose(1, 2, 0)
-    except (RuntimeError, OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # whatever a decoder raises for a damaged picture must not end a run
         raise UserError(what_pil_says(picture.content) or reason_of(error)) from error
 
 
@@ -78,7 +78,7 @@ def _levels(picture: Picture, window: Window, wanted: PictureFormat, exif: bool,
         if scale > 1:
             try:
                 return decode_scaled(picture.content, scale, exif)
-            except OSError as error:
+            except Exception as error:  # malformed EXIF raises several kinds
                 raise UserError(reason_of(error)) from error
     return exact(picture, exif)
 

@@ -237,9 +237,10 @@ def scale_of(shape: tuple[int, int], window: Window, wanted: PictureFormat) -> i
 
 
 def decode_scaled(content: bytes, scale: int, exif: bool) -> np.ndarray:
-    """Return a JPEG decoded by libjpeg at 1/``scale`` of its size, [height, width, 3] uint8."""
+    """Return a JPEG decoded by libjpeg at 1/``scale`` of its size, rounded up, [height, width, 3] uint8."""
     with Image.open(io.BytesIO(content)) as image:
-        image.draft("RGB", (-(-image.width // scale), -(-image.height // scale)))
+        # Rounded down: PIL takes the largest scale that leaves at least so many pixels.
+        image.draft("RGB", (image.width // scale, image.height // scale))
         if exif:
             image = ImageOps.exif_transpose(image)
         return np.array(image.convert("RGB"))

@@ -153,7 +153,7 @@ def read_shard(name: str, path: Path, options: Options) -> Iterator[tuple[Sample
         for member in _members(name, path, handle, length, faults):
             key, _, suffix = member.name.rpartition("/")[2].partition(".")
             key = f"{member.name.rpartition('/')[0]}/{key}".lstrip("/")
-            suffix = suffix.lower().rpartition(".")[2]
+            suffix = suffix.lower()  # whole: x.depth.png is not the picture x.png
             group = groups.setdefault(key, {})
             if suffix in group:
                 faults.append(Fault(f"{name}: {member.name}", "its name comes twice in the shard"))
