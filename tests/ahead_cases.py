@@ -292,11 +292,9 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
     """Return the cases of a world: name → function that raises where something is wrong."""
     everything = OPTIONS["all"] | {"stats": True}
     table: dict[str, Callable[[], None]] = {}
-    for mesh in [(2, 2)] if world_size == 4 else meshes(world_size):
+    for mesh in meshes(world_size):
         for autocast in (False, True):
             table[f"equal-{mesh}{'-autocast' * autocast}"] = partial(equal, mesh, autocast, everything)
-    if world_size > 2:
-        return table
     for name, changes in {
         "eager": {"impl": "eager"},
         "one-way": {"directions": (1, 0)},
