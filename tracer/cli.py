@@ -16,9 +16,10 @@ import re
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -374,6 +375,10 @@ def _end(message: str, code: int) -> int:
     """Print the last word of a run, unless another rank has said its own, and return the exit code."""
     if _speaks():
         print(message, file=sys.stderr, flush=True)
+    elif code == 2 and "tracer.train.ranks" not in sys.modules:
+        # The launcher ends the first rank as soon as another has ended: it shall have spoken by then.
+        with suppress(BaseException):  # the signal with which the launcher ends this one
+            time.sleep(30)
     return code
 
 
