@@ -22,9 +22,10 @@ from torchvision.transforms.functional import _compute_resized_output_size
 from benchmarks.pictures import drawing
 from tracer.data.build import read_index
 from tracer.data.config import LoadingSettings
+from tracer.data.decode import evaluation
 from tracer.data.loader import choose
 from tracer.data.order import Crops, random_crops
-from tracer.data.picture import decode_scaled
+from tracer.data.picture import Picture, decode_scaled
 from tracer.data.threads import effect_of_scaling
 from tracer.data.window import centre_window, random_window
 from tracer.errors import UserError
@@ -80,6 +81,22 @@ def test_scaled_decoding_takes_any_size(scale):
     drawing(0, 2001, 1501).save(content, "JPEG")
     shape = decode_scaled(content.getvalue(), scale, exif=False).shape
     assert shape == (-(-1501 // scale), -(-2001 // scale), 3)
+
+
+# PIL raises struct.error for it when it writes the EXIF of the turned picture.
+DAMAGED_EXIF = bytes.fromhex(
+    "4578696600004d4d002a000000080004010f0002000000046101630001120003000000010006010001000005000000010000003e"
+    "8769000400000001000000460000000000000001000000010002829a0003000000020001004490000007000000043032333000000000"
+)
+
+
+def test_damaged_exif_is_an_error_of_its_picture():
+    """And none of the run: whatever PIL raises for it becomes a UserError."""
+    content = io.BytesIO()
+    drawing(0, 2001, 1501).save(content, "JPEG", exif=DAMAGED_EXIF)
+    picture = Picture((1501, 2001), content=content.getvalue())
+    with pytest.raises(UserError):
+        evaluation(picture, CLIP, exif=True, scaled=True)
 
 
 def test_scaled_decoding_is_close_and_its_effect_is_said(tmp_path):

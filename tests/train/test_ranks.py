@@ -114,6 +114,18 @@ def test_other_commands_run_in_one_process(monkeypatch, capsys, tmp_path):
     assert "tracer pretrain runs in one process: start it without torchrun" in capsys.readouterr().err
 
 
+def test_a_rank_with_a_mistake_waits_for_the_first_one_to_say_it(monkeypatch, capsys):
+    """The launcher ends all ranks as soon as one has ended."""
+    waits: list[float] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delitem(sys.modules, "tracer.train.ranks")
+    monkeypatch.setattr("tracer.cli.time.sleep", waits.append)
+    assert main(["finetune", "--lr", "fast"]) == 2
+    assert waits == [30]
+    assert capsys.readouterr().err == ""
+
+
 def torchrun(*options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv = [*command, "-m", "tracer", "--local_rank=0", "finetune", *map(str, options)]

@@ -80,11 +80,7 @@ def _decoded(content: bytes, max_pixels: int) -> Sight:
         return Sight("", fault=reason_of(error))
     with Image.open(io.BytesIO(content)) as image:
         deep = image.mode.startswith("I") or (image.format == "PNG" and content[24] > 8)
-        try:
-            turned = image.getexif().get(ORIENTATION, 1) > 1
-        except Exception:  # malformed EXIF raises several kinds, and turns nothing
-            turned = False
-        return Sight(image.format or "", turned, deep)
+        return Sight(image.format or "", image.getexif().get(ORIENTATION, 1) > 1, deep)
 
 
 def look_at_file(path: str, max_pixels: int, whole: bool = False) -> tuple[Sight, int, int]:

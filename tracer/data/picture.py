@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from tracer.data.config import MAX_PIXELS
 from tracer.data.header import ends_well, read_header
 from tracer.data.window import WHOLE, Window, pixels_of
 from tracer.errors import UserError
 from tracer.models.picture_format import PictureFormat
 
-MAX_PIXELS = 178_956_970  # PIL's own limit
 SCALES = (8, 4, 2)  # the fractions of its size at which libjpeg decodes
 
 
