@@ -76,8 +76,8 @@ def readme_section(document: dict[str, Any], page: Path, root: Path) -> str:
     )
     head = (
         f"Measured by `make bench` on {describe(document['machine'])} ({when}). A ratio of 2× means that TRACER "
-        "takes half the time, or half the work where work is counted. Counts (products, spilled registers) are the "
-        "same on every machine, and need not have been made on this one."
+        "takes half the time, or half the work where work is counted. Counts (products, spilled registers) are "
+        "the same on every machine, and need not have been made on this one."
     )
     more = (
         "All sizes, the spread of each time, where the time of a training step goes, and where TRACER is slower: "
