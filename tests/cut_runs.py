@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 from tracer.cli import main
@@ -40,14 +40,12 @@ def cut(config: Config, monkeypatch, batches: int) -> Path:
 def kill(config: Config, settings: Path, after: int = 1) -> None:
     """Run the command line's main in a process, and kill it once it has saved step ``after`` or a later one.
 
-    The process is forked from a server that has imported the package already: the imports take longer than a run.
     ``settings`` is the file to which the run's settings are written; what it prints stands beside it.
     """
     settings.write_text(config.to_yaml())
-    multiprocessing.set_forkserver_preload(["tracer.train.run"])
     output = settings.with_suffix(".log")
     arguments = (["finetune", "--config", str(settings)], output)
-    run = multiprocessing.get_context("forkserver").Process(target=_main, args=arguments)
+    run = forked.context().Process(target=_main, args=arguments)
     run.start()
     part, patience = aside(config.output), time.monotonic() + 120
     while (last := newest(part)) is None or int(last.name.rpartition("-")[2]) < after:

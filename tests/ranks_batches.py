@@ -93,6 +93,9 @@ def compare(
     got = named(*call(mine, needs, impl=impl, group=dist.group.WORLD, mesh=mesh))
     again = named(*call(mine, needs, impl=impl, group=dist.group.WORLD, mesh=mesh))
     assert got.keys() == truth.keys()
+    everyones = [torch.empty_like(got["loss"]) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyones, got["loss"].detach())
+    assert len({float(loss) for loss in everyones}) == 1, f"the ranks disagree about the loss: {everyones}"
     one = None
     if kwargs["image"].dtype != torch.float64:
         one = expected(kwargs, rows, columns, needs, impl=impl)

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.rank_worker import products_taken, received
+from tracer import _rectangle
 from tracer._mesh import MeshShape, default_shape, mesh_of
 from tracer.kernels.contrastive import Needs
 from tracer.losses import ClipLoss, MPMNCELoss, SigLipLoss, TracerLoss
@@ -92,13 +93,27 @@ def some_gradients(mesh: MeshShape, impl: str) -> None:
 
 
 def no_grad(mesh: MeshShape, impl: str) -> None:
+    """Without a gradient to come, the final statistics of rows and columns stay at home."""
+    mine = part_of(whole_batch(24, 24), evenly(24), evenly(24))
+    how = {"impl": impl, "group": dist.group.WORLD, "mesh": mesh}
     with torch.no_grad():
-        output, _ = call(
-            part_of(whole_batch(24, 24), evenly(24), evenly(24)), (), impl=impl, group=dist.group.WORLD
-        )
+        output, _ = call(mine, (), **how)
         one, _ = call(whole_batch(24, 24), (), impl="eager")
     assert output.loss.grad_fn is None
     assert error(output.loss, one.loss) < EXACT
+    with mock.patch.object(_rectangle, "saved_of", side_effect=AssertionError("statistics travel")):
+        with torch.no_grad():
+            call(mine, (), **how)
+        call(mine, (), **how)  # whose inputs ask for no gradient
+        if mesh != "ring":
+            with pytest.raises(AssertionError, match="statistics travel"):
+                call(mine, ("text",), **how)
+
+
+def in_bfloat16(mesh: MeshShape, impl: str) -> None:
+    """Against float64, the error is at most twice that of one process, whose features are in bfloat16 too."""
+    kwargs = whole_batch(60, 60, dtype=torch.bfloat16) | OPTIONS["all"] | {"feature": 0.0}
+    compare(kwargs, evenly(60), evenly(60), mesh, impl)
 
 
 def missing_positive(mesh: MeshShape, impl: str) -> None:
@@ -237,16 +252,28 @@ def compiled(mesh: MeshShape) -> None:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def bytes_received(mesh: tuple[int, int]) -> None:
-    """CLIP in float32: N·D·g forward and again backward, 3 + 5 statistics, g = 1/P + 1/Q − 2/R."""
-    ranks, (rows, cols) = dist.get_world_size(), mesh
+def bytes_received(mesh: MeshShape, teacher: bool) -> None:
+    """In float32, features forward (twice with a teacher) and gradients backward, times g = 1/P + 1/Q − 2/R.
+
+    In a ring each block of texts with its labels passes by twice, forward and backward, the second time with five
+    final statistics. Its own statistics, in float64, and its gradient follow one step behind and come home.
+    """
+    ranks = dist.get_world_size()
     N, D = 24 * ranks, 512
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(24, D, generator=generator)
     mine = {"image": x, "text": x, "logit_scale": torch.tensor(10.0)}
+    if teacher:
+        mine |= {"teacher_image": x, "teacher_text": x} | WEIGHTS | {"feature": 0.0}
     counted = received(partial(call, mine, group=dist.group.WORLD, mesh=mesh))
-    g = 1 / rows + 1 / cols - 2 / ranks
-    formula = 4 * N * g * (D + D + 3 + 5)
+    copies, statistics = (2, 8) if teacher else (1, 3)
+    if mesh == "ring":
+        passing = 2 * (4 * copies * D + 8) + 4 * 5
+        formula = N / ranks * ((ranks - 1) * passing + ranks * (8 * statistics + 4 * D))
+    else:
+        assert isinstance(mesh, tuple)
+        g = 1 / mesh[0] + 1 / mesh[1] - 2 / ranks
+        formula = 4 * N * g * (copies * D + D + statistics + 5)
     assert abs(counted / formula - 1) < 0.01, (counted, formula)
 
 
@@ -370,10 +397,12 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
             for case in (everything, plain_clip):
                 named[f"{at}-{case.__name__}-triton"] = partial(case, mesh, "triton")
         if world_size in (2, 4):
-            for case in (some_gradients, no_grad, missing_positive, autocast):
+            for case in (some_gradients, no_grad, missing_positive, autocast, in_bfloat16):
                 named[f"{at}-{case.__name__}-blocked"] = partial(case, mesh, "blocked")
+        if world_size in (2, 4):
+            named[f"{at}-bytes_received"] = partial(bytes_received, mesh, False)
+            named[f"{at}-bytes_received-teacher"] = partial(bytes_received, mesh, True)
         if mesh != "ring" and world_size in (2, 4, 6):
-            named[f"{at}-bytes_received"] = partial(bytes_received, mesh)
             named[f"{at}-products_of_the_rectangle"] = partial(products_of_the_rectangle, mesh)
     for case in (everything,) if few else (everything, *SINGLE[:2], uneven_pairs, in_float32, some_gradients):
         named[f"{case.__name__}-eager"] = partial(case, None, "eager")

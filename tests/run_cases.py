@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import multiprocessing
 import re
 import tempfile
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import alone_runs
+import forked
 import numpy as np
 import pytest
 import torch
@@ -146,18 +146,15 @@ def cut_and_resumed(name: str, changes: dict[str, object]) -> None:
 def in_a_process_of_its_own(part: str, configs: list[Config]) -> None:
     """Cut runs off ("cut") or end them ("go on") in one process without ranks.
 
-    It is forked from a server that imports the package once, which takes longer than a run.
+    It is forked from a server of its own.
     """
     if dist.get_rank() == 0:
         files = []
         for config in configs:
             files.append(folder() / f"{config.output.name}.yaml")
             files[-1].write_text(config.to_yaml())
-        multiprocessing.set_forkserver_preload(["alone_runs"])
         output = folder() / "alone.log"
-        run = multiprocessing.get_context("forkserver").Process(
-            target=alone_runs.main, args=(part, files, output)
-        )
+        run = forked.context().Process(target=alone_runs.main, args=(part, files, output))
         run.start()
         run.join()
         assert run.exitcode == 0, output.read_text()
@@ -209,6 +206,8 @@ def refused() -> None:
     config = dataclasses.replace(settings(), output=folder() / "refused")
     with pytest.raises(UserError, match="equally: give"):
         finetune(dataclasses.replace(config, batch_size=12 * size + 1))
+    with pytest.raises(UserError, match="--mesh 3x2 has 6 places, and there are 2 ranks: give two numbers"):
+        finetune(dataclasses.replace(config, mesh="3x2"))
     resnet = {"model": str(folder() / "resnet.json"), "pretrained": None, "projection_orthogonal": 0.0}
     with pytest.raises(
         UserError, match=r"BatchNorm \('visual.bn1'\) would see the pictures of one rank alone"
@@ -265,7 +264,9 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
     for stage in range(4):  # 6 pairs a rank in micro-batches of 3, against one process in one shot
         how = partial(equals_one_process, f"micro{stage}", ADAPTERS, stage, {"micro_batch": 4})
         table[f"adapters-in-micro-batches-stage{stage}"] = how
-    table["tracer-in-micro-batches"] = partial(equals_one_process, "micro", TRACER, 2, {"micro_batch": 4})
+    for mesh in ("1x2", "ring"):
+        how = partial(equals_one_process, f"micro-{mesh}", TRACER, 2, {"micro_batch": 4, "mesh": mesh})
+        table[f"tracer-in-micro-batches-{mesh}"] = how
     again = {"grad_checkpointing": True}
     table["adapters-again"] = partial(equals_one_process, "adapters-again", ADAPTERS, 1, again)
     table["frozen-accumulated"] = partial(equals_one_process, "frozen", FROZEN, 2, {})

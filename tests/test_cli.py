@@ -128,6 +128,10 @@ R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pret
             "--freeze image and adapters exclude each other",
         ),
         (["demo", "--freeze", "image"], "--freeze image: the demo trains adapters too"),
+        (
+            ["finetune", "--train_data", "x.csv", "--mesh", "2by2"],
+            "--mesh is '2by2': it must be auto, ring, or PxQ such as 4x2",
+        ),
         (["finetune", "--train_data", "x.csv", "--timeout", "0"], "--timeout is 0.0: it must be above 0"),
         (
             [*R_ADAPTER, "--model", "tracer-demo", "--deepspeed", "nowhere.json"],

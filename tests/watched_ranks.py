@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -12,10 +11,11 @@ from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forked
 import torch
 import torch.distributed as dist
 
-from tracer.errors import Stopped
+from tracer.errors import Stopped, UserError
 from tracer.train.ranks import Ranks
 from tracer.train.stop import StopHere, StopRequest, stop_requests
 
@@ -39,6 +39,9 @@ def rank_main(rank: int, size: int, port: int, folder: Path, heartbeat: float, f
                 here.watch.at(step, "loads its pictures")
                 if rank == 1 and step == 5:
                     befall(fault)
+                if fault == "refused by all" and step == 5:
+                    time.sleep(0 if rank == 1 else 2)
+                    raise UserError("--lr is too large")
                 here.watch.at(step, "computes")
                 for part in range(3):
                     pass_point(request)
@@ -79,7 +82,7 @@ def start(size: int, folder: Path, heartbeat: float, fault: str = "") -> list[Ba
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
+    context = forked.context()
     ranks = [
         context.Process(target=rank_main, args=(rank, size, port, folder, heartbeat, fault))
         for rank in range(size)

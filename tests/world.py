@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import os
 import socket
 import tempfile
@@ -26,6 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -40,8 +40,7 @@ def outcomes(module: str) -> Callable[..., Any]:
 
     @pytest.fixture(scope="module")
     def fixture(request, tmp_path_factory) -> Callable[[int], dict[str, str]]:
-        # The cases are imported once, in a server that the ranks are forked from.
-        multiprocessing.set_forkserver_preload([module])
+        forked.context()  # starts the server that the ranks are forked from
         mine = [item for item in request.session.items if item.module is request.module]
         selected = [item.callspec.params for item in mine if hasattr(item, "callspec")]
 

@@ -16,8 +16,6 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-import torch._dynamo  # these two would be imported by each rank, at its first engine
-import torch._inductor.compile_fx
 import torch.distributed as dist
 from torch import Tensor, nn
 from zero_run import (

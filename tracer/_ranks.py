@@ -37,7 +37,8 @@ def contrastive_terms(
     over the R ranks, so those of the features, which only their rank has, carry the factor R; that of logit_scale,
     which every rank has whole, carries none.
     """
-    return _Terms.apply(impl, mesh, sizes, begun, options, *inputs)
+    asked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return _Terms.apply(impl, mesh, sizes, begun, options, asked, *inputs)
 
 
 def by_definition(
@@ -62,6 +63,7 @@ class _Terms(torch.autograd.Function):
         sizes: Sizes,
         begun: Mapping[str, Tensor],
         options: Options,
+        asked: bool,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         inputs = Inputs(*tensors)  # type: ignore[arg-type]
@@ -71,12 +73,14 @@ class _Terms(torch.autograd.Function):
         whole = Whole(sum(sizes.images), sum(sizes.texts))
         means = _counted(rows, cols, options, mesh, whole)
         terms, diagnostics = _result(rows, cols, inputs, options, mesh, whole, means)
+        ctx.mark_non_differentiable(diagnostics)
+        if not asked:  # nobody will need the final statistics, so they need not travel
+            return terms, diagnostics
         finals = _statistics.finals(rows, cols, options, len(inputs.text))
         own = Saved(*(stats.to(terms.dtype) for stats in finals))
         weights = None if options.halved else _statistics.side_weights(options, *means, own.row_stats)
         ctx.save_for_backward(*kept, *walk.saved_of(own, mesh, sizes), weights)
         ctx.call = impl, mesh, sizes, options, whole
-        ctx.mark_non_differentiable(diagnostics)
         return terms, diagnostics
 
     @staticmethod
@@ -85,7 +89,7 @@ class _Terms(torch.autograd.Function):
         impl, mesh, sizes, options, whole = ctx.call
         tensors, fields = ctx.saved_tensors, len(Inputs._fields)
         inputs, saved, weights = Inputs(*tensors[:fields]), Saved(*tensors[fields:-1]), tensors[-1]
-        asked = dict(zip(Inputs._fields, ctx.needs_input_grad[5:], strict=True))
+        asked = dict(zip(Inputs._fields, ctx.needs_input_grad[6:], strict=True))
         needs = Needs(*(asked[name] for name in Needs._fields))
         walk = _ring if mesh.ring else _rectangle
         own = walk.gradients(impl, grad_terms, inputs, saved, options, needs, mesh, sizes, whole, weights)
@@ -95,7 +99,7 @@ class _Terms(torch.autograd.Function):
         if own.logit_scale is not None:  # every rank learns the whole of it
             parts = gather(own.logit_scale[None], [1] * mesh.size, mesh.everyone)
             by_name["logit_scale"] = parts.sum(0)
-        return None, None, None, None, None, *(by_name.get(name) for name in Inputs._fields)
+        return None, None, None, None, None, None, *(by_name.get(name) for name in Inputs._fields)
 
 
 def _counted(rows: Side, cols: Side, options: Options, mesh: Mesh, whole: Whole) -> Counted:

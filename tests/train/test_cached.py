@@ -113,11 +113,20 @@ def test_any_micro_batch_will_do(config, micro_batch):
     assert_equal_steps(gradients(dataclasses.replace(config, micro_batch=micro_batch)), gradients(config))
 
 
-@pytest.mark.parametrize(("precision", "stage"), [("amp_bf16", 1), ("amp_bf16", 3), ("bf16", 1), ("bf16", 2)])
-def test_in_low_precision_the_gradient_is_that_of_one_shot_but_for_rounding(config, precision, stage):
+@pytest.mark.parametrize(
+    ("precision", "stage"),
+    [("amp_bf16", 1), ("amp_bf16", 3), ("bf16", 1), ("bf16", 2), ("fp16", 1), ("fp16", 2), ("fp16", 3)],
+)
+def test_in_low_precision_the_gradient_is_that_of_one_shot_but_for_rounding(
+    config, tmp_path, precision, stage
+):
     changes = {"precision": precision, "zero_stage": stage, "projection_product": 0.0, "lr": 1e-5}
+    if precision == "fp16":  # a loss scale at which the first step does not overflow
+        changes["deepspeed"] = tmp_path / "scale.json"
+        changes["deepspeed"].write_text(json.dumps({"fp16": {"initial_scale_power": 8}}))
     config = dataclasses.replace(config, **changes)
     got, want = gradients(dataclasses.replace(config, micro_batch=6)), gradients(config)
+    assert got[1][0]["skipped"] == want[1][0]["skipped"] == 0
     assert error(got[0][0], want[0][0]) < 2e-2
 
 

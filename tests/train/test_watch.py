@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -12,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import watched_ranks
-
-multiprocessing.set_forkserver_preload(["watched_ranks"])
 
 
 def all_end(ranks, within: float) -> list[int]:
@@ -63,6 +60,12 @@ def test_the_rank_that_holds_the_store_may_be_lost_too(tmp_path):
     assert len(said(tmp_path)) == 1, said(tmp_path)
     (line,) = said(tmp_path)
     assert re.fullmatch(LINE.format(0, r"\d+", rf"{KILLED}( \(says rank 1 on host \S+\))?"), line)
+
+
+def test_what_all_ranks_refuse_each_of_them_refuses_itself(tmp_path):
+    """Regression: the first to refuse ended the others, which were seconds behind on a busy machine."""
+    assert all_end(watched_ranks.start(3, tmp_path, 20.0, "refused by all"), within=120) == [3, 3, 3]
+    assert not said(tmp_path)  # the command line speaks
 
 
 def wait_for_step(folder: Path, step: int) -> None:

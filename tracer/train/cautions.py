@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from tracer.evaluation.sets import EvaluationSet
 from tracer.train.config import Config
+from tracer.train.ranks import ranks
 
 FEW_PICTURES = 100  # below it the standard error of an accuracy can exceed 5 points
 
@@ -64,6 +65,8 @@ def _idle(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("classes", "prompt_template"), "without evaluation sets: give --eval_data.NAME"
     if config.micro_batch is not None and config.micro_batch >= config.batch_size:
         yield ("micro_batch",), f"as it is not below --batch_size {config.batch_size}"
+    if ranks().size == 1:
+        yield ("mesh",), "on a single process"
 
 
 def _chosen(config: Config, name: str) -> bool:

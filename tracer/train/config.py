@@ -1,13 +1,17 @@
-"""The settings of a fine-tuning run, a dataclass for each section."""
+"""The settings of a fine-tuning run, a dataclass for each section.
+
+The file has over 500 lines because the docstrings are the command line's help.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import yaml
 
@@ -17,6 +21,9 @@ from tracer.errors import UserError
 from tracer.recipes import EMA, R_ADAPTER, TRACER, WMA
 from tracer.settings import as_paths, check_ranges, check_set_names, check_templates
 from tracer.train.baselines import BASELINES, BaselineSettings
+
+if TYPE_CHECKING:
+    from tracer._mesh import MeshShape
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
@@ -301,6 +308,9 @@ class EngineSettings:
         grad_checkpointing: compute the activations of both towers again in the backward pass, to save memory.
         compile: compile both towers with torch.compile; not at ZeRO stage 3.
         deepspeed: JSON file with further settings of DeepSpeed. What an option here decides is refused there.
+        mesh: how the ranks divide the loss: PxQ, such as 4x2, for P rows and Q columns of ranks; ring, where texts
+            travel from rank to rank, for features that do not fit in memory once gathered; auto: Q is the number
+            of ranks of a host, and on one host the mesh is the squarest.
         timeout: seconds that a rank waits for the others within a step.
         heartbeat: seconds without a sign of life from a rank after which all ranks end, and say which it was. A
             rank that is only slow gives signs of life.
@@ -311,12 +321,15 @@ class EngineSettings:
     grad_checkpointing: bool = False
     compile: bool = False
     deepspeed: Path | None = None
+    mesh: str = "auto"
     timeout: float = 1800.0
     heartbeat: float = 20.0
 
     def validate(self) -> None:
         """Raise UserError for the first setting of this section that makes no sense, naming the remedy."""
         check_ranges(self, {"above 0": "timeout heartbeat"})
+        if not re.fullmatch(r"auto|ring|[1-9]\d*x[1-9]\d*", self.mesh):
+            raise UserError(f"--mesh is {self.mesh!r}: it must be auto, ring, or PxQ such as 4x2")
         if self.precision in ("bf16", "fp16") and self.zero_stage == 0:
             raise UserError(
                 f"--precision {self.precision} needs --zero_stage 1 or more: stage 0 keeps no fp32 weights"
@@ -326,6 +339,16 @@ class EngineSettings:
                 "--compile true needs --zero_stage 2 or less: stage 3 gathers the weights of each layer within "
                 "the towers, where a compiled tower does not stop"
             )
+
+    @property
+    def mesh_shape(self) -> MeshShape:
+        """Return ``mesh`` as the loss takes it."""
+        if self.mesh == "auto":
+            return None
+        if self.mesh == "ring":
+            return "ring"
+        rows, cols = self.mesh.split("x")
+        return int(rows), int(cols)
 
 
 @dataclass

@@ -156,7 +156,7 @@ class Trainer:
             average.update(step)
         scalars = means(measured)
         if measure and teacher:
-            scalars["kl"] = teacher_gap(engine, teacher, parts)
+            scalars["kl"] = teacher_gap(engine, teacher, parts, config)
         scalars |= {"lr": lr} | self.skipped(scalars["loss"])
         return scalars | {"step_seconds": time.perf_counter() - started}
 
@@ -185,7 +185,7 @@ class Trainer:
         The last batch of the step ends it: the weights move.
         """
         config, n = self.config, len(label)
-        with Ahead(across_ranks().get("group"), n, n) as ahead:
+        with Ahead(across_ranks(config).get("group"), n, n, config.mesh_shape) as ahead:
             teacher_output = self._teacher_output(parts, measure, ahead)
             student = self._student(parts, ahead)
             with mixed_precision(self.engine.device, self.precision):
@@ -440,7 +440,7 @@ def objective(config: Config, model: nn.Module) -> TracerLoss:
             f"--logit_bias {config.logit_bias} changes no softmax: leave it out, or give --contrast sigmoid"
         )
     return TracerLoss(
-        **across_ranks(),
+        **across_ranks(config),
         distill_weight=config.distill_weight,
         relational=config.relational,
         feature=config.feature,
@@ -464,14 +464,14 @@ def with_bias(
     return u, v, scale, bias[0] if bias else fixed
 
 
-def across_ranks() -> dict[str, Any]:
-    """Return the argument by which the loss compares the pairs of all ranks."""
-    return {"group": dist.group.WORLD} if ranks().size > 1 else {}
+def across_ranks(config: Config) -> dict[str, Any]:
+    """Return the arguments by which the loss compares the pairs of all ranks."""
+    return {"group": dist.group.WORLD, "mesh": config.mesh_shape} if ranks().size > 1 else {}
 
 
 @torch.no_grad()
 def teacher_gap(
-    engine: DeepSpeedEngine, teacher: MovingAverageTeacher, parts: Sequence[MicroBatch]
+    engine: DeepSpeedEngine, teacher: MovingAverageTeacher, parts: Sequence[MicroBatch], config: Config
 ) -> Tensor:
     """Return KL(teacher ‖ student) on a batch in nats, mean of both directions, without mixed precision.
 
@@ -487,5 +487,5 @@ def teacher_gap(
         teacher_text=teacher_text,
         teacher_logit_scale=teacher_logit_scale,
         relational=1.0,
-        **across_ranks(),
+        **across_ranks(config),
     ).terms["relational"]

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from tracer._mesh import MeshShape
 from tracer.errors import Refused, Stopped, UserError
 from tracer.train.start import check_network, refused_by_the_network
 from tracer.train.watch import Watch
@@ -267,4 +268,17 @@ def check_batch_size(batch_size: int, size: int) -> None:
         raise UserError(
             f"--batch_size {batch_size} is the number of pairs on all ranks together and cannot be shared by "
             f"{size} ranks equally: give {near}, or start another number of ranks"
+        )
+
+
+def check_mesh(mesh: MeshShape, size: int) -> None:
+    """Refuse a mesh that is not one of so many ranks.
+
+    Raises:
+        UserError: names the numbers that do not fit.
+    """
+    if isinstance(mesh, tuple) and mesh[0] * mesh[1] != size:
+        raise UserError(
+            f"--mesh {mesh[0]}x{mesh[1]} has {mesh[0] * mesh[1]} places, and there are {size} ranks: give two "
+            f"numbers whose product is {size}, auto or ring"
         )

@@ -52,7 +52,7 @@ from tracer.train.identity import IDENTITY, Identity, differences_from, identity
 from tracer.train.log import StepLog, read_log
 from tracer.train.loggers import check_loggers
 from tracer.train.loop import Trained, train
-from tracer.train.ranks import Ranks, check_batch_size, join, ranks
+from tracer.train.ranks import Ranks, check_batch_size, check_mesh, join, ranks
 from tracer.train.scoring import BEST, Baseline, Scorer, Weights, trained_from, whole_models
 from tracer.train.start import check_compiler, check_shared
 
@@ -104,7 +104,8 @@ def finetune(config: Config, series: Series | None = None) -> Path:
 
 def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
     started = time.perf_counter()
-    check_batch_size(config.batch_size, here.size)
+    here.agree(lambda: check_batch_size(config.batch_size, here.size))
+    here.agree(lambda: check_mesh(config.mesh_shape, here.size))
     here.agree(lambda: check_compiler(config))
     here.once(lambda: _check_folders(config))
     here.once(lambda: _check_names(config))

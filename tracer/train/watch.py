@@ -121,7 +121,8 @@ class Watch:
             return
         if error is not None:
             self._give_way_to_a_lost_rank(error)
-            line = self._lose(self.rank, f"{type(error).__name__}: {_first_line(error)}", spoken=True)
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            line = self._lose(self.rank, reason, spoken=True, refusal=isinstance(error, UserError))
             if line and not isinstance(error, UserError):  # which the command line prints
                 self._say(line)
         self._close()
@@ -188,6 +189,8 @@ class Watch:
         """End with the others, once any rank has found one to be lost."""
         if self._store.check(["lost"]):
             lost = json.loads(self._store.get("lost"))
+            if lost["refusal"] and self._over.wait(LINGER):  # this rank was about to refuse the same
+                return
             speaks = not lost["spoken"] and self._store.add("last word", 1) == 1
             if self._is_neighbour(lost["rank"]) and _state(pid := self._about[lost["rank"]]["pid"]) in "Tt":
                 os.kill(
@@ -228,12 +231,15 @@ class Watch:
             )
             self._lose(other, f"no sign of life for {age:.0f} s: {why}")
 
-    def _lose(self, other: int, reason: str, spoken: bool = False) -> str:
-        """Say that a rank is lost, so that all end; returns the line that says so, "" if another was faster."""
+    def _lose(self, other: int, reason: str, spoken: bool = False, refusal: bool = False) -> str:
+        """Say that a rank is lost, so that all end; returns the line that says so, "" if another was faster.
+
+        ``spoken``: the rank says so itself. ``refusal``: of what the user gave, which the others may refuse too.
+        """
         with suppress(Exception):  # without a store each host ends by itself
             # The ranks go in step, so this rank's is newer than the lost one's last sign of life.
             line = _line(other, self._meet(other)["host"], self._where[0], reason)
-            lost = json.dumps({"rank": other, "line": line, "spoken": spoken})
+            lost = json.dumps({"rank": other, "line": line, "spoken": spoken, "refusal": refusal})
             return line if self._store.compare_set("lost", "", lost).decode() == lost else ""
         return ""
 
