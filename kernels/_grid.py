@@ -16,8 +16,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from ._tiles import Tile
-from ._triton import triton
+from ._tiles import Tile, cdiv
 
 # Least bound on the gradient strips of the backward pass, in bytes. Larger strips make fewer, fuller matrix
 # products; below the size of a GPU's second-level cache they need not reach its memory.
@@ -44,17 +43,16 @@ class Grid(NamedTuple):
 
     def busy(self, multiprocessors: int) -> float:
         """Return the share of the multiprocessors' time that is filled until the last program ends."""
-        waves = triton.cdiv(math.prod(self.programs), multiprocessors)
+        waves = cdiv(math.prod(self.programs), multiprocessors)
         return math.prod(self.tiles) / (multiprocessors * waves * math.prod(self.rectangle))
 
 
+@lru_cache
 def plan(N: int, M: int, tile: Tile, multiprocessors: int) -> Grid:
     """Return the cut of N×M logits into programs for ``tile`` on so many multiprocessors."""
-    tiles_n, tiles_m = triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_m)
+    tiles_n, tiles_m = cdiv(N, tile.block_n), cdiv(M, tile.block_m)
     rows, cols = rectangle(tiles_n, tiles_m, multiprocessors)
-    return Grid(
-        tile, (tiles_n, tiles_m), (rows, cols), (triton.cdiv(tiles_n, rows), triton.cdiv(tiles_m, cols))
-    )
+    return Grid(tile, (tiles_n, tiles_m), (rows, cols), (cdiv(tiles_n, rows), cdiv(tiles_m, cols)))
 
 
 @lru_cache
@@ -63,11 +61,11 @@ def rectangle(tiles_n: int, tiles_m: int, multiprocessors: int) -> tuple[int, in
     best = (float("inf"), float("inf"))
     size = (tiles_n, tiles_m)
     for grid_n in range(1, min(tiles_n, 2 * multiprocessors) + 1):
-        rows = triton.cdiv(tiles_n, grid_n)
+        rows = cdiv(tiles_n, grid_n)
         for waves in (1, 2):
-            cols = triton.cdiv(tiles_m, max(1, min(tiles_m, waves * multiprocessors // grid_n)))
-            programs_n, programs_m = triton.cdiv(tiles_n, rows), triton.cdiv(tiles_m, cols)
-            finish = triton.cdiv(programs_n * programs_m, multiprocessors) * rows * cols
+            cols = cdiv(tiles_m, max(1, min(tiles_m, waves * multiprocessors // grid_n)))
+            programs_n, programs_m = cdiv(tiles_n, rows), cdiv(tiles_m, cols)
+            finish = cdiv(programs_n * programs_m, multiprocessors) * rows * cols
             cost = (finish, programs_n * tiles_m + programs_m * tiles_n)
             if cost < best:
                 best, size = cost, (rows, cols)
@@ -82,6 +80,7 @@ class Strips(NamedTuple):
     starts: range  # first row of each strip
 
 
+@lru_cache
 def strips(
     N: int, M: int, D: int, tile: Tile, matrices: int, itemsize: int, strip_bytes: int | None = None
 ) -> Strips:
@@ -95,7 +94,7 @@ def strips(
         strip_bytes: bound on the scratch in bytes; by default :func:`strip_bound`.
     """
     bound = strip_bound(N, M, D) if strip_bytes is None else strip_bytes
-    stride = triton.cdiv(M, tile.block_m) * tile.block_m
+    stride = cdiv(M, tile.block_m) * tile.block_m
     if not matrices:
         return Strips(N, stride, range(0, N, N))
     tile_rows = max(1, bound // (matrices * stride * itemsize) // tile.block_n)

@@ -17,6 +17,7 @@ from loss_calls import (
 )
 from three_runs import SLACK, assert_no_worse
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from tracer.kernels.contrastive import Forward, Needs, Options
 from tracer.ops import contrastive_loss
@@ -76,6 +77,34 @@ def test_operators_pass_torchs_own_checks(impl, dtype, labelled, has_teacher):
             ),
         )
     torch.library.opcheck(torch.ops.tracer.contrastive_statistics, (impl, *inputs, *options))
+
+
+def called(call, name: str) -> bool:
+    """Return whether ``call`` calls one of the custom operators."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return any(event.key.startswith(f"tracer::{name}") for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("impl", ["blocked", "triton"])
+@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
+def test_an_eager_call_takes_no_custom_operator_and_equals_one_bit_for_bit(impl, contrast):
+    """A call on the host is several times as short without them; what traces still sees one."""
+    kwargs = problem(9, 9, dtype=torch.float32) | {"contrast": contrast, "feature": 0.0}
+    kwargs |= {"relational": 0.5, "impl": impl}
+    names = ("image", "text", "logit_scale")
+
+    def call(kwargs):
+        leaves = {name: kwargs[name].clone().requires_grad_() for name in names}
+        output = contrastive_loss(**(kwargs | leaves))
+        return output.terms, torch.autograd.grad(output.loss, list(leaves.values()))
+
+    operator = "sigmoid_pairs" if contrast == "sigmoid" else "contrastive_loss"
+    results = []
+    assert not called(lambda: results.append(call(kwargs)), operator)
+    with FlopCounterMode(display=False):  # as in any mode that looks at what torch does
+        assert called(lambda: results.append(call(kwargs)), operator)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("impl", ["blocked", "triton"])

@@ -1,4 +1,9 @@
-"""The custom operators ``tracer::contrastive_loss`` and its backward, which autograd and torch.compile see.
+"""The loss inside torch: ``torch.autograd.Function`` in eager mode, custom operators for everything that traces.
+
+An eager call goes straight to its implementation. The operators ``tracer::contrastive_loss`` and its backward
+stand for the same call where torch must see one: under torch.compile and torch.export, in a dispatch mode (fake
+tensors, byte counters), under ``torch.func``, and for tensors without data or of a subclass. They cost several
+hundred microseconds a call on the host, which a GPU would wait for in small batches.
 
 An operator takes flat arguments. Its schema comes from the fields of the records in ``kernels/contrastive.py``,
 and only this file turns records into arguments and back, so that a new field needs no change here.
@@ -9,12 +14,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from itertools import islice
 from types import ModuleType
 from typing import Any, get_type_hints
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tracer.kernels import _statistics
 from tracer.kernels._statistics import Whole, pack, statistic_names
@@ -32,6 +38,7 @@ from tracer.kernels.contrastive import (
     diagnostic_names,
 )
 
+_PLAIN = (Tensor, nn.Parameter)
 _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", bool: "bool", int: "SymInt"}
 
 
@@ -51,6 +58,7 @@ def records(values: Iterable[Any], *records: Any) -> list[Any]:
     return [record(*islice(values, len(record._fields))) for record in records]
 
 
+@cache
 def implementation(impl: str, form: str = "softmax") -> ModuleType:
     """Return the module of an implementation; the first call that needs Triton imports it."""
     module = IMPLEMENTATIONS[impl].module
@@ -58,14 +66,28 @@ def implementation(impl: str, form: str = "softmax") -> ModuleType:
 
 
 def without_autocast(kind: str) -> AbstractContextManager[None]:
-    """Switch autocast off on this kind of device, where it exists at all."""
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    """Switch autocast off on this kind of device, where it is on."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
+
+
+def is_traced(tensors: Iterable[Tensor | None]) -> bool:
+    """Return whether torch must see an operator in place of what an implementation does with these tensors."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return True
+    return any(x is not None and (type(x) not in _PLAIN or x.is_meta) for x in tensors)
 
 
 def contrastive_terms(impl: str, inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """Return the vector of terms, differentiable once, and the diagnostics, by a tiled implementation."""
-    result = Forward(*_forward(impl, *inputs, *options))
-    return result.terms, result.diagnostics
+    if is_traced(inputs):
+        result = Forward(*_forward(impl, *inputs, *options))
+        return result.terms, result.diagnostics
+    return _Terms.apply(impl, options, *inputs)
 
 
 def rectangle_statistics(impl: str, inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
@@ -73,7 +95,10 @@ def rectangle_statistics(impl: str, inputs: Inputs, options: Options) -> tuple[T
 
     K statistics by the names of ``_statistics.statistic_names``, in :func:`accumulation_dtype`.
     """
-    return _rectangle_statistics(impl, *inputs, *options)
+    if is_traced(inputs):
+        return _rectangle_statistics(impl, *inputs, *options)
+    with torch.no_grad():
+        return _statistics_of(impl, inputs, options)
 
 
 def rectangle_gradients(
@@ -90,14 +115,116 @@ def rectangle_gradients(
 
     ``weights`` [2]: what a row and a column of that matrix weigh in a term; None if the rectangle is all of it.
     """
-    values = iter(_backward(impl, grad_terms, *inputs, *saved, *options, *needs, *whole, weights))
-    return Gradients(*(next(values) if need else None for need in needs))
+    if is_traced((grad_terms, *inputs)):
+        values = iter(_backward(impl, grad_terms, *inputs, *saved, *options, *needs, *whole, weights))
+        return Gradients(*(next(values) if need else None for need in needs))
+    with torch.no_grad():
+        return _gradients_of(impl, grad_terms, inputs, saved, options, needs, whole, weights)
+
+
+class Once(torch.autograd.Function):
+    """Passes gradients on, and refuses to be differentiated: a constant would be silently wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients as they are."""
+        return tuple(None if x is None else x.view_as(x) for x in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        """Refuse."""
+        _refuse_double_backward(ctx)
+
+    @classmethod
+    def only(cls, gradients: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Return gradients that a backward pass has computed, for one use where the graph is kept."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return tuple(gradients)
+        return cls.apply(torch.ones((), requires_grad=True), *gradients)
+
+
+class _Terms(torch.autograd.Function):
+    """The terms and diagnostics of an eager call."""
+
+    @staticmethod
+    def forward(ctx: Any, impl: str, options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        result = _result_of(impl, Inputs(*tensors), options)
+        ctx.call = impl, options
+        ctx.save_for_backward(*tensors, *result.saved)
+        ctx.mark_non_differentiable(result.diagnostics)
+        ctx.set_materialize_grads(False)  # the terms' always comes
+        return result.terms, result.diagnostics
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        impl, options = ctx.call
+        inputs, saved = records(ctx.saved_tensors, Inputs, Saved)
+        asked = Inputs(*ctx.needs_input_grad[2:])
+        gradients = _through(impl, upstream[0], inputs, saved, options, asked)
+        return None, None, *Once.only(gradients)
+
+
+def _through(
+    impl: str, grad_terms: Tensor, inputs: Inputs, saved: Saved, options: Options, asked: Any
+) -> tuple[Tensor | None, ...]:
+    """Return a gradient for each of the inputs, None where none is asked for."""
+    needs = Needs(*(getattr(asked, name) for name in Needs._fields))
+    whole = Whole(len(inputs.image), len(inputs.text))
+    gradients = rectangle_gradients(impl, grad_terms, inputs, saved, options, needs, whole)
+    return tuple(getattr(gradients, name, None) for name in Inputs._fields)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a call computes.
+
+
+def _result_of(impl: str, inputs: Inputs, options: Options) -> Forward:
+    with without_autocast(inputs.image.device.type):
+        return implementation(impl).forward(inputs, options)  # type: ignore[no-any-return]
+
+
+def _gradients_of(
+    impl: str,
+    grad_terms: Tensor,
+    inputs: Inputs,
+    saved: Saved,
+    options: Options,
+    needs: Needs,
+    whole: Whole,
+    weights: Tensor | None,
+) -> Gradients:
+    if not (len(inputs.image) and len(inputs.text)):  # a rank without a batch
+        return Gradients(
+            *(
+                torch.zeros_like(getattr(inputs, name)) if need else None
+                for name, need in needs._asdict().items()
+            )
+        )
+    with without_autocast(inputs.image.device.type):
+        return implementation(impl).backward(  # type: ignore[no-any-return]
+            grad_terms, inputs, saved, options, needs, whole, weights
+        )
+
+
+def _statistics_of(impl: str, inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    image, dtype = inputs.image, accumulation_dtype(inputs.image)
+    names = statistic_names(options, inputs.has_teacher)
+    if len(image) and len(inputs.text):
+        with without_autocast(image.device.type):
+            rows, cols = implementation(impl).statistics(inputs, options)
+    else:  # a rank without a batch
+        rows, cols = (_statistics.nothing(len(x), names, image) for x in (image, inputs.text))
+    if options.one_way:
+        return pack(rows, names, dtype), image.new_empty(len(inputs.text), 0, dtype=dtype)
+    return pack(rows, names, dtype), pack(cols, names, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The custom operators.
 
 
 def _run_forward(impl: str, *arguments: Any) -> tuple[Tensor, ...]:
-    inputs, options = records(arguments, Inputs, Options)
-    with without_autocast(inputs.image.device.type):
-        return tuple(implementation(impl).forward(inputs, options))
+    return tuple(_result_of(impl, *records(arguments, Inputs, Options)))
 
 
 def _fake_forward(impl: str, *arguments: Any) -> tuple[Tensor, ...]:
@@ -119,11 +246,7 @@ def _fake_forward(impl: str, *arguments: Any) -> tuple[Tensor, ...]:
 def _run_backward(impl: str, grad_terms: Tensor, *arguments: Any) -> list[Tensor]:
     values = iter(arguments)
     inputs, saved, options, needs, whole = records(values, Inputs, Saved, Options, Needs, Whole)
-    weights = next(values, None)
-    if not (len(inputs.image) and len(inputs.text)):  # a rank without a batch
-        return [torch.zeros_like(x) for x in _needed(inputs, needs)]
-    with without_autocast(inputs.image.device.type):
-        gradients = implementation(impl).backward(grad_terms, inputs, saved, options, needs, whole, weights)
+    gradients = _gradients_of(impl, grad_terms, inputs, saved, options, needs, whole, next(values, None))
     return [gradient for gradient, need in zip(gradients, needs, strict=True) if need]
 
 
@@ -137,17 +260,7 @@ def _needed(inputs: Inputs, needs: Needs) -> list[Tensor]:
 
 
 def _run_statistics(impl: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-    inputs, options = records(arguments, Inputs, Options)
-    image, dtype = inputs.image, accumulation_dtype(inputs.image)
-    names = statistic_names(options, inputs.has_teacher)
-    if len(image) and len(inputs.text):
-        with without_autocast(image.device.type):
-            rows, cols = implementation(impl).statistics(inputs, options)
-    else:  # a rank without a batch
-        rows, cols = (_statistics.nothing(len(x), names, image) for x in (image, inputs.text))
-    if options.one_way:
-        return pack(rows, names, dtype), image.new_empty(len(inputs.text), 0, dtype=dtype)
-    return pack(rows, names, dtype), pack(cols, names, dtype)
+    return _statistics_of(impl, *records(arguments, Inputs, Options))
 
 
 def _fake_statistics(impl: str, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -196,13 +309,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _differentiate(ctx: Any, grad_terms: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     inputs, saved = records(ctx.saved_tensors, Inputs, Saved)
-    _, *needs_gradient = ctx.needs_input_grad
-    asked, _ = records(needs_gradient, Inputs, Options)
-    needs = Needs(*(getattr(asked, name) for name in Needs._fields))
-    whole = Whole(len(inputs.image), len(inputs.text))
-    gradients = rectangle_gradients(ctx.impl, grad_terms, inputs, saved, ctx.options, needs, whole)
-    of_inputs = (getattr(gradients, name, None) for name in Inputs._fields)
-    return None, *of_inputs, *(None for _ in Options._fields)
+    asked = Inputs(*ctx.needs_input_grad[1 : 1 + len(Inputs._fields)])
+    gradients = _through(ctx.impl, grad_terms, inputs, saved, ctx.options, asked)
+    return None, *gradients, *(None for _ in Options._fields)
 
 
 def _refuse_double_backward(ctx: Any, *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""The sigmoid form inside torch: its custom operator, its gradients, and its walk over the ranks of a mesh.
+"""The sigmoid form inside torch: its gradients, its custom operator, and its walk over the ranks of a mesh.
 
 One walk yields the sums over pairs and, where they are the contrastive term's alone, its gradients: the backward
 pass multiplies them by the upstream gradient and needs nothing else. With the relational term, two upstream
@@ -90,24 +90,8 @@ class _Terms(torch.autograd.Function):
             x = by_name[name]
             if x is not None:  # engines divide by the number of ranks
                 by_name[name] = (x if ranks is None else ranks.mesh.size * x).to(dtype)
-        given = [by_name.get(name) for name in _TENSORS]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            given = _Once.apply(torch.ones((), requires_grad=True), *given)
+        given = _autograd.Once.only([by_name.get(name) for name in _TENSORS])
         return None, None, None, None, *given
-
-
-class _Once(torch.autograd.Function):
-    """Passes gradients on, and refuses to be differentiated: a constant would be silently wrong."""
-
-    @staticmethod
-    def forward(ctx: Any, _: Tensor, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if x is None else x.view_as(x) for x in gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            "contrastive_loss: double backward is not supported by impl 'triton' and 'blocked'; use impl='eager'"
-        )
 
 
 def _records(tensors: Any) -> tuple[Inputs, Biases]:
@@ -152,6 +136,9 @@ def _walk(
     """Return the sums over all pairs, and the gradients of this rank's features and of the scalars, whole."""
 
     def pairs_of(rectangle: Inputs) -> Pairs:
+        if not _autograd.is_traced((upstream, *rectangle, *biases)):
+            with torch.no_grad():
+                return _pairs(impl, rectangle, biases, options, needs, upstream)
         values = _operator(impl, upstream, *rectangle, *biases, *options, *needs)
         return Pairs(*(x if need else None for x, need in zip(values, needs, strict=True)))
 
@@ -200,18 +187,29 @@ def _shapes(inputs: Inputs) -> dict[str, tuple[int, ...]]:
     return shapes | {name: tuple(getattr(inputs, name).shape) for name in ("image", "text")}
 
 
+def _pairs(
+    impl: str, inputs: Inputs, biases: Biases, options: Options, needs: PairNeeds, upstream: Tensor | None
+) -> Pairs:
+    if len(inputs.image) and len(inputs.text):
+        with _autograd.without_autocast(inputs.image.device.type):
+            walk = _autograd.implementation(impl, "sigmoid").walk
+            return walk(inputs, biases, options, needs, upstream)  # type: ignore[no-any-return]
+    shapes, dtype = _shapes(inputs), accumulation_dtype(inputs.image)  # of a rank without a batch
+    return Pairs(
+        *(
+            inputs.image.new_zeros(shapes[name], dtype=dtype) if need else None
+            for name, need in needs._asdict().items()
+        )
+    )
+
+
 def _run(impl: str, upstream: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    inputs, biases, options, needs = _autograd.records(arguments, Inputs, Biases, Options, PairNeeds)
-    image, shapes = inputs.image, _shapes(inputs)
-    dtype = accumulation_dtype(image)
-    if len(image) and len(inputs.text):
-        with _autograd.without_autocast(image.device.type):
-            pairs = _autograd.implementation(impl, "sigmoid").walk(inputs, biases, options, needs, upstream)
-    else:  # a rank without a batch
-        pairs = Pairs(*(image.new_zeros(shapes[name], dtype=dtype) for name in Pairs._fields))
+    records = _autograd.records(arguments, Inputs, Biases, Options, PairNeeds)
+    image = records[0].image
+    nothing = image.new_empty(0, dtype=accumulation_dtype(image))
+    pairs = _pairs(impl, *records, upstream)
     return tuple(
-        image.new_empty(0, dtype=dtype) if x is None or not need else x
-        for x, need in zip(pairs, needs, strict=True)
+        nothing.clone() if x is None or not need else x for x, need in zip(pairs, records[-1], strict=True)
     )
 
 
