@@ -59,8 +59,12 @@ class CheckedAdamW(AdamW):
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float, kind: type[AdamW] = AdamW) -> AdamW:
-    """Return the AdamW of every run, with open_clip's moments and ε for vision transformers."""
-    return kind(parameter_groups(model, weight_decay), lr=lr, betas=(0.9, 0.98), eps=1e-6)
+    """Return the AdamW of every run, with open_clip's moments and ε for vision transformers.
+
+    It is fused: one pass over weights, gradients and moments, where torch's default on a CPU is a loop of a dozen
+    operations for each tensor.
+    """
+    return kind(parameter_groups(model, weight_decay), lr=lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 def lr_schedule(config: Config, optimizer: Optimizer) -> LRScheduler:

@@ -122,7 +122,9 @@ class RunState:
         state, master = self._masters.moments(name), self._masters.master(name)
         state.clear()
         if step is not None:
-            state["step"] = torch.tensor(float(step))
+            state["step"] = torch.tensor(
+                float(step), device=master.device
+            )  # where a fused optimizer wants it
             state |= {kind: torch.zeros_like(master) for kind in ("exp_avg", "exp_avg_sq")}
 
     def _scaler(self) -> Any:
