@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tracer._frozen import multiply_once
 from tracer.files import read_tensors, write_tensors
 from tracer.recipes import R_ADAPTER
 from tracer.schedules import EMA
@@ -136,6 +137,7 @@ def add_adapters(
             parent.register_forward_hook(_after_attention)
         else:
             linear.register_forward_hook(_after_linear)
+    multiply_once(model)
     return Share(sum(p.numel() for p in model.parameters()) - pretrained, pretrained)
 
 

@@ -9,6 +9,7 @@ from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tracer._frozen import multiply_once
 from tracer.errors import UserError
 
 Part = Literal["none", "image", "text", "all_but_projections"]
@@ -68,6 +69,7 @@ def freeze(model: nn.Module, part: Part = "none", image_blocks: int = 0, text_bl
             names += _lowest_blocks(model, which, count)
     for name in names:
         model.get_parameter(name).requires_grad_(False)
+    multiply_once(model)
 
 
 def _tower(model: nn.Module, which: str) -> list[str]:
