@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import tracer.demo.small_clip  # noqa: F401 (registers the model tracer-demo)
 from benchmarks import pictures, published
 from benchmarks.measure import Timing, interleaved, require_close
+from tracer._frozen import multiply_once
 from tracer.data.batches import TrainingBatches
 from tracer.data.build import collect
 from tracer.data.sample import Sample
@@ -89,6 +90,7 @@ def problem(case: Case, timed: bool = False) -> Problem:
     with tempfile.TemporaryDirectory() as folder:
         batch = next(iter(batches(clip, case.pairs, 1, Path(folder))))
         loading = _loading(case, clip, Path(folder)) if timed else None
+    multiply_once(clip.model)  # as a run does, whatever trains
     return Problem(clip.model.to(device).train(), batch.image, batch.text, loading)
 
 
