@@ -60,7 +60,8 @@ setup(
             "pytest-benchmark>=5",
             "ema-pytorch>=0.7",
             "psutil>=5.9",
-            "memeff==0.3.1",  # this and the next exact: what their kernels execute is counted
+            "inf-cl==1.2.1",  # this and the next two exact: what their kernels execute is counted
+            "memeff==0.3.1",
             "siglip-kernel==0.1.2",
         ],
         "dev": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-tqdm"],

@@ -11,10 +11,11 @@ AMD's scalar registers may be parked in lanes of vector registers; this causes n
 counted as a spill. Compiled variants are counted of a run whose sizes, margin, smoothing, scales and temperature
 change.
 
-``--quick`` leaves out the variants with fewer options and those whose width is not a multiple of a block,
-compiles the combine kernel once per architecture, kind and number of products, float32 products, exact or in TF32,
-only where their tile is not one that the same kernel has in sm_90's column, and the one-way and sigmoid forms in
-16 bits with sm_90's largest tiles alone.
+The kernel that merges the statistics of a rectangle's rows or columns, which the loss over ranks starts, is compiled
+once per architecture, kind, number of products and form. ``--quick`` leaves out the variants with fewer options and
+those whose width is not a multiple of a block, compiles the combine kernel as seldom, float32 products, exact or in
+TF32, only where their tile is not one that the same kernel has in sm_90's column, and the one-way and sigmoid forms
+in 16 bits with sm_90's largest tiles alone.
 
 Roofline estimates come from these tiles, counted work and data sheets; see ``benchmarks/roofline.py``.
 """
@@ -40,7 +41,7 @@ from benchmarks.harness import Highlight, command_line, progress, table
 from benchmarks.work import ARCHITECTURES, OBJECTIVES, Architecture
 from tracer.kernels import average_triton, contrastive_triton, sigmoid_triton
 from tracer.kernels._tiles import LIKE, TABLES, Tile, tiles_of
-from tracer.kernels._triton import planning_for, recording
+from tracer.kernels._triton import Launch, planning_for, recording
 from tracer.kernels.contrastive import Biases, Inputs, Needs, Options, Saved, Statistics
 from tracer.kernels.sigmoid import PairNeeds
 
@@ -52,11 +53,13 @@ TARGETS = {
 }
 FULL = OBJECTIVES["full objective"].options
 AVERAGE = "moving average"
-ONE_WAY, SIGMOID = "one direction, rows left out", "sigmoid"
+# A call of one direction that measures diagnostics walks in both, with weights of its own.
+ONE_WAY, MEASURED, SIGMOID = "one direction, rows left out", "one direction with stats, rows left out", "sigmoid"
 # By the kernel whose tiles they take unless they have their own: names in the tables, and forms.
 _FORMS_OF = {
     "forward": (("forward, one way", ONE_WAY),),
-    "backward": (("backward, one way", ONE_WAY), ("sigmoid", SIGMOID)),
+    "forward with stats": (("forward with stats", MEASURED),),
+    "backward": (("backward, one way", ONE_WAY), ("backward", MEASURED), ("sigmoid", SIGMOID)),
 }
 
 
@@ -148,22 +151,26 @@ def _call(case: Case, N: int = 1024) -> tuple[Inputs, Options]:
         relational=case.many,
         interactive=case.many,
         cross=case.many,
-        stats=case.kernel == "forward with stats",
+        stats=case.kernel == "forward with stats" or case.form == MEASURED,
     )
-    if case.form == ONE_WAY:
+    if case.form in (ONE_WAY, MEASURED):
         options = options._replace(image_to_text=1.0, text_to_image=0.0, ignore=True)
     if case.form == SIGMOID:
         options = options._replace(sigmoid=True)
     return inputs, options
 
 
-def compile_case(case: Case, combine: bool = True) -> list[Report]:
-    """Compile one case, of the forward kinds with the combine kernel or without, and read the machine code."""
-    return [_loss_report(case, name, code) for name, code in binaries(case, combine).items()]
+def compile_case(case: Case, number: int = 4) -> list[Report]:
+    """Compile one case and read the machine code; see :func:`binaries`."""
+    return [_loss_report(case, name, code) for name, code in binaries(case, number).items()]
 
 
-def binaries(case: Case, combine: bool = True) -> dict[str, Any]:
-    """Compile one case, of the forward kinds with the combine kernel or without; return the kernels by name."""
+def binaries(case: Case, number: int = 4) -> dict[str, Any]:
+    """Compile one case and return the first ``number`` of its kernels by name.
+
+    Those that merge partial statistics follow a kernel of the forward kinds: combine, into the terms of a whole
+    call, then merge, into the rows and into the columns of a rectangle.
+    """
     inputs, options = _call(case)
     with target(case.arch, "tf32" if case.bits == 19 else "ieee"):
         with recording(execute=False, keep_arguments=True) as launches:
@@ -177,8 +184,13 @@ def binaries(case: Case, combine: bool = True) -> dict[str, Any]:
                 contrastive_triton.backward(_empty(4), inputs, saved, options, Needs(), tile=case.tile)
             else:
                 contrastive_triton.forward(inputs, options, tile=case.tile)
-        names = (case.name, f"combine of {case.name}")[: 1 + combine]
-        return {name: launch.compile() for name, launch in zip(names, launches, strict=False)}
+                contrastive_triton.statistics(inputs, options, tile=case.tile)
+        names = [case.name]
+        if len(launches) > 1:
+            del launches[2]  # the walk again, for the statistics of a rectangle
+            names += [f"{kind} of {case.name}" for kind in ("combine", "merge of rows", "merge of columns")]
+        named = list(zip(names, launches, strict=False))[:number]
+        return {name: launch.compile() for name, launch in named}
 
 
 def compile_average(arch: str, on_device: bool) -> Report:
@@ -275,15 +287,15 @@ def compile_all(
     cases = sorted(shipped(architectures, quick), key=lambda c: (c.many, c.kernel == "forward with stats"))
     cases.reverse()  # the slowest kinds first
     seen: set[tuple[str, str, bool, str]] = set()
-    combine = []
-    for case in cases:  # what the combine kernel computes depends on these, beside the tile's sides
+    numbers = []
+    for case in cases:  # what is merged depends on these, beside the tile's sides
         key = case.arch, case.kernel, case.many, case.form
-        combine.append(not quick or key not in seen)
+        numbers.append(4 if key not in seen else 1 if quick else 2)
         seen.add(key)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         estimated = pool.submit(roofline.estimates, architectures)
         counted = pool.submit(variants)
-        compiled = pool.map(compile_case, cases, combine)
+        compiled = pool.map(compile_case, cases, numbers)
         averages = [
             pool.submit(compile_average, arch, where) for arch in architectures for where in (False, True)
         ]
@@ -293,24 +305,63 @@ def compile_all(
 
 
 def variants() -> dict[str, int]:
-    """Count compiled variants per kernel of a run with changing sizes, strips, margins, smoothings and scales."""
+    """Count compiled variants per kernel and form of a run with changing sizes, strips, numbers and scales."""
+    counts: dict[str, int] = {}
+    for form in ("", ONE_WAY, MEASURED, SIGMOID):
+        kernels: dict[str, Any] = {}
+        before: dict[str, int] = {}
+        for launch in _varied(form):
+            kernel = launch.kernel
+            name = f"{kernel.__name__}, {form}" if form not in ("", SIGMOID) else kernel.__name__
+            before.setdefault(name, _compiled_variants(kernel))
+            with target("sm_90"):
+                launch.compile()
+            kernels[name] = kernel
+        counts |= {name: _compiled_variants(kernel) - before[name] for name, kernel in kernels.items()}
+    return counts
+
+
+def _compiled_variants(kernel: Any) -> int:
+    caches = kernel.device_caches
+    key = str(TARGETS["sm_90"])
+    return len(caches[key][0]) if key in caches else 0
+
+
+def _varied(form: str) -> list[Launch]:
+    """Return the launches of a form of the loss, or without a form also of the average, in a varied run."""
     tile = TABLES["sm_90"]["forward", True, 16][-1]
-    kernels: dict[str, Any] = {}
-    for N, M in ((512, 512), (511, 512), (1, 1), (16, 48), (1000, 77)):
-        feature = _empty(max(N, M), 64, dtype=torch.bfloat16)
-        y = _empty(max(N, M) + 1, dtype=torch.int64)[1:]  # the alignment of labels varies too
-        inputs = Inputs(feature[:N], feature[:M], _empty(), feature[:N], feature[:M], _empty(), y[:N], y[:M])
-        for value in (0.01, 0.3, 1.0):
-            options = FULL._replace(margin=value, smoothing=value, stats=True)
-            with target("sm_90"), recording(execute=False, keep_arguments=True) as launches:
-                saved = contrastive_triton.forward(inputs, options, tile=tile).saved
-                contrastive_triton.backward(
-                    _empty(4), inputs, saved, options, Needs(), tile=tile, strip_bytes=1 << 16
-                )
-                for launch in launches:
-                    launch.compile()
-                    kernels[launch.kernel.__name__] = launch.kernel
-    return {name: len(kernel.device_caches[str(TARGETS["sm_90"])][0]) for name, kernel in kernels.items()}
+    with target("sm_90"), recording(execute=False, keep_arguments=True) as launches:
+        for N, M in ((512, 512), (511, 512), (1, 1), (16, 48), (1000, 77)):
+            feature = _empty(max(N, M), 64, dtype=torch.bfloat16)
+            y = _empty(max(N, M) + 1, dtype=torch.int64)[1:]  # the alignment of labels varies too
+            inputs = Inputs(
+                feature[:N], feature[:M], _empty(), feature[:N], feature[:M], _empty(), y[:N], y[:M]
+            )
+            for value in (0.01, 0.3, 1.0):
+                options = FULL._replace(margin=value, smoothing=value, stats=form in ("", MEASURED))
+                if form in (ONE_WAY, MEASURED):
+                    options = options._replace(image_to_text=value, text_to_image=0.0, ignore=True)
+                if form == SIGMOID:
+                    options = Options(margin=value, relational=True, sigmoid=True)
+                _both_passes(inputs, options, tile)
+                if not form:
+                    averages = [torch.zeros(N), torch.zeros(M)]
+                    average_triton.average_(averages, [torch.zeros(N), torch.zeros(M)], value)
+    return launches
+
+
+def _both_passes(inputs: Inputs, options: Options, tile: Tile) -> None:
+    """Launch everything that a call and a rectangle of one launch, with strips of 64 KiB."""
+    upstream, strip_bytes = _empty(4), 1 << 16
+    if options.sigmoid:
+        biases, needs = Biases(_empty(), _empty()), PairNeeds(*[True] * 5)
+        sigmoid_triton.walk(inputs, biases, options, needs, upstream, tile=tile, strip_bytes=strip_bytes)
+        return
+    saved = contrastive_triton.forward(inputs, options, tile=tile).saved
+    contrastive_triton.statistics(inputs, options, tile=tile)
+    contrastive_triton.backward(
+        upstream, inputs, saved, options, Needs(), tile=tile, strip_bytes=strip_bytes
+    )
 
 
 def measure(
@@ -379,7 +430,7 @@ def report(results: dict[str, Any]) -> str:
 def _kind(row: dict[str, Any]) -> tuple[str, str, str]:
     """Return the row of the summary that a kernel belongs to: architecture, kernel, operands."""
     name, operands = row["kernel"], "16 bits"
-    if name == AVERAGE or name.startswith("combine"):
+    if name == AVERAGE or name.startswith(("combine", "merge")):
         name, operands = name.split(" of ")[0], ""
     elif row["bits"] == 16:
         name += f", {row['products']} product{'' if row['products'] == 'one' else 's'}"
