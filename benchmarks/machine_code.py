@@ -12,22 +12,25 @@ counted as a spill. Compiled variants are counted of a run whose sizes, margin, 
 change.
 
 The kernel that merges the statistics of a rectangle's rows or columns, which the loss over ranks starts, is compiled
-once per architecture, kind, number of products and form. ``--quick`` leaves out the variants with fewer options and
-those whose width is not a multiple of a block, compiles the combine kernel as seldom, float32 products, exact or in
-TF32, only where their tile is not one that the same kernel has in sm_90's column, and the one-way and sigmoid forms
-in 16 bits with sm_90's largest tiles alone.
+with the largest tile of each kind in 16 bits. ``--quick`` leaves out the variants with fewer options and those whose
+width is not a multiple of a block, compiles the combine kernel as seldom, float32 products, exact or in TF32, only
+where their tile is not one that the same kernel has in sm_90's column, and the one-way and sigmoid forms in 16 bits
+with sm_90's largest tiles alone.
 
 Roofline estimates come from these tiles, counted work and data sheets; see ``benchmarks/roofline.py``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
+import tokenize
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +43,7 @@ from benchmarks import disassembly, roofline
 from benchmarks.harness import Highlight, command_line, progress, table
 from benchmarks.work import ARCHITECTURES, OBJECTIVES, Architecture
 from tracer.kernels import average_triton, contrastive_triton, sigmoid_triton
-from tracer.kernels._tiles import LIKE, TABLES, Tile, tiles_of
+from tracer.kernels._tiles import COMBINE, LIKE, MERGE, TABLES, Tile, tiles_of
 from tracer.kernels._triton import Launch, planning_for, recording
 from tracer.kernels.contrastive import Biases, Inputs, Needs, Options, Saved, Statistics
 from tracer.kernels.sigmoid import PairNeeds
@@ -190,6 +193,8 @@ def binaries(case: Case, number: int = 4) -> dict[str, Any]:
             del launches[2]  # the walk again, for the statistics of a rectangle
             names += [f"{kind} of {case.name}" for kind in ("combine", "merge of rows", "merge of columns")]
         named = list(zip(names, launches, strict=False))[:number]
+        if case.form == MEASURED and len(named) > 1:
+            named = named[1:2]  # walk and merge are those of both directions
         return {name: launch.compile() for name, launch in named}
 
 
@@ -250,7 +255,8 @@ def _read(
 
 def shipped(architectures: list[str], quick: bool) -> list[Case]:
     """Return every entry of the named architectures' tables, with all options and, unless quick, without, and
-    with a width that no block divides. Forms of the contrastive term, if quick, with sm_90's largest alone.
+    with a width that no block divides. Forms of the contrastive term, if quick, with sm_90's largest alone; what
+    measuring adds to one direction in any case with the largest in 16 bits.
     """
     variants = ((True, 512),) if quick else ((True, 512), (False, 512), (True, 520))
     cases = [
@@ -266,8 +272,8 @@ def shipped(architectures: list[str], quick: bool) -> list[Case]:
         for arch in architectures
         for kernel, many, bits in TABLES[arch]
         for name, form in _FORMS_OF.get(kernel, ())
-        for tile in tiles_of(TABLES[arch], name, many, bits)[: 1 if quick else None]
-        if (arch, bits) == ("sm_90", 16) or not quick
+        for tile in tiles_of(TABLES[arch], name, many, bits)[: 1 if quick or form == MEASURED else None]
+        if (arch, bits) == ("sm_90", 16) or not (quick or (form == MEASURED and bits != 16))
     ]
     if not quick:
         return cases
@@ -280,18 +286,20 @@ def shipped(architectures: list[str], quick: bool) -> list[Case]:
     return [case for case in cases if not known(case)]
 
 
+def _is_largest(case: Case) -> bool:
+    """Whether this is the largest tile of its kind in 16 bits, with all options."""
+    kernel = next((name for name, form in _FORMS_OF.get(case.kernel, ()) if form == case.form), case.kernel)
+    tiles = tiles_of(TABLES[case.arch], kernel, case.many, case.bits)
+    return case.bits == 16 and case.tile == tiles[0] and case.options and case.width == 512
+
+
 def compile_all(
     architectures: list[str], quick: bool
 ) -> tuple[list[Report], dict[str, int], list[dict[str, Any]]]:
     """Return reports of all kernels, compiled variants of a varied run, and estimates, on all processors."""
     cases = sorted(shipped(architectures, quick), key=lambda c: (c.many, c.kernel == "forward with stats"))
     cases.reverse()  # the slowest kinds first
-    seen: set[tuple[str, str, bool, str]] = set()
-    numbers = []
-    for case in cases:  # what is merged depends on these, beside the tile's sides
-        key = case.arch, case.kernel, case.many, case.form
-        numbers.append(4 if key not in seen else 1 if quick else 2)
-        seen.add(key)
+    numbers = [4 if _is_largest(case) else 1 if quick else 2 for case in cases]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         estimated = pool.submit(roofline.estimates, architectures)
         counted = pool.submit(variants)
@@ -302,6 +310,32 @@ def compile_all(
         bar = tqdm(compiled, total=len(cases), desc="compiling", unit="case")
         of_the_loss = [report for reports in bar for report in reports]
         return of_the_loss + [a.result() for a in averages], counted.result(), estimated.result()
+
+
+def sources() -> str:
+    """Return a digest of what decides the loss kernels' machine code, beside Triton: their code and the tiles.
+
+    Comments, docstrings and the layout of lines do not count. While the digest is that of stored results, so is
+    the machine code, and nobody needs to compile everything again to know it.
+    """
+    digest = hashlib.sha256(repr((TABLES, LIKE, MERGE, COMBINE)).encode())
+    for path in sorted(Path(contrastive_triton.__file__).parent.glob("_triton_*.py")):
+        with path.open("rb") as file:
+            digest.update(_code(file.readline).encode())
+    return digest.hexdigest()
+
+
+def _code(readline: Any) -> str:
+    """Return the code of a file, one statement a line."""
+    layout = (tokenize.ENCODING, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    kept, before = [], tokenize.ENCODING
+    for token in tokenize.tokenize(readline):
+        if token.type in (tokenize.COMMENT, tokenize.NL):
+            continue
+        if not (token.type == tokenize.STRING and before in layout):  # a docstring
+            kept.append("\n" if token.type == tokenize.NEWLINE else token.string.strip())
+        before = token.type
+    return " ".join(kept)
 
 
 def variants() -> dict[str, int]:
@@ -388,6 +422,7 @@ def measure(
     refuse_spills(rows)
     return {
         "triton": triton.__version__,
+        "sources": sources(),
         "kernels": rows,
         "variants": counted,
         "estimates": estimated,
