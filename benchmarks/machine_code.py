@@ -11,11 +11,11 @@ AMD's scalar registers may be parked in lanes of vector registers; this causes n
 counted as a spill. Compiled variants are counted of a run whose sizes, margin, smoothing, scales and temperature
 change.
 
-The kernel that merges the statistics of a rectangle's rows or columns, which the loss over ranks starts, is compiled
-with the largest tile of each kind in 16 bits. ``--quick`` leaves out the variants with fewer options and those whose
-width is not a multiple of a block, compiles the combine kernel as seldom, float32 products, exact or in TF32, only
-where their tile is not one that the same kernel has in sm_90's column, and the one-way and sigmoid forms in 16 bits
-with sm_90's largest tiles alone.
+The kernel that merges the statistics of a rectangle's rows or columns, which the loss over ranks starts, is
+compiled with the largest tile of each kind in 16 bits. ``--quick`` leaves out the variants with fewer options and
+those whose width is not a multiple of a block, compiles the combine kernel as seldom, float32 products, exact or in
+TF32, only where their tile is not one that the same kernel has in sm_90's column, and the one-way and sigmoid forms
+in 16 bits with sm_90's largest tiles alone.
 
 Roofline estimates come from these tiles, counted work and data sheets; see ``benchmarks/roofline.py``.
 """
@@ -57,7 +57,11 @@ TARGETS = {
 FULL = OBJECTIVES["full objective"].options
 AVERAGE = "moving average"
 # A call of one direction that measures diagnostics walks in both, with weights of its own.
-ONE_WAY, MEASURED, SIGMOID = "one direction, rows left out", "one direction with stats, rows left out", "sigmoid"
+ONE_WAY, MEASURED, SIGMOID = (
+    "one direction, rows left out",
+    "one direction with stats, rows left out",
+    "sigmoid",
+)
 # By the kernel whose tiles they take unless they have their own: names in the tables, and forms.
 _FORMS_OF = {
     "forward": (("forward, one way", ONE_WAY),),
@@ -352,7 +356,7 @@ def variants() -> dict[str, int]:
                 launch.compile()
             kernels[name] = kernel
         counts |= {name: _compiled_variants(kernel) - before[name] for name, kernel in kernels.items()}
-    return counts
+    return {name: count for name, count in counts.items() if count}  # 0: what another form has compiled
 
 
 def _compiled_variants(kernel: Any) -> int:
@@ -393,9 +397,7 @@ def _both_passes(inputs: Inputs, options: Options, tile: Tile) -> None:
         return
     saved = contrastive_triton.forward(inputs, options, tile=tile).saved
     contrastive_triton.statistics(inputs, options, tile=tile)
-    contrastive_triton.backward(
-        upstream, inputs, saved, options, Needs(), tile=tile, strip_bytes=strip_bytes
-    )
+    contrastive_triton.backward(upstream, inputs, saved, options, Needs(), tile=tile, strip_bytes=strip_bytes)
 
 
 def measure(

@@ -3,9 +3,9 @@
     python -m benchmarks.others
 
 The packages are Inf-CL and memeff, which compute the CLIP loss, and siglip-kernel, whose loss is another one: a
-sigmoid for each pair, which needs no statistics. All come from the package index, at the versions of the lock file,
-and are called as their users call them; TRACER's CLIP loss and its sigmoid stand beside them. Nothing is counted
-before loss and gradients agree with the definition.
+sigmoid for each pair, which needs no statistics. All come from the package index, at the versions of the lock
+file, and are called as their users call them; TRACER's CLIP loss and its sigmoid stand beside them. Nothing is
+counted before loss and gradients agree with the definition.
 
 **Counted**, in Triton's interpreter and by torch's dispatcher: products in units of 2·N²·D operations, those of
 torch included; bytes that the kernels load and store; bytes that torch's own operations read and write, matrix
@@ -393,8 +393,8 @@ def report(results: dict[str, Any]) -> str:
             f"**Counted** bytes alive at once beyond the inputs, bfloat16, N {N}, D {D}, gradients included, "
             "beside one tower of features:",
             _memory_table(results["memory"]),
-            f"**Compiled** with Triton {results['triton']}, not run; N 1024, D 512. A kernel with 0 resident warps "
-            "cannot start on that architecture, because one program needs more shared memory than a "
+            f"**Compiled** with Triton {results['triton']}, not run; N 1024, D 512. A kernel with 0 resident "
+            "warps cannot start on that architecture, because one program needs more shared memory than a "
             "multiprocessor has. Inf-CL's kernels hold an instruction of NVIDIA's and do not compile for gfx942.",
             _code_table(results["kernels"]),
             "**Published** by the packages, as they measured it, beside **estimates**: the least time by the "

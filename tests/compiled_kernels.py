@@ -40,7 +40,9 @@ class Code(NamedTuple):
     many: bool  # more than one product
     instructions: list[Instruction]
     split: bool  # AMD's mode in which the warps of a program run on several compute units
-    fences: list[Instruction]  # of AMD's compiler: barriers and the fences around them, "local" if of LDS alone
+    fences: list[
+        Instruction
+    ]  # of AMD's compiler: barriers and the fences around them, "local" if of LDS alone
 
 
 def compiled(*requests: tuple[str, str, bool], bug: tuple[str, str, str] | None = None) -> list[Code]:
@@ -56,7 +58,10 @@ def compiled(*requests: tuple[str, str, bool], bug: tuple[str, str, str] | None 
     assert run.returncode == 0, run.stderr
     codes = [Code(*json.loads(line)) for line in run.stdout.splitlines()]
     return [
-        code._replace(**{name: [Instruction(*i) for i in getattr(code, name)] for name in ("instructions", "fences")})
+        code._replace(
+            instructions=[Instruction(*i) for i in code.instructions],
+            fences=[Instruction(*i) for i in code.fences],
+        )
         for code in codes
     ]
 
@@ -99,7 +104,8 @@ def _fences(llir: str) -> list[Instruction]:
 
     Triton marks a fence that orders LDS alone with a tag (``!mmra``).
     """
-    lines = {row[1]: int(row[2]) for row in re.finditer(r"^(!\d+) = !DILocation\(line: (\d+),", llir, re.MULTILINE)}
+    places = re.finditer(r"^(!\d+) = !DILocation\(line: (\d+),", llir, re.MULTILINE)
+    lines = {place[1]: int(place[2]) for place in places}
     found = []
     for row in llir.splitlines():
         kind = re.search(r'fence syncscope\("workgroup"\) (\w+)|call void @llvm.amdgcn.s.(barrier)\(\)', row)

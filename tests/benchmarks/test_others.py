@@ -98,7 +98,11 @@ def test_what_is_published_stands_beside_estimates(results):
     assert a100["ours"] == others.OURS
     sigmoid = rows[SIGLIP_KERNEL]  # three products of both, not the CLIP loss's four and its exponentials
     assert sigmoid["ours"] == others.OUR_SIGMOID
-    assert sigmoid["estimate_their_products"] <= sigmoid["estimate_ours"] < 2 * sigmoid["estimate_their_products"]
+    assert (
+        sigmoid["estimate_their_products"]
+        <= sigmoid["estimate_ours"]
+        < 2 * sigmoid["estimate_their_products"]
+    )
     page = others.report(results)
     for words in ("**Counted**", "**Compiled**", "**Published**", "**estimates**", "| 5.00 |"):
         assert words in page

@@ -8,15 +8,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_calls import CLIP, FULL, SIZES, SMALL, options, problem, to_device
+from kernel_calls import CLIP, FULL, SIZES, problem, to_device
 from loss_calls import small_tiles  # noqa: F401
 from sigmoid_calls import ALL, UPSTREAM, WALKS, biases, by_definition, by_walk, check, pairwise
-from three_runs import SLACK, assert_no_worse, error
+from three_runs import SLACK, error
 from triton_interpreter import DEVICE
 
-from tracer.kernels import _blocked_tile, contrastive_eager, sigmoid_blocked, sigmoid_triton
+from tracer.kernels import _blocked_tile, contrastive_eager, sigmoid_blocked
 from tracer.kernels.contrastive import TERMS, Biases, Inputs, Options
-from tracer.kernels.sigmoid import PairNeeds, Pairs
+from tracer.kernels.sigmoid import PairNeeds
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),

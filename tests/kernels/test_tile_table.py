@@ -91,9 +91,7 @@ def test_an_entry_is_right(case):
     )
     margin, smoothing = (0.2, 0.1) if case.labelled else (0.0, 0.0)
     directions = {"image_to_text": 1.0, "text_to_image": 0.0} if case.form == "one way" else {}
-    chosen = options(
-        margin, smoothing, FULL if case.many else CLIP, stats=case.form == "stats", **directions
-    )
+    chosen = options(margin, smoothing, FULL if case.many else CLIP, stats=case.form == "stats", **directions)
     assert chosen.one_way == (case.form == "one way")
     forced = planning_for(gpu(DEVICE).architecture, case.multiprocessors or 1)
     slack = {"slack": TF32_SLACK} if case.bits == 19 else {}
