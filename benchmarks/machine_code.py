@@ -13,9 +13,9 @@ change.
 
 The kernel that merges the statistics of a rectangle's rows or columns, which the loss over ranks starts, is
 compiled with the largest tile of each kind in 16 bits. ``--quick`` leaves out the variants with fewer options and
-those whose width is not a multiple of a block, compiles the combine kernel as seldom, float32 products, exact or in
-TF32, only where their tile is not one that the same kernel has in sm_90's column, and the one-way and sigmoid forms
-in 16 bits with sm_90's largest tiles alone.
+those whose width is not a multiple of a block, and compiles the combine kernel as seldom. It compiles float32
+products, exact or in TF32, only where their tile is not one that the same kernel has in sm_90's column, and the
+one-way and sigmoid forms in 16 bits with sm_90's largest tiles alone.
 
 Roofline estimates come from these tiles, counted work and data sheets; see ``benchmarks/roofline.py``.
 """

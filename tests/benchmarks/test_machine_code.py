@@ -1,9 +1,9 @@
 """Every shipped tile of the loss kernels, compiled ahead of time for GPUs that need not be here.
 
-Compiling all of them takes long, so the committed results stand for it: their digest of the kernels' sources and
-of the tiles is that of this checkout, and their Triton is the one that is installed. What they promise is tested on
-all of them. sm_90's entries are compiled here again, to see that the numbers come out the same; ``make bench-check``
-does so for every architecture.
+Compiling all of them takes long, so the committed results stand for it: their digest of the kernels' sources
+and of the tiles is that of this checkout, and their Triton is the one that is installed. What they promise is
+tested on all of them. sm_90's entries are compiled here again, to see that the numbers come out the same;
+``make bench-check`` does so for every architecture.
 """
 
 from __future__ import annotations
