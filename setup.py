@@ -12,7 +12,7 @@ ROOMS = ["models", "data", "evaluation", "train", "report", "demo"]  # folders o
 DATA = ["Pillow>=10", "tqdm>=4.66", "fsspec>=2024.2", "braceexpand>=0.1.7"]
 TRAIN = [
     "open_clip_torch>=3.3,<3.4",
-    "torchvision>=0.25",
+    "torchvision>=0.27",
     "deepspeed==0.19.8",  # exact: a sharded teacher needs private attributes of its optimizers
     "jsonargparse[signatures]>=4.40",
     "jinja2>=3.1",
@@ -35,8 +35,9 @@ setup(
     packages=["tracer", "tracer.kernels", *(f"tracer.{room}" for room in ROOMS)],
     package_dir={"tracer.kernels": "kernels"},
     package_data={"tracer": ["py.typed"], "tracer.demo": ["assets/*"], "tracer.report": ["page.html.j2"]},
-    # 2.10 is the first torch whose addmm adds a product of 16-bit matrices to a float32 sum (pytorch#167931).
-    install_requires=["torch>=2.10", "numpy>=1.26", "safetensors>=0.4.3"],
+    # 2.10 is the first torch whose addmm adds a product of 16-bit matrices to a float32 sum (pytorch#167931), 2.12
+    # the first whose Triton (3.7) compiles every kernel: docs/gpu.md, "The oldest torch".
+    install_requires=["torch>=2.12", "numpy>=1.26", "safetensors>=0.4.3"],
     extras_require={
         "train": TRAIN,
         "dali": ["nvidia-dali-cuda130>=2.4,<3"],  # CUDA 13
@@ -60,7 +61,8 @@ setup(
             "pytest-benchmark>=5",
             "ema-pytorch>=0.7",
             "psutil>=5.9",
-            "memeff==0.3.1",  # this and the next exact: what their kernels execute is counted
+            "inf-cl==1.2.1",  # this and the next two exact: what their kernels execute is counted
+            "memeff==0.3.1",
             "siglip-kernel==0.1.2",
         ],
         "dev": ["ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-tqdm"],

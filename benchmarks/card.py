@@ -225,8 +225,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def benchmarked(parts: tuple[str, ...], quick: bool, folder: Path) -> tuple[str, str]:
-    """Run parts of the benchmarks and return their page, and what failed in one line or ""."""
+    """Run parts of the benchmarks and return their page, and what failed in one line or "".
+
+    What an earlier run left in the folder is removed first: the page is that of one run.
+    """
     path, problem = folder / f"{page.slug(machine())}.md", ""
+    for old in (path, path.with_suffix(".json"), *folder.glob(f"{path.stem}-*.png")):
+        old.unlink(missing_ok=True)
     options = MINIATURE_OPTIONS if quick and parts == MINIATURE_PARTS else ()
     try:
         if parts:

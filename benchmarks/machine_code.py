@@ -11,22 +11,26 @@ AMD's scalar registers may be parked in lanes of vector registers; this causes n
 counted as a spill. Compiled variants are counted of a run whose sizes, margin, smoothing, scales and temperature
 change.
 
-``--quick`` leaves out the variants with fewer options and those whose width is not a multiple of a block,
-compiles the combine kernel once per architecture, kind and number of products, float32 products, exact or in TF32,
-only where their tile is not one that the same kernel has in sm_90's column, and the one-way and sigmoid forms in
-16 bits with sm_90's largest tiles alone.
+The kernel that merges the statistics of a rectangle's rows or columns, which the loss over ranks starts, is
+compiled with the largest tile of each kind in 16 bits. ``--quick`` leaves out the variants with fewer options and
+those whose width is not a multiple of a block, and compiles the combine kernel as seldom. It compiles float32
+products, exact or in TF32, only where their tile is not one that the same kernel has in sm_90's column, and the
+one-way and sigmoid forms in 16 bits with sm_90's largest tiles alone.
 
 Roofline estimates come from these tiles, counted work and data sheets; see ``benchmarks/roofline.py``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
+import tokenize
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,8 +43,8 @@ from benchmarks import disassembly, roofline
 from benchmarks.harness import Highlight, command_line, progress, table
 from benchmarks.work import ARCHITECTURES, OBJECTIVES, Architecture
 from tracer.kernels import average_triton, contrastive_triton, sigmoid_triton
-from tracer.kernels._tiles import LIKE, TABLES, Tile, tiles_of
-from tracer.kernels._triton import planning_for, recording
+from tracer.kernels._tiles import COMBINE, LIKE, MERGE, TABLES, Tile, tiles_of
+from tracer.kernels._triton import Launch, planning_for, recording
 from tracer.kernels.contrastive import Biases, Inputs, Needs, Options, Saved, Statistics
 from tracer.kernels.sigmoid import PairNeeds
 
@@ -52,11 +56,17 @@ TARGETS = {
 }
 FULL = OBJECTIVES["full objective"].options
 AVERAGE = "moving average"
-ONE_WAY, SIGMOID = "one direction, rows left out", "sigmoid"
+# A call of one direction that measures diagnostics walks in both, with weights of its own.
+ONE_WAY, MEASURED, SIGMOID = (
+    "one direction, rows left out",
+    "one direction with stats, rows left out",
+    "sigmoid",
+)
 # By the kernel whose tiles they take unless they have their own: names in the tables, and forms.
 _FORMS_OF = {
     "forward": (("forward, one way", ONE_WAY),),
-    "backward": (("backward, one way", ONE_WAY), ("sigmoid", SIGMOID)),
+    "forward with stats": (("forward with stats", MEASURED),),
+    "backward": (("backward, one way", ONE_WAY), ("backward", MEASURED), ("sigmoid", SIGMOID)),
 }
 
 
@@ -148,22 +158,26 @@ def _call(case: Case, N: int = 1024) -> tuple[Inputs, Options]:
         relational=case.many,
         interactive=case.many,
         cross=case.many,
-        stats=case.kernel == "forward with stats",
+        stats=case.kernel == "forward with stats" or case.form == MEASURED,
     )
-    if case.form == ONE_WAY:
+    if case.form in (ONE_WAY, MEASURED):
         options = options._replace(image_to_text=1.0, text_to_image=0.0, ignore=True)
     if case.form == SIGMOID:
         options = options._replace(sigmoid=True)
     return inputs, options
 
 
-def compile_case(case: Case, combine: bool = True) -> list[Report]:
-    """Compile one case, of the forward kinds with the combine kernel or without, and read the machine code."""
-    return [_loss_report(case, name, code) for name, code in binaries(case, combine).items()]
+def compile_case(case: Case, number: int = 4) -> list[Report]:
+    """Compile one case and read the machine code; see :func:`binaries`."""
+    return [_loss_report(case, name, code) for name, code in binaries(case, number).items()]
 
 
-def binaries(case: Case, combine: bool = True) -> dict[str, Any]:
-    """Compile one case, of the forward kinds with the combine kernel or without; return the kernels by name."""
+def binaries(case: Case, number: int = 4) -> dict[str, Any]:
+    """Compile one case and return the first ``number`` of its kernels by name.
+
+    Those that merge partial statistics follow a kernel of the forward kinds: combine, into the terms of a whole
+    call, then merge, into the rows and into the columns of a rectangle.
+    """
     inputs, options = _call(case)
     with target(case.arch, "tf32" if case.bits == 19 else "ieee"):
         with recording(execute=False, keep_arguments=True) as launches:
@@ -177,8 +191,15 @@ def binaries(case: Case, combine: bool = True) -> dict[str, Any]:
                 contrastive_triton.backward(_empty(4), inputs, saved, options, Needs(), tile=case.tile)
             else:
                 contrastive_triton.forward(inputs, options, tile=case.tile)
-        names = (case.name, f"combine of {case.name}")[: 1 + combine]
-        return {name: launch.compile() for name, launch in zip(names, launches, strict=False)}
+                contrastive_triton.statistics(inputs, options, tile=case.tile)
+        names = [case.name]
+        if len(launches) > 1:
+            del launches[2]  # the walk again, for the statistics of a rectangle
+            names += [f"{kind} of {case.name}" for kind in ("combine", "merge of rows", "merge of columns")]
+        named = list(zip(names, launches, strict=False))[:number]
+        if case.form == MEASURED and len(named) > 1:
+            named = named[1:2]  # walk and merge are those of both directions
+        return {name: launch.compile() for name, launch in named}
 
 
 def compile_average(arch: str, on_device: bool) -> Report:
@@ -238,7 +259,8 @@ def _read(
 
 def shipped(architectures: list[str], quick: bool) -> list[Case]:
     """Return every entry of the named architectures' tables, with all options and, unless quick, without, and
-    with a width that no block divides. Forms of the contrastive term, if quick, with sm_90's largest alone.
+    with a width that no block divides. Forms of the contrastive term, if quick, with sm_90's largest alone; what
+    measuring adds to one direction in any case with the largest in 16 bits.
     """
     variants = ((True, 512),) if quick else ((True, 512), (False, 512), (True, 520))
     cases = [
@@ -254,8 +276,8 @@ def shipped(architectures: list[str], quick: bool) -> list[Case]:
         for arch in architectures
         for kernel, many, bits in TABLES[arch]
         for name, form in _FORMS_OF.get(kernel, ())
-        for tile in tiles_of(TABLES[arch], name, many, bits)[: 1 if quick else None]
-        if (arch, bits) == ("sm_90", 16) or not quick
+        for tile in tiles_of(TABLES[arch], name, many, bits)[: 1 if quick or form == MEASURED else None]
+        if (arch, bits) == ("sm_90", 16) or not (quick or (form == MEASURED and bits != 16))
     ]
     if not quick:
         return cases
@@ -268,22 +290,24 @@ def shipped(architectures: list[str], quick: bool) -> list[Case]:
     return [case for case in cases if not known(case)]
 
 
+def _is_largest(case: Case) -> bool:
+    """Whether this is the largest tile of its kind in 16 bits, with all options."""
+    kernel = next((name for name, form in _FORMS_OF.get(case.kernel, ()) if form == case.form), case.kernel)
+    tiles = tiles_of(TABLES[case.arch], kernel, case.many, case.bits)
+    return case.bits == 16 and case.tile == tiles[0] and case.options and case.width == 512
+
+
 def compile_all(
     architectures: list[str], quick: bool
 ) -> tuple[list[Report], dict[str, int], list[dict[str, Any]]]:
     """Return reports of all kernels, compiled variants of a varied run, and estimates, on all processors."""
     cases = sorted(shipped(architectures, quick), key=lambda c: (c.many, c.kernel == "forward with stats"))
     cases.reverse()  # the slowest kinds first
-    seen: set[tuple[str, str, bool, str]] = set()
-    combine = []
-    for case in cases:  # what the combine kernel computes depends on these, beside the tile's sides
-        key = case.arch, case.kernel, case.many, case.form
-        combine.append(not quick or key not in seen)
-        seen.add(key)
+    numbers = [4 if _is_largest(case) else 1 if quick else 2 for case in cases]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         estimated = pool.submit(roofline.estimates, architectures)
         counted = pool.submit(variants)
-        compiled = pool.map(compile_case, cases, combine)
+        compiled = pool.map(compile_case, cases, numbers)
         averages = [
             pool.submit(compile_average, arch, where) for arch in architectures for where in (False, True)
         ]
@@ -292,25 +316,88 @@ def compile_all(
         return of_the_loss + [a.result() for a in averages], counted.result(), estimated.result()
 
 
+def sources() -> str:
+    """Return a digest of what decides the loss kernels' machine code, beside Triton: their code and the tiles.
+
+    Comments, docstrings and the layout of lines do not count. While the digest is that of stored results, so is
+    the machine code, and nobody needs to compile everything again to know it.
+    """
+    digest = hashlib.sha256(repr((TABLES, LIKE, MERGE, COMBINE)).encode())
+    for path in sorted(Path(contrastive_triton.__file__).parent.glob("_triton_*.py")):
+        with path.open("rb") as file:
+            digest.update(_code(file.readline).encode())
+    return digest.hexdigest()
+
+
+def _code(readline: Any) -> str:
+    """Return the code of a file, one statement a line."""
+    layout = (tokenize.ENCODING, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    kept, before = [], tokenize.ENCODING
+    for token in tokenize.tokenize(readline):
+        if token.type in (tokenize.COMMENT, tokenize.NL):
+            continue
+        if not (token.type == tokenize.STRING and before in layout):  # a docstring
+            kept.append("\n" if token.type == tokenize.NEWLINE else token.string.strip())
+        before = token.type
+    return " ".join(kept)
+
+
 def variants() -> dict[str, int]:
-    """Count compiled variants per kernel of a run with changing sizes, strips, margins, smoothings and scales."""
+    """Count compiled variants per kernel and form of a run with changing sizes, strips, numbers and scales."""
+    counts: dict[str, int] = {}
+    for form in ("", ONE_WAY, MEASURED, SIGMOID):
+        kernels: dict[str, Any] = {}
+        before: dict[str, int] = {}
+        for launch in _varied(form):
+            kernel = launch.kernel
+            name = f"{kernel.__name__}, {form}" if form not in ("", SIGMOID) else kernel.__name__
+            before.setdefault(name, _compiled_variants(kernel))
+            with target("sm_90"):
+                launch.compile()
+            kernels[name] = kernel
+        counts |= {name: _compiled_variants(kernel) - before[name] for name, kernel in kernels.items()}
+    return {name: count for name, count in counts.items() if count}  # 0: what another form has compiled
+
+
+def _compiled_variants(kernel: Any) -> int:
+    caches = kernel.device_caches
+    key = str(TARGETS["sm_90"])
+    return len(caches[key][0]) if key in caches else 0
+
+
+def _varied(form: str) -> list[Launch]:
+    """Return the launches of a form of the loss, or without a form also of the average, in a varied run."""
     tile = TABLES["sm_90"]["forward", True, 16][-1]
-    kernels: dict[str, Any] = {}
-    for N, M in ((512, 512), (511, 512), (1, 1), (16, 48), (1000, 77)):
-        feature = _empty(max(N, M), 64, dtype=torch.bfloat16)
-        y = _empty(max(N, M) + 1, dtype=torch.int64)[1:]  # the alignment of labels varies too
-        inputs = Inputs(feature[:N], feature[:M], _empty(), feature[:N], feature[:M], _empty(), y[:N], y[:M])
-        for value in (0.01, 0.3, 1.0):
-            options = FULL._replace(margin=value, smoothing=value, stats=True)
-            with target("sm_90"), recording(execute=False, keep_arguments=True) as launches:
-                saved = contrastive_triton.forward(inputs, options, tile=tile).saved
-                contrastive_triton.backward(
-                    _empty(4), inputs, saved, options, Needs(), tile=tile, strip_bytes=1 << 16
-                )
-                for launch in launches:
-                    launch.compile()
-                    kernels[launch.kernel.__name__] = launch.kernel
-    return {name: len(kernel.device_caches[str(TARGETS["sm_90"])][0]) for name, kernel in kernels.items()}
+    with target("sm_90"), recording(execute=False, keep_arguments=True) as launches:
+        for N, M in ((512, 512), (511, 512), (1, 1), (16, 48), (1000, 77)):
+            feature = _empty(max(N, M), 64, dtype=torch.bfloat16)
+            y = _empty(max(N, M) + 1, dtype=torch.int64)[1:]  # the alignment of labels varies too
+            inputs = Inputs(
+                feature[:N], feature[:M], _empty(), feature[:N], feature[:M], _empty(), y[:N], y[:M]
+            )
+            for value in (0.01, 0.3, 1.0):
+                options = FULL._replace(margin=value, smoothing=value, stats=form in ("", MEASURED))
+                if form in (ONE_WAY, MEASURED):
+                    options = options._replace(image_to_text=value, text_to_image=0.0, ignore=True)
+                if form == SIGMOID:
+                    options = Options(margin=value, relational=True, sigmoid=True)
+                _both_passes(inputs, options, tile)
+                if not form:
+                    averages = [torch.zeros(N), torch.zeros(M)]
+                    average_triton.average_(averages, [torch.zeros(N), torch.zeros(M)], value)
+    return launches
+
+
+def _both_passes(inputs: Inputs, options: Options, tile: Tile) -> None:
+    """Launch everything that a call and a rectangle of one launch, with strips of 64 KiB."""
+    upstream, strip_bytes = _empty(4), 1 << 16
+    if options.sigmoid:
+        biases, needs = Biases(_empty(), _empty()), PairNeeds(*[True] * 5)
+        sigmoid_triton.walk(inputs, biases, options, needs, upstream, tile=tile, strip_bytes=strip_bytes)
+        return
+    saved = contrastive_triton.forward(inputs, options, tile=tile).saved
+    contrastive_triton.statistics(inputs, options, tile=tile)
+    contrastive_triton.backward(upstream, inputs, saved, options, Needs(), tile=tile, strip_bytes=strip_bytes)
 
 
 def measure(
@@ -337,6 +424,7 @@ def measure(
     refuse_spills(rows)
     return {
         "triton": triton.__version__,
+        "sources": sources(),
         "kernels": rows,
         "variants": counted,
         "estimates": estimated,
@@ -379,7 +467,7 @@ def report(results: dict[str, Any]) -> str:
 def _kind(row: dict[str, Any]) -> tuple[str, str, str]:
     """Return the row of the summary that a kernel belongs to: architecture, kernel, operands."""
     name, operands = row["kernel"], "16 bits"
-    if name == AVERAGE or name.startswith("combine"):
+    if name == AVERAGE or name.startswith(("combine", "merge")):
         name, operands = name.split(" of ")[0], ""
     elif row["bits"] == 16:
         name += f", {row['products']} product{'' if row['products'] == 'one' else 's'}"

@@ -2,10 +2,10 @@
 
     python -m benchmarks.others
 
-The packages are memeff, which computes the CLIP loss, and siglip-kernel, whose loss is another one: a sigmoid for
-each pair, which needs no statistics. Both come from the package index, at the versions of the lock file, and are
-called as their users call them; TRACER's CLIP loss and its sigmoid stand beside them. Nothing is counted before
-loss and gradients agree with the definition.
+The packages are Inf-CL and memeff, which compute the CLIP loss, and siglip-kernel, whose loss is another one: a
+sigmoid for each pair, which needs no statistics. All come from the package index, at the versions of the lock
+file, and are called as their users call them; TRACER's CLIP loss and its sigmoid stand beside them. Nothing is
+counted before loss and gradients agree with the definition.
 
 **Counted**, in Triton's interpreter and by torch's dispatcher: products in units of 2·N²·D operations, those of
 torch included; bytes that the kernels load and store; bytes that torch's own operations read and write, matrix
@@ -37,7 +37,7 @@ from benchmarks import disassembly, machine_code, packages, published, roofline,
 from benchmarks.counting import Allocated, Traffic, Work, counting
 from benchmarks.harness import Highlight, command_line, progress, table
 from benchmarks.measure import require_close
-from benchmarks.packages import MEMEFF, SIGLIP_KERNEL
+from benchmarks.packages import INF_CL, MEMEFF, SIGLIP_KERNEL
 from benchmarks.work import ARCHITECTURES, PASSES
 from tracer.kernels import contrastive_triton, sigmoid_triton
 from tracer.kernels._tiles import TABLES, tiles_of
@@ -62,6 +62,7 @@ class Package(NamedTuple):
 
 
 PACKAGES = {
+    INF_CL: Package("inf-cl", packages.inf_cl_loss, published.clip_loss, True),
     MEMEFF: Package(
         "memeff", lambda x, y, _: packages.memeff_loss(x, y, 1 / SCALE), published.clip_loss, False
     ),
@@ -243,8 +244,11 @@ def compiled(architecture: str, half_only: bool) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for bits, dtype in ((16, torch.bfloat16), (32, torch.float32))[: 1 if half_only else 2]:
         for who, package in PACKAGES.items():
+            if who == INF_CL and architecture == "gfx942":
+                continue  # an instruction in NVIDIA's assembly
             for name, code in _binaries(architecture, package, dtype):
-                row = _machine_code(architecture, who, bits, name, code)
+                # Inf-CL converts features to float32 whatever they are.
+                row = _machine_code(architecture, who, 32 if who == INF_CL else bits, name, code)
                 rows[str(row)] = row  # both directions of a gradient take the same kernel
     return list(rows.values())
 
@@ -300,21 +304,33 @@ def _machine_code(architecture: str, who: str, bits: int, name: str, code: Any) 
 def estimates(counted: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return published times beside the least times by data sheet: ours, and that of their products alone.
 
-    ``counted`` are rows of :func:`count`; what more the roofline needs of ours is counted here.
+    Ours is TRACER's form of the package's loss. ``counted`` are rows of :func:`count`; what more the roofline
+    needs of ours is counted here.
     """
     units = {row["who"]: sum(row["units"].values()) for row in counted}
-    N, D, places = roofline.COUNTED
     rows = []
     for told in PUBLISHED:
-        ours = work.count("CLIP", N, D, told.architecture, places)
-        floor = roofline.estimate(ours, told.pairs, told.width)
+        least = _least_of_sigmoid(told) if told.who == SIGLIP_KERNEL else _least_of_clip(told)
         product = 2 * told.pairs**2 * told.width / roofline.CARDS[told.architecture].tensor
-        least = {
-            "estimate_ours": sum(floor["estimate_seconds"].values()),
-            "estimate_their_products": units[told.who] * product,
-        }
+        least |= {"estimate_their_products": units[told.who] * product}
         rows.append(told._asdict() | least)
     return rows
+
+
+def _least_of_clip(told: Published) -> dict[str, Any]:
+    N, D, places = roofline.COUNTED
+    floor = roofline.estimate(work.count("CLIP", N, D, told.architecture, places), told.pairs, told.width)
+    return {"ours": OURS, "estimate_ours": sum(floor["estimate_seconds"].values())}
+
+
+def _least_of_sigmoid(told: Published) -> dict[str, Any]:
+    N, D, places = roofline.COUNTED
+    image, text = (x.half() for x in _features(N, D))
+    with planning_for(told.architecture, places), counting() as done:
+        list(_sigmoid_passes(told.architecture, Inputs(image, text, torch.tensor(SCALE))))
+    per_logit = done.operations / N**2, done.exponentials / N**2
+    seconds = roofline.estimate_sigmoid(told.architecture, *per_logit, told.pairs, told.width)
+    return {"ours": OUR_SIGMOID, "estimate_ours": sum(seconds.values())}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -331,7 +347,7 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
     """Count, compile and estimate.
 
     Args:
-        quick: count N 512, D 256 with sm_90's tiles, and compile for sm_80 in 16 bits; without it count N 1024,
+        quick: count N 256, D 64 with sm_90's tiles, and compile for sm_80 in 16 bits; without it count N 1024,
             D 512 with sm_80's and sm_90's tiles too, and compile for all architectures, in float32 too.
 
     Raises:
@@ -340,7 +356,7 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
     """
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: unset it, kernels can only be compiled or interpreted")
-    sizes = [("sm_90", 512, 256), *([] if quick else [("sm_80", 1024, 512), ("sm_90", 1024, 512)])]
+    sizes = [("sm_90", 256, 64), *([] if quick else [("sm_80", 1024, 512), ("sm_90", 1024, 512)])]
     chosen = ("sm_80",) if quick else ARCHITECTURES
     progress("others: counting and compiling")
     spawn = multiprocessing.get_context("spawn")
@@ -367,19 +383,23 @@ def report(results: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"{named}. **Counted** in Triton's interpreter, float16, forward + backward, once loss and gradients "
-            "agree with the definition. memeff gives no gradient of the scale, and both sigmoids make all "
-            "gradients in the forward pass. The kernels' bytes leave out what torch's matrix products load "
-            "again; torch's bytes hold each operand of an operation once.",
+            "agree with the definition. Inf-CL works in float32 whatever the features are. memeff gives no "
+            "gradient of the scale; it takes five products where it makes each tower's gradient in a walk of "
+            "its own, for D up to 512 on sm_100 and up to 1024 elsewhere, and above that four, adding all "
+            "gradients with atomics. Both sigmoids make all gradients in the forward pass. The kernels' bytes "
+            "leave out what torch's matrix products load again; torch's bytes hold each operand of an operation "
+            "once.",
             _work_table(results["work"]),
             f"**Counted** bytes alive at once beyond the inputs, bfloat16, N {N}, D {D}, gradients included, "
             "beside one tower of features:",
             _memory_table(results["memory"]),
-            f"**Compiled** with Triton {results['triton']}, not run; N 1024, D 512. Where no warp is resident, a "
-            "program needs more shared memory than the architecture has, and could not start:",
+            f"**Compiled** with Triton {results['triton']}, not run; N 1024, D 512. A kernel with 0 resident "
+            "warps cannot start on that architecture, because one program needs more shared memory than a "
+            "multiprocessor has. Inf-CL's kernels hold an instruction of NVIDIA's and do not compile for gfx942.",
             _code_table(results["kernels"]),
             "**Published** by the packages, as they measured it, beside **estimates**: the least time by the "
-            "data sheet that TRACER's CLIP loss needs with everything overlapped, and that the package's "
-            "counted products alone need. A time that was measured cannot be divided by an estimate.",
+            "data sheet that TRACER's form of the same loss needs with everything overlapped, and that the "
+            "package's counted products alone need. A time that was measured cannot be divided by an estimate.",
             _estimate_table(results["estimates"]),
         ]
     )
@@ -449,12 +469,13 @@ def _code_table(rows: list[dict[str, Any]]) -> str:
 
 def _estimate_table(rows: list[dict[str, Any]]) -> str:
     header = ["package", "card", "N"]
-    header += ["D", "published ms", "TRACER, estimated ms", "their products, estimated ms"]
+    header += ["D", "published ms", "beside it", "estimated ms", "their products, estimated ms"]
     lines = []
     for row in rows:
         times = (row[name] for name in ("seconds", "estimate_ours", "estimate_their_products"))
-        shown = (f"{1e3 * seconds:.3g}" for seconds in times)
-        lines.append([row["who"], row["card"], str(row["pairs"]), str(row["width"]), *shown])
+        published_ms, *estimated = (f"{1e3 * seconds:.3g}" for seconds in times)
+        known = (str(row[name]) for name in ("who", "card", "pairs", "width"))
+        lines.append([*known, published_ms, row["ours"], *estimated])
     return table(header, lines)
 
 

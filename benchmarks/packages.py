@@ -1,7 +1,7 @@
 """Losses of other packages that bring Triton kernels: Inf-CL, memeff and siglip-kernel, called as their users do.
 
-All three demand an NVIDIA GPU. :func:`as_if_on` lets memeff's and siglip-kernel's own launchers run where Triton
-interprets or only compiles: it answers their questions about the device and changes nothing else.
+All three demand an NVIDIA GPU. :func:`as_if_on` lets their own launchers run where Triton interprets or only
+compiles: it answers their questions about the device and changes nothing else.
 
 Features are [N, D] and normalised; scales are exponentiated scalars.
 """
@@ -9,8 +9,9 @@ Features are [N, D] and normalised; scales are exponentiated scalars.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 INF_CL, MEMEFF, SIGLIP_KERNEL = "Inf-CL", "memeff", "siglip-kernel"
 # By competitor, the module that it is imported as and the command that installs it.
 INSTALL = {
-    INF_CL: ("inf_cl", "pip install --no-deps inf-cl"),
+    INF_CL: ("inf_cl", "pip install inf-cl"),
     MEMEFF: ("memeff", "pip install memeff"),
     SIGLIP_KERNEL: ("siglip_kernel", "pip install siglip-kernel"),
 }
@@ -72,7 +73,11 @@ def _rounded(feature: Tensor) -> Tensor:
 
 @contextmanager
 def as_if_on(architecture: str, multiprocessors: int) -> Iterator[None]:
-    """Make memeff and siglip-kernel plan for a GPU that is not there, and accept tensors that are not on it."""
+    """Make the packages plan for a GPU that is not there, and accept tensors that are not on it.
+
+    Triton's interpreter cannot run the one instruction that Inf-CL writes in NVIDIA's assembly, so it is
+    translated.
+    """
     device = type("Device", (), {"multi_processor_count": multiprocessors})()
     with ExitStack() as stack:
 
@@ -82,7 +87,41 @@ def as_if_on(architecture: str, multiprocessors: int) -> Iterator[None]:
         replace(torch.cuda, "get_device_capability", lambda *_: CAPABILITIES[architecture])
         replace(torch.cuda, "get_device_properties", lambda *_: device)
         # siglip-kernel asks for the device at import too, and keeps the answer in its tables of tiles.
+        from inf_cl import flash
         from memeff import clip_loss
+        from triton.runtime import interpreter
 
         replace(clip_loss, "_validate_features", lambda x, y: None)
+        for name in ("_flash_prob_forward", "_flash_prob_backward"):
+            replace(flash, name, _as_if_on_cuda(getattr(flash, name)))
+        replace(interpreter.InterpreterBuilder, "create_inline_asm", _round_to_tf32)
         yield
+
+
+def _as_if_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make every tensor say that it is on an NVIDIA GPU while the function runs."""
+
+    def call(*arguments: Any) -> Any:
+        with patch.object(Tensor, "is_cuda", True):
+            return function(*arguments)
+
+    return call
+
+
+class _Rounded:
+    """The only result of an instruction."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def get_result(self, _: int) -> Any:
+        return self._value
+
+
+def _round_to_tf32(self: Any, asm: str, constraints: str, values: list[Any], *options: Any) -> _Rounded:
+    """Interpret ``cvt.rna.tf32.f32``: round float32 to 10 bits of mantissa, ties away from zero."""
+    if not asm.startswith("cvt.rna.tf32.f32"):
+        raise NotImplementedError(f"the interpreter knows no instruction {asm!r}")
+    (x,) = values
+    bits = x.data.view("uint32")
+    return _Rounded(type(x)(((bits + 0x1000) & 0xFFFFE000).astype("uint32").view("float32"), x.dtype))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from benchmarks.harness import ROOT
 from benchmarks.work import OBJECTIVES, PASSES, gradient_bytes, tiles, visited_bytes
 from tracer.kernels import _grid
-from tracer.kernels._tiles import Tile
+from tracer.kernels._tiles import TABLES, Tile, tiles_of
 
 
 class Card(NamedTuple):
@@ -118,12 +118,9 @@ def estimate(work: dict[str, Any], N: int, D: int) -> dict[str, Any]:
         }
         for when in PASSES
     }
-    # Gradient strips once per product; the other operands once per strip; float32 sums, read and written with
-    # every product, the texts' with every strip too.
-    finishing = finished * N * N * 2 + (1 + strips) * features + finished / 2 * (1 + strips) * 8 * N * D
     sides["products"] = {
         "tensor cores": finished * product / card.tensor,
-        "memory": finishing / card.bandwidth,
+        "memory": _finishing_bytes(finished, strips, features, N, D) / card.bandwidth,
     }
     bound = {when: max(times, key=lambda side: times[side]) for when, times in sides.items()}
     uncached = {when: visited_bytes(objective, N, D, tile[when]) / card.bandwidth for when in PASSES}
@@ -142,6 +139,37 @@ def estimate(work: dict[str, Any], N: int, D: int) -> dict[str, Any]:
             when: max(seconds, sides[when][bound[when]]) for when, seconds in uncached.items()
         },
     }
+
+
+def _finishing_bytes(products: float, strips: int, features: int, N: int, D: int) -> float:
+    """Return the bytes of the products that finish a backward pass.
+
+    Gradient strips once per product; the other operands once per strip; float32 sums, read and written with every
+    product, the texts' with every strip too.
+    """
+    return products * N * N * 2 + (1 + strips) * features + products / 2 * (1 + strips) * 8 * N * D
+
+
+def estimate_sigmoid(
+    architecture: str, operations: float, exponentials: float, N: int, D: int
+) -> dict[str, float]:
+    """Return the least seconds of the sigmoid form with one term and all gradients, in bfloat16, by step.
+
+    One walk visits each tile once and stores its gradient, and two products finish. ``operations`` and
+    ``exponentials`` are those of the walk per logit.
+    """
+    card, tile = CARDS[architecture], tiles_of(TABLES[architecture], "sigmoid", False, 16)[0]
+    cut = _grid.strips(N, N, D, tile, matrices=1, itemsize=2)
+    busy = _grid.plan(cut.height, N, tile, card.multiprocessors).busy(card.multiprocessors)
+    strips, product, features = len(cut.starts), 2 * N * N * D, N * D * 2
+    walk = (
+        product / card.tensor / busy,
+        operations * N * N / card.operations / busy,
+        exponentials * N * N / card.exponentials / busy,
+        ((1 + strips) * features + gradient_bytes("CLIP", N)) / card.bandwidth,
+    )
+    finishing = _finishing_bytes(2, strips, features, N, D)
+    return {"walk": max(walk), "products": max(2 * product / card.tensor, finishing / card.bandwidth)}
 
 
 def estimates(architectures: list[str]) -> list[dict[str, Any]]:

@@ -40,6 +40,9 @@ class Code(NamedTuple):
     many: bool  # more than one product
     instructions: list[Instruction]
     split: bool  # AMD's mode in which the warps of a program run on several compute units
+    fences: list[
+        Instruction
+    ]  # of AMD's compiler: barriers and the fences around them, "local" if of LDS alone
 
 
 def compiled(*requests: tuple[str, str, bool], bug: tuple[str, str, str] | None = None) -> list[Code]:
@@ -54,7 +57,13 @@ def compiled(*requests: tuple[str, str, bool], bug: tuple[str, str, str] | None 
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     codes = [Code(*json.loads(line)) for line in run.stdout.splitlines()]
-    return [code._replace(instructions=[Instruction(*i) for i in code.instructions]) for code in codes]
+    return [
+        code._replace(
+            instructions=[Instruction(*i) for i in code.instructions],
+            fences=[Instruction(*i) for i in code.fences],
+        )
+        for code in codes
+    ]
 
 
 def lines_of(file: str, kernel: str, text: str) -> list[range]:
@@ -90,14 +99,32 @@ def _instructions(arch: str, asm: dict, file: str) -> list[Instruction]:
     return found
 
 
+def _fences(llir: str) -> list[Instruction]:
+    """Return what orders memory in LLVM's representation: ``release``, ``barrier``, ``acquire``, with their lines.
+
+    Triton marks a fence that orders LDS alone with a tag (``!mmra``).
+    """
+    places = re.finditer(r"^(!\d+) = !DILocation\(line: (\d+),", llir, re.MULTILINE)
+    lines = {place[1]: int(place[2]) for place in places}
+    found = []
+    for row in llir.splitlines():
+        kind = re.search(r'fence syncscope\("workgroup"\) (\w+)|call void @llvm.amdgcn.s.(barrier)\(\)', row)
+        place = re.search(r"!dbg (!\d+)", row)
+        if kind and place:
+            local = " local" if "!mmra" in row else ""
+            found.append(Instruction((kind[1] or kind[2]) + local, lines[place[1]]))
+    return found
+
+
 def _compile(arch: str, kernel: str, many: bool) -> Code:
     from benchmarks import machine_code
 
     case = machine_code.Case(arch, kernel, many, 16, machine_code.TABLES[arch][kernel, many, 16][0], True)
-    asm = machine_code.binaries(case, combine=False)[kernel].asm
+    asm = machine_code.binaries(case, 1)[kernel].asm
     file = "_triton_backward.py" if kernel == "backward" else "_triton_forward.py"
     split = ".amdhsa_tg_split 1" in asm.get("amdgcn", "")
-    return Code(arch, kernel, many, _instructions(arch, asm, file), split)
+    fences = _fences(asm["llir"]) if "amdgcn" in asm else []
+    return Code(arch, kernel, many, _instructions(arch, asm, file), split, fences)
 
 
 def _main() -> None:

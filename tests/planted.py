@@ -16,11 +16,15 @@ from types import ModuleType
 from typing import NamedTuple
 
 import kernel_calls
+import sigmoid_calls
 
 PACKAGE = "tracer.kernels"
 FOLDER = Path(__file__).parent.parent / "kernels"
 # The files of the loss's kernels, each after those that it imports.
-FILES = ("_grid", "_triton_tile", "_triton_forward", "_triton_backward", "contrastive_triton")
+FILES = (
+    "_grid", "_triton_tile", "_triton_forward", "_triton_backward", "contrastive_triton",
+    "_triton_sigmoid", "sigmoid_triton",
+)  # fmt: skip
 # The interpreter remembers modules by identity: none may be freed and another take its place.
 _kept: list[ModuleType] = []
 
@@ -82,6 +86,14 @@ BUGS = {
         "program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)",
         "program = tl.program_id(0) + tl.program_id(1)",
     ),
+    "one text too many counts as a pair of the sigmoid form": Bug(
+        "_triton_sigmoid", "(offs_m < M)[None, :]", "(offs_m <= M)[None, :]"
+    ),
+    "programs of the sigmoid form overwrite each other's sums": Bug(
+        "_triton_sigmoid",
+        "(tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 4",
+        "(tl.program_id(0) + tl.program_id(1)) * 4",
+    ),
 }
 BARRIERS = tuple(BUGS)[:2]
 
@@ -94,7 +106,7 @@ def planted(bug: Bug, folder: Path) -> Iterator[ModuleType]:
         sys.modules[PACKAGE],
         {name: sys.modules.pop(name) for name in names if name in sys.modules},
     )
-    real = kernel_calls.contrastive_triton
+    real, real_walk = kernel_calls.contrastive_triton, sigmoid_calls.WALKS["triton"]
     try:
         spec = importlib.util.spec_from_file_location(f"{PACKAGE}.{bug.file}", bug.write(folder))
         assert spec is not None
@@ -106,9 +118,11 @@ def planted(bug: Bug, folder: Path) -> Iterator[ModuleType]:
             importlib.import_module(name)
         _kept.extend(sys.modules[name] for name in names)
         kernel_calls.contrastive_triton = sys.modules[f"{PACKAGE}.contrastive_triton"]
+        sigmoid_calls.WALKS["triton"] = sys.modules[f"{PACKAGE}.sigmoid_triton"].walk
         yield kernel_calls.contrastive_triton
     finally:
         kernel_calls.contrastive_triton = real
+        sigmoid_calls.WALKS["triton"] = real_walk
         sys.modules.update(kept)
         for name, module in kept.items():
             setattr(package, name.rpartition(".")[2], module)

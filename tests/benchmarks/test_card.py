@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from benchmarks import card
-from benchmarks.harness import ROOT
+from benchmarks import card, page
+from benchmarks.harness import ROOT, machine
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.kernels.test_devices" name="test_repeats" time="1.5"/>
@@ -21,7 +22,11 @@ REPORT = """<testsuites><testsuite>
 
 
 def test_the_command_in_miniature(tmp_path):
-    """The real checks and a real part of the benchmarks, in the interpreter."""
+    """The real checks and a real part of the benchmarks, in the interpreter; nothing of an earlier run."""
+    name = page.slug(machine())
+    earlier = {"machine": machine(), "parts": {"memory": {"results": "of an earlier run"}}}
+    (tmp_path / f"{name}.json").write_text(json.dumps(earlier))
+    (tmp_path / f"{name}-losses-sums.png").write_text("a picture")
     checks = ["tests/kernels/test_devices.py::test_repeats_agree_bit_for_bit", card.DALI]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.card", "--miniature", "--output", str(tmp_path), "--checks", *checks],
@@ -38,6 +43,14 @@ def test_the_command_in_miniature(tmp_path):
     ):
         assert words in written
     assert f"page: {tmp_path / 'page.md'}" in done.stdout
+    assert list(json.loads((tmp_path / f"{name}.json").read_text())["parts"]) == ["work"]
+    assert list(tmp_path.glob("*.png")) == []
+
+
+def test_a_run_without_results_shows_none_of_an_earlier_run(tmp_path, monkeypatch):
+    (tmp_path / f"{page.slug(machine())}.md").write_text("# Earlier")
+    monkeypatch.setattr(card, "run", lambda *arguments: None)
+    assert card.benchmarked(("work",), True, tmp_path) == ("# No benchmarks", "")
 
 
 def test_every_check_is_there():

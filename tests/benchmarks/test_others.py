@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from exact import differences
+from triton.runtime.interpreter import TensorHandle
 
-from benchmarks import measure, others
+from benchmarks import measure, others, packages
 from benchmarks.counting import Traffic
 from benchmarks.harness import run_part
-from benchmarks.packages import MEMEFF, SIGLIP_KERNEL
-
-KERNEL = {
-    "architecture": "sm_80", "who": MEMEFF, "kernel": "clip_denom_kernel", "bits": 16, "warps": 4, "stages": 3,
-    "registers": 255, "spilled": 0, "shared": 65536, "tensor_core": 128, "resident_warps": 8,
-}  # fmt: skip
+from benchmarks.packages import INF_CL, MEMEFF, SIGLIP_KERNEL
+from tracer.kernels._triton import tl
 
 
 @pytest.fixture(scope="module")
 def results() -> dict:
-    """What the process of the part that interprets returns, and the row of a kernel."""
-    counted = json.loads(json.dumps(others.count_all([("sm_90", 256, 64)])))
-    return counted | {
-        "versions": {"memeff": "0.3.1", "siglip-kernel": "0.1.2"},
-        "triton": "3.8.0",
-        "kernels": [KERNEL],
-    }
+    """The part in its quick form, in processes of its own: this one interprets."""
+    return run_part("others", quick=True)["results"]
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +25,9 @@ def counted(results) -> dict[str, dict]:
     return {row["who"]: row for row in results["work"]}
 
 
-def test_counts_are_as_committed():
-    """In processes of their own: this one interprets."""
-    measured = run_part("others", quick=True)["results"]
-    assert differences("others", measured) == []
+def test_counts_are_as_committed(results):
+    assert {row["who"] for row in results["kernels"]} == {INF_CL, MEMEFF, SIGLIP_KERNEL}
+    assert differences("others", results) == []
 
 
 def total(row: dict, what: str) -> float:
@@ -54,6 +43,39 @@ def test_memeff_takes_a_product_more_than_ours_and_atomics(counted):
     assert total(theirs, "atomics") == 2 * ours["rows"] * (ours["rows"] // 128)  # its tiles are 128 wide
     assert total(ours, "bytes") < total(theirs, "bytes")
     assert total(ours, "torch_bytes") < total(theirs, "torch_bytes")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "width", "products"),
+    [("sm_90", 1024, 5), ("sm_100", 512, 5), ("sm_100", 1024, 4)],
+)
+def test_memeff_takes_four_products_where_features_are_wide(architecture, width, products):
+    """Then it adds all gradients with atomics. The page states up to which width it takes five."""
+    with packages.as_if_on(architecture, others.PLACES):
+        row = others._count(MEMEFF, architecture, 128, width)
+    assert total(row, "units") == products
+    gradients = 2 * 128 * width
+    assert (total(row, "atomics") > gradients) == (products == 4)
+
+
+def test_inf_cl_takes_ten_products(counted):
+    """Each direction has a walk of its own, and each gradient of it recomputes the logits."""
+    theirs = counted[INF_CL]
+    assert theirs["units"]["forward"] == pytest.approx(2, rel=0.01)  # and N·D for the positives
+    assert theirs["units"]["backward"] == pytest.approx(8, rel=0.01)
+    assert total(theirs, "atomics") == 0
+    assert total(theirs, "bytes") > 5 * total(counted[others.OURS], "bytes")  # float32, tiles read again
+
+
+def test_the_interpreter_rounds_as_inf_cls_instruction_does():
+    x = torch.tensor([1.0, 1 + 2**-11, 1 + 2**-12, -(1 + 3 * 2**-11), 3e38], dtype=torch.float32)
+    want = [1.0, 1 + 2**-10, 1.0, -(1 + 2**-9), 3e38]
+    handle = TensorHandle(x.numpy(), tl.float32)
+    rounded = packages._round_to_tf32(None, "cvt.rna.tf32.f32 $0, $1;", "=r, r", [handle]).get_result(0)
+    assert rounded.data.tolist() == pytest.approx(want, rel=2**-12)
+    assert rounded.data[:4].tolist() == want[:4]
+    with pytest.raises(NotImplementedError, match="knows no instruction 'ex2"):
+        packages._round_to_tf32(None, "ex2.approx.f32 $0, $1;", "=r, r", [handle])
 
 
 def test_siglip_kernel_takes_three_products_of_another_loss(counted):
@@ -73,6 +95,14 @@ def test_what_is_published_stands_beside_estimates(results):
     a100 = rows[MEMEFF]
     assert (a100["pairs"], a100["width"], a100["seconds"]) == (65536, 512, 0.201)
     assert 4 / 5 * a100["estimate_their_products"] <= a100["estimate_ours"] < a100["estimate_their_products"]
+    assert a100["ours"] == others.OURS
+    sigmoid = rows[SIGLIP_KERNEL]  # three products of both, not the CLIP loss's four and its exponentials
+    assert sigmoid["ours"] == others.OUR_SIGMOID
+    assert (
+        sigmoid["estimate_their_products"]
+        <= sigmoid["estimate_ours"]
+        < 2 * sigmoid["estimate_their_products"]
+    )
     page = others.report(results)
     for words in ("**Counted**", "**Compiled**", "**Published**", "**estimates**", "| 5.00 |"):
         assert words in page

@@ -1,4 +1,7 @@
-"""A few steps of ``finetune`` in bfloat16 on this machine's device, at each ZeRO stage, against the CPU's losses.
+"""A few steps of ``finetune`` in bfloat16 on this machine's device, at each ZeRO stage, against the CPU's.
+
+Losses of a few steps are those of weights that hardly moved, so an engine that never steps passes for right. The
+weights tell: how far they end from the CPU's, relative to the way that the CPU's went.
 
 Without a GPU the device is the CPU as well, and one stage is enough: the others have tests of their own.
 """
@@ -9,10 +12,12 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from tracer.models.weights import read_weights
 from tracer.train.config import Config
 from tracer.train.log import read_log
 from tracer.train.run import finetune
@@ -35,8 +40,20 @@ def run_on_the_cpu(config: Config) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def strayed(got: Path, want: Path, start: Path) -> float:
+    """Return how far weights ended from where they should have, relative to the way from the start: idle, 1."""
+    a, b, c = (read_weights(path) for path in (got, want, start))
+    names = [name for name, x in c.items() if x.is_floating_point() and name != "logit_scale"]
+    assert len(names) > 20
+
+    def distance(x, y):
+        return sum(float((x[name].double() - y[name].double()).square().sum()) for name in names) ** 0.5
+
+    return distance(a, b) / distance(c, b)
+
+
 @pytest.mark.parametrize(("stage", "precision"), STAGES.items())
-def test_losses_are_those_of_the_cpu_in_float32(config, stage, precision, tmp_path):
+def test_losses_and_weights_are_those_of_the_cpu_in_float32(config, stage, precision, tmp_path):
     config = dataclasses.replace(config, steps=3, lr=1e-3, eval_data={})
     alone = dataclasses.replace(config, output=tmp_path / "cpu", zero_stage=0)
     run_on_the_cpu(alone)
@@ -46,3 +63,6 @@ def test_losses_are_those_of_the_cpu_in_float32(config, stage, precision, tmp_pa
     assert len(got) == 3
     assert got == pytest.approx(want, rel=0.03)
     assert got != want  # it was another precision
+    start, right = Path(config.pretrained), alone.output / "student.safetensors"
+    assert strayed(start, right, start) == 1
+    assert strayed(run / "student.safetensors", right, start) < 0.5
