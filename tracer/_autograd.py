@@ -148,7 +148,8 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, impl: str, options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        result = _result_of(impl, *records(tensors, Inputs), options)
+        (inputs,) = records(tensors, Inputs)
+        result = _result_of(impl, inputs, options)
         ctx.call = impl, options
         ctx.save_for_backward(*tensors, *result.saved)
         ctx.mark_non_differentiable(result.diagnostics)

@@ -120,7 +120,7 @@ class Trainer:
             config.compile or config.grad_checkpointing or self.micro_batches > 1
         )  # computed more than once
         teacher = self.averages.teacher if config.zero_stage < 3 and not again else None
-        self._prefix = SharedPrefix(model, teacher and teacher.module)
+        self._prefix = SharedPrefix(model, teacher.module if teacher else None)
         # The forward pass moves trained BatchNorm's statistics: half a step would stay in a checkpoint.
         self._may_stop_within = trained_batchnorm(model) is None
         self._point, self._own_seconds = nowhere, 0.0
