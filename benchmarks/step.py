@@ -18,6 +18,9 @@ the loss to the features and from there to the weights, which changes no gradien
 because it would use the same cores. Before anything is timed, one tracer step and one published step from the
 same start must give the same loss, gradients, weights and teacher.
 
+The plain step is also timed where little trains, beside full fine-tuning: R-Adapter's, and with a locked image
+tower.
+
 The steps are in ``step_trainer.py``, the tables and pictures in ``step_page.py``.
 """
 
@@ -28,11 +31,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from benchmarks.harness import command_line, progress
-from benchmarks.measure import Timing, interleaved, interleaved_phases, peak_memory
-from benchmarks.step_page import PICTURES, figures, highlights, ratios, report
+from benchmarks.measure import Timing, interleaved, interleaved_phases, peak_memory, require_close
+from benchmarks.step_page import (
+    ADAPTED,
+    FULL,
+    HALF,
+    LOCKED,
+    PICTURES,
+    TAUGHT,
+    figures,
+    highlights,
+    ratios,
+    report,
+)
 from benchmarks.step_trainer import (
     HEADS,
     LENGTH,
@@ -47,10 +62,16 @@ from benchmarks.step_trainer import (
     kept_bytes,
     problem,
 )
+from tracer.adapters import add_adapters
+from tracer.losses import TracerLoss
 from tracer.machine import resolve_precision
-from tracer.models.clip import encode
+from tracer.models.clip import encode, projections
+from tracer.models.freezing import chain_of, freeze
+from tracer.models.prefix import SharedPrefix
 from tracer.ops import contrastive_loss
-from tracer.train.engine import mixed_precision
+from tracer.schedules import WMA
+from tracer.teacher import build_teacher
+from tracer.train.engine import adamw, mixed_precision
 
 __all__ = ["PICTURES", "figures", "highlights", "measure", "ratios", "report"]
 
@@ -81,8 +102,14 @@ def measure(
         progress(f"step: {case}")
         measured.append(measure_case(case, precision, repeats, budget, quick))
     small = [case for case in chosen if case.model == "tracer-demo"][:1]
+    large = [case for case in chosen if case.model not in ("tracer-demo", HEADS)][:1]
     return {
         "cases": measured,
+        "frozen": [
+            [str(case), each, frozen_steps(case, each, repeats, budget)]
+            for case in large
+            for each in ("fp32", "amp_bf16")
+        ],
         "engine": [[str(case), deepspeed_step(case, precision, repeats)] for case in small],
     }
 
@@ -133,6 +160,75 @@ def deepspeed_step(case: Case, precision: Any, repeats: int) -> dict[str, Timing
             phase()
 
     return interleaved({"bare torch": in_torch, "DeepSpeed": in_engine}, repeats=repeats)
+
+
+def frozen_steps(case: Case, precision: str, repeats: int, budget: float) -> dict[str, Timing]:
+    """Time steps in bare torch where little trains, beside the plain step of full fine-tuning.
+
+    R-Adapter and a locked image tower plain; both, and frozen lower halves of both towers, with TRACER's teacher.
+    """
+    model, image, text, _ = problem(case)
+    models = {FULL: model} | {name: copy.deepcopy(model) for name in (ADAPTED, LOCKED, HALF)}
+    add_adapters(models[ADAPTED])
+    freeze(models[LOCKED], "image")
+    halves = {
+        which: len(chain.paths) // 2 for which in ("image", "text") if (chain := chain_of(model, which))
+    }
+    freeze(models[HALF], image_blocks=halves["image"], text_blocks=halves["text"])
+    reference = _features(model, image, text)
+    for name, each in models.items():  # adapters start at zero, so that all of them compute the same
+        for mine, others in zip(_features(each, image, text), reference, strict=True):
+            require_close(f"{case}, {name}: features", mine, others, 1e-4)
+    calls = {
+        name: plain_step(models[name].train(), image, text, precision) for name in (FULL, ADAPTED, LOCKED)
+    }
+    calls |= {
+        f"{name}{TAUGHT}": tracer_step(models[name].train(), image, text, precision)
+        for name in (ADAPTED, LOCKED, HALF)
+    }
+    return interleaved(calls, repeats=repeats, budget=budget)
+
+
+def _features(model: nn.Module, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return encode(model.train(), image, text)[:2]
+
+
+def plain_step(model: nn.Module, image: Tensor, text: Tensor, precision: str) -> Callable[[], None]:
+    """Return a step of the contrastive loss alone over whatever trains."""
+    optimizer = adamw(model, LR, WEIGHT_DECAY)
+
+    def step() -> None:
+        with mixed_precision(image.device, precision):
+            loss = contrastive_loss(*encode(model, image, text)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def tracer_step(model: nn.Module, image: Tensor, text: Tensor, precision: str) -> Callable[[], None]:
+    """Return a TRACER step over whatever trains, its teacher's forward pass included, as the trainer takes it."""
+    optimizer, teacher, objective = (
+        adamw(model, LR, WEIGHT_DECAY),
+        build_teacher(model, WMA(LENGTH)),
+        TracerLoss(),
+    )
+    prefix, steps = SharedPrefix(model, teacher.module), iter(range(1, LENGTH))
+
+    def step() -> None:
+        with mixed_precision(image.device, precision):
+            with prefix:
+                taught = encode(teacher.encode, image, text)
+                student = encode(model, image, text)
+            loss = objective(*student, taught, projections=projections(model)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        teacher.update(next(steps))
+
+    return step
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,9 @@ from benchmarks.measure import TOTAL, Timing
 from benchmarks.step_trainer import BARE_OURS, BARE_PUBLISHED, HEADS, OURS, PHASES, PLAIN, PUBLISHED, STEPS
 
 OVERHEAD = 0.03  # share of the plain step that TRACER may cost beyond it and the teacher's forward pass
+# Steps by what trains, plain or with TRACER's teacher.
+FULL, ADAPTED, LOCKED, HALF = "full fine-tuning", "R-Adapter", "locked image tower", "lower halves frozen"
+TAUGHT = ", TRACER"
 NEGLIGIBLE = 0.1  # share of the step below which the loss is not its bottleneck
 
 PICTURES = {
@@ -64,7 +67,20 @@ def report(results: dict[str, Any]) -> str:
             f"The trainer's engine: a plain step of {name} takes {bare} in bare torch and {engine} in DeepSpeed "
             f"(ZeRO 1, gradients clipped), {engine.median / bare.median - 1:+.0%}."
         )
+    if frozen := results.get("frozen"):  # results before it was measured have none
+        parts += ["### Where little trains", _frozen_table(frozen)]
     return "\n\n".join(parts)
+
+
+def _frozen_table(frozen: list[Any]) -> str:
+    """Write the time of a step by what trains, and its share of the plain step of full fine-tuning."""
+    rows = []
+    for name, precision, times in frozen:
+        whole = Timing(**times[FULL]).median
+        for trained, taken in times.items():
+            time = Timing(**taken)
+            rows.append([f"{name}, {precision}", trained, str(time), f"{time.median / whole:.2f}"])
+    return table(["model", "what trains", "step", "time / full"], rows)
 
 
 def _step_table(case: dict[str, Any]) -> str:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._blocked_positives import COL, ROW, Positives, TilePositives
 from ._blocked_tile import (
-    COL,
     HIGHEST,
     LOWEST,
-    ROW,
     SOFTMAX_DIRECTIONS,
     SUMMANDS,
     Logits,
     Plan,
-    Positives,
     References,
     Tile,
-    TilePositives,
     add_product,
     inner_product,
 )
@@ -123,7 +120,8 @@ class GradientWalk:
         plan: Plan,
         needs: Needs,
     ) -> None:
-        self._inputs, self._logits, self._positives = inputs, logits, Positives(inputs, logits)
+        self._inputs, self._logits = inputs, logits
+        self._positives = Positives(inputs, logits.dtype)
         self._sides, self._options, self._plan, self._needs = sides, options, plan, needs
         rows, *cols = sides
         self._rows, self._cols = rows, cols[0] if cols else None
@@ -159,8 +157,8 @@ class GradientWalk:
             # ds above db, so that one product takes both to the text's gradient.
             stack = self._room[: len(left) * (at_cols.stop - at_cols.start)].view(len(left), -1)
             ds, db = stack[:height], stack[height:]
-            at_positives = _student_gradient(tile, self._sides, plan, ds)
-            if self._logits.has_margin and at_positives is not None:
+            at_positives = _student_gradient(tile, self._sides, plan, ds, self._logits.has_margin)
+            if at_positives is not None:
                 self._d_scale -= self._options.margin * at_positives
             if through_s is not None:
                 add_product(through_s, ds, operands["v"][at_cols].T)
@@ -207,32 +205,38 @@ class GradientWalk:
         )
 
 
-def _student_gradient(tile: Tile, sides: list[Slopes], plan: Plan, out: Tensor) -> Tensor | None:
+def _student_gradient(
+    tile: Tile, sides: list[Slopes], plan: Plan, out: Tensor, has_margin: bool
+) -> Tensor | None:
     """Write d/ds, without the constants of the smoothing, to ``out``.
 
-    Returns the sum of d/dz over the positives of the tile, None if there are none.
+    Returns the sum of d/dz over the positives of the tile, None if there are none or no margin that needs it.
     """
     positives, at_positives = tile.positives, None
     if tile.shared:
         e = tile.e("s", ROW)
-        before = tile.at_positives(e) if positives else None
+        apart = has_margin and positives  # without a margin positives and negatives have one factor
+        before = tile.at_positives(e) if apart else None
         ds = _times_sum(e, [tile.spread(side.negative, side.direction) for side in sides], _if_same(out, e))
         if positives and before is not None:
             at_positives = before * _at(sides, "z", positives)
-            ds.view(-1)[positives.place] = before * _at(sides, "positive", positives)
+            positives.put_(ds, before * _at(sides, "positive", positives))
     else:
         ds = tile.e("z", ROW) * tile.spread(sides[0].z, ROW)
         for side in sides[1:]:
             ds.addcmul_(tile.e("z", side.direction), tile.spread(side.z, side.direction))
-        at_positives = tile.at_positives(ds) if positives else None
+        at_positives = tile.at_positives(ds) if positives and has_margin else None
         if "s" in plan.kl:
             for side in sides:
                 ds.addcmul_(tile.e("s", side.direction), tile.spread(side.s, side.direction))
-    if positives and at_positives is not None:
+    if positives and "s" in plan.targets:
         target = _at(sides, "target", positives)
         correction = target - _at(sides, "q_negative", positives) if sides[0].smoothed else target
-        ds.view(-1).index_add_(0, positives.place, correction, alpha=-1)
-        at_positives = (at_positives - target).sum(dtype=torch.float64)
+        positives.subtract_(ds, correction)
+        if at_positives is not None:
+            at_positives = at_positives - target
+    if positives and at_positives is not None:
+        at_positives = positives.sum(at_positives, torch.float64)
     if "s" in plan.kl:
         if tile.shared:
             both = _sum([tile.spread(side.t, side.direction) for side in sides])
@@ -247,7 +251,7 @@ def _student_gradient(tile: Tile, sides: list[Slopes], plan: Plan, out: Tensor) 
 
 def _at(sides: list[Slopes], name: str, positives: TilePositives) -> Tensor:
     """Return the sum of a vector over the rows and of one over the columns at the positives."""
-    return _sum([getattr(side, name)[positives.along(side.direction)] for side in sides])
+    return _sum([positives.spread(getattr(side, name), side.direction) for side in sides])
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
@@ -270,8 +274,7 @@ def _cross_gradient(name: str, tile: Tile, side: Slopes, plan: Plan, out: Tensor
     if name in plan.kl:
         d.addcmul_(tile.e("t", mine), tile.spread(side.t_cross, mine), value=-1)
     if name in plan.targets and tile.positives:
-        target = side.cross_target[tile.positives.along(mine)]
-        d.view(-1).index_add_(0, tile.positives.place, target, alpha=-1)
+        tile.positives.subtract_(d, tile.positives.spread(side.cross_target, mine))
     if d.data_ptr() != out.data_ptr():
         out.copy_(d)
 

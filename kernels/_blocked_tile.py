@@ -1,4 +1,4 @@
-"""Pieces of the blocked implementation: tiles of the logit matrices, the positives in a tile, matrix products.
+"""Pieces of the blocked implementation: tiles of the logit matrices, and matrix products.
 
 A product of bfloat16 features comes out of a CPU's matmul rounded to bfloat16, so logits carry 8 bits
 there, as they do in torch's own operations under autocast; everything after the product is float32.
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._blocked_positives import COL, ROW, Positives
 from ._processor import bfloat16_unit, mkl_knows_this_processor
 from .contrastive import Inputs, Options, accumulation_dtype, teacher_factor
 
@@ -28,8 +29,7 @@ HIGHEST, LOWEST, SUMMANDS = 88.0, -60.0, 26.0
 
 LOG2E = math.log2(math.e)
 
-# The logit matrices and the directions in which their softmax is taken: 1 over a row, 0 over a column.
-ROW, COL = 1, 0
+# The logit matrices and the directions in which their softmax is taken.
 SOFTMAX_DIRECTIONS = {"z": (ROW, COL), "s": (ROW, COL), "t": (ROW, COL), "a": (ROW,), "b": (COL,)}
 
 # What is subtracted from the logits of a matrix before the exponential: a number for each row or column, or one.
@@ -150,67 +150,6 @@ class Logits:
         return self.operands[v].to(self.dtype) @ (kappa * self.operands[u].sum(0, dtype=self.dtype))
 
 
-class TilePositives(NamedTuple):
-    """The positives of a tile: their places in the flattened tile, and row and column in the whole matrix."""
-
-    place: Tensor
-    row: Tensor
-    col: Tensor
-
-    def along(self, direction: int) -> Tensor:
-        """Return the index of each positive in a vector over the rows (columns)."""
-        return self.row if direction == ROW else self.col
-
-
-class Positives:
-    """The pairs of equal labels: counts per row and per column, lists per tile."""
-
-    def __init__(self, inputs: Inputs, logits: Logits, counted: bool = True) -> None:
-        self._labels, self._text_labels = inputs.labels, inputs.text_labels
-        self._device = logits.scale.device
-        if not counted:
-            return
-        # How many each column and each row has, in the order of the directions 0 and 1.
-        self.counts = (logits.scale.new_ones(logits.m), logits.scale.new_ones(logits.n))
-        if self._labels is not None and self._text_labels is not None:
-            of_columns, of_rows = (
-                _occurrences(self._text_labels, self._labels.sort().values),
-                _occurrences(self._labels, self._text_labels.sort().values),
-            )
-            self.counts = (of_columns[0].to(logits.dtype), of_rows[0].to(logits.dtype))
-
-    def tile(self, at_rows: slice, at_cols: slice) -> TilePositives | None:
-        """Return the positives of one tile; None if there are none."""
-        width = at_cols.stop - at_cols.start
-        if self._labels is None or self._text_labels is None:
-            low, high = max(at_rows.start, at_cols.start), min(at_rows.stop, at_cols.stop)
-            if low >= high:
-                return None
-            row = col = torch.arange(low, high, device=self._device)
-        else:
-            ordered, order = self._text_labels[at_cols].sort()
-            count, first = _occurrences(self._labels[at_rows], ordered)
-            row = torch.repeat_interleave(count)  # each row's index as often as it has positives
-            if not len(row):
-                return None
-            nth = torch.arange(len(row), device=self._device) - (count.cumsum(0) - count)[row]
-            col = order[first[row] + nth] + at_cols.start
-            row += at_rows.start
-        return TilePositives((row - at_rows.start) * width + (col - at_cols.start), row, col)
-
-    def are_positive(self, row: Tensor, col: Tensor) -> Tensor:
-        """Return whether each pair row[k], col[k] is a positive."""
-        if self._labels is None or self._text_labels is None:
-            return row == col
-        return self._labels[row] == self._text_labels[col]
-
-
-def _occurrences(labels: Tensor, ordered: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how often each label occurs in a sorted list, and where first."""
-    first = torch.searchsorted(ordered, labels)
-    return torch.searchsorted(ordered, labels, right=True) - first, first
-
-
 class Tile:
     """One tile of every logit matrix and of the exponentials exp2(x − reference), each made once.
 
@@ -246,7 +185,7 @@ class Tile:
             if name == "z":
                 z = self.x("s") + self._logits.shift
                 if self.positives:
-                    z.view(-1)[self.positives.place] = self.at_positives(self.x("s"))
+                    self.positives.put_(z, self.at_positives(self.x("s")))
                 self._made[key] = z
             else:
                 self._made[key] = self._logits.tile(name, self._at[ROW], self._at[COL])
@@ -288,7 +227,7 @@ class Tile:
     def at_positives(self, tile: Tensor) -> Tensor:
         """Return the values of a tile at its positives."""
         assert self.positives is not None
-        return tile.view(-1)[self.positives.place]
+        return self.positives.take(tile)
 
 
 # ---------------------------------------------------------------------------------------------------

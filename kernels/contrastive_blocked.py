@@ -15,7 +15,7 @@ What makes it fast, in order of weight:
 * the margin needs no exponential of its own: it multiplies the negatives by exp(σδ);
 * label smoothing is a constant per row plus one per column, so its part of loss and gradients has
   rank one and never touches a tile;
-* positives are few, so they are lists of positions, not masks (with two large classes the definition is faster);
+* positives are lists of positions where they are few, masks where a tile has many (few large classes);
 * base-2 exponentials, because torch's exp goes to MKL too.
 """
 
@@ -28,18 +28,8 @@ from torch import Tensor
 
 from . import _statistics
 from ._blocked_gradients import GradientWalk, slopes
-from ._blocked_tile import (
-    COL,
-    LOWEST,
-    ROW,
-    SOFTMAX_DIRECTIONS,
-    Logits,
-    Plan,
-    Positives,
-    References,
-    Tile,
-    TilePositives,
-)
+from ._blocked_positives import COL, ROW, Positives, TilePositives
+from ._blocked_tile import LOWEST, SOFTMAX_DIRECTIONS, Logits, Plan, References, Tile
 from ._statistics import Side, Whole
 from .contrastive import Forward, Gradients, Inputs, Needs, Options, Saved
 
@@ -115,7 +105,7 @@ class Sums:
             if name in plan.kl:
                 self._reduce(f"kl/{name}", tile, tile.gap(name, mine))
             if name in plan.targets and positives:
-                self._scatter(f"positive/{name}", positives, tile.x_at_positives(name))
+                self._add(f"positive/{name}", positives, tile.x_at_positives(name))
             e = tile.e(name, mine)
             if plan.stats and name in ("s", "t"):
                 self._track_best(name, tile)
@@ -125,20 +115,20 @@ class Sums:
             if name == "s" and margin and not tile.shared:
                 self._reduce("z", tile, tile.e("z", mine))
             if positives and ((name == "s" and (margin or plan.stats)) or (name == "t" and plan.stats)):
-                self._scatter(f"mass/{name}", positives, tile.at_positives(e))
+                self._add(f"mass/{name}", positives, tile.at_positives(e))
 
     def visit_negatives(self, tile: Tile) -> None:
         """Add the negatives alone. Their exponentials are what is left of s afterwards."""
         e = tile.e("s", self._direction)
         if tile.positives:
-            e.view(-1)[tile.positives.place] = 0.0
+            tile.positives.put_(e, 0.0)
         self._reduce("negative", tile, e)
 
     def _reduce(self, name: str, tile: Tile, values: Tensor) -> None:
         self[name][tile.at(self._direction)] += values.sum(self._direction)
 
-    def _scatter(self, name: str, positives: TilePositives, values: Tensor) -> None:
-        self[name].index_add_(0, positives.along(self._direction), values)
+    def _add(self, name: str, positives: TilePositives, values: Tensor) -> None:
+        positives.add_to(self[name], values, self._direction)
 
     def _track_best(self, name: str, tile: Tile) -> None:
         if name not in self._best:
@@ -194,7 +184,7 @@ class Sums:
 
 def _walk(logits: Logits, inputs: Inputs, options: Options) -> tuple[Side, Side]:
     """Walk over the rectangle and return the statistics of its rows and of its columns."""
-    positives, plan = Positives(inputs, logits), Plan.of(options, inputs.has_teacher, options.stats)
+    positives, plan = Positives(inputs, logits.dtype), Plan.of(options, inputs.has_teacher, options.stats)
     shared = logits.shared_references()
     sides = _sums(logits, positives, plan, (shared, shared))
     if not all(side.exact for side in sides):

@@ -76,12 +76,15 @@ def logit_matrices(inputs: Inputs, options: Options) -> Logits:
     sigma = inputs.logit_scale.to(dtype)
     labels, text_labels = inputs.labels, inputs.text_labels
     if labels is None or text_labels is None:
-        labels = text_labels = torch.arange(len(image), device=image.device)
-    positives = (labels[:, None] == text_labels[None, :]).to(dtype)
+        positives = torch.eye(len(image), dtype=dtype, device=image.device)
+    else:
+        positives = (labels[:, None] == text_labels[None, :]).to(dtype)
     similarity = (image @ text.T).to(dtype)
     logits = Logits(positives, sigma * similarity)
     if options.contrastive:
-        logits = logits._replace(z=sigma * (similarity + options.margin * (1 - positives)))
+        apart = options.margin > 0
+        z = sigma * (similarity + options.margin * (1 - positives)) if apart else logits.s
+        logits = logits._replace(z=z)
     factor, u, v = teacher_factor(inputs, options), inputs.teacher_image, inputs.teacher_text
     if factor is not None and u is not None and v is not None:
         u, v = u.detach(), v.detach()
@@ -133,28 +136,30 @@ def contrastive_terms(
     """Return ``(terms, diagnostics)``, differentiable and detached, as ``contrastive.Forward`` holds them."""
     logits = logit_matrices(inputs, options)
     positives, s, z, t, a, b = logits
-    terms = {name: s.new_zeros(()) for name in TERMS}
+    terms = dict.fromkeys(TERMS, s.new_zeros(()))
+    in_pairs = inputs.labels is None or inputs.text_labels is None
+
+    def entropy(logits: Tensor, dim: int, smoothing: float = 0.0) -> Tensor:
+        if in_pairs and smoothing == 0.0:  # all of the target lies on the diagonal
+            return -logits.log_softmax(dim).diagonal()
+        return cross_entropy(targets(positives, options, dim, smoothing), logits, dim)
 
     def halves(values: Callable[[int], Tensor]) -> Tensor:
         weights = {1: options.image_to_text, 0: options.text_to_image}
         parts = [
             weight * mean(values(dim), positives, options, dim) for dim, weight in weights.items() if weight
         ]
-        return torch.stack(parts).sum()
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     if options.sigmoid and biases is not None:
         terms |= sigmoid_terms(logits, options, biases)
     else:
         if z is not None:
-            terms["contrastive"] = halves(
-                lambda dim: cross_entropy(targets(positives, options, dim, options.smoothing), z, dim)
-            )
+            terms["contrastive"] = halves(lambda dim: entropy(z, dim, options.smoothing))
         if t is not None and options.relational:
             terms["relational"] = halves(lambda dim: kl(t, s, dim))
     if a is not None and b is not None and options.interactive:
-        terms["interactive"] = halves(
-            lambda dim: cross_entropy(targets(positives, options, dim), a if dim else b, dim)
-        )
+        terms["interactive"] = halves(lambda dim: entropy(a if dim else b, dim))
     if t is not None and a is not None and b is not None and options.cross:
         terms["cross"] = halves(lambda dim: kl(t, a if dim else b, dim))
     diagnostics = _diagnostics(s.detach(), t, positives, options) if options.stats else s.new_empty(0)

@@ -3,8 +3,8 @@
 The definition is ``contrastive_eager``. A tile yields its share of the terms and of the gradients and is
 forgotten, so that memory is O((N + M)·D) plus a few tiles, and a backward pass needs nothing but the gradients.
 
-What makes it fast: three products, no mask (positives are lists of positions, where a logit of −∞ takes a pair out
-of the sums over negatives), and few passes over a tile that lies in the cache.
+What makes it fast: three products, positives as lists of positions unless a tile has many (a logit of −∞ takes
+a pair out of the sums over negatives), and few passes over a tile that lies in the cache.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._blocked_tile import Logits, Positives, TilePositives, add_product, inner_product
+from ._blocked_positives import Positives, TilePositives
+from ._blocked_tile import Logits, add_product, inner_product
 from .contrastive import TERMS, Biases, Inputs, Options
 from .sigmoid import PairNeeds, Pairs
 
@@ -41,7 +42,7 @@ class _Walk:
     ) -> None:
         self.logits = logits = Logits(inputs, options, unit=1.0)
         self._inputs, self._biases, self._options, self._needs = inputs, biases, options, needs
-        self._positives = Positives(inputs, logits, counted=False)
+        self._positives = Positives(inputs, logits.dtype, counted=False)
         self._upstream = None if upstream is None else upstream.to(logits.dtype)
         new_zeros = logits.scale.new_zeros
         u, v = logits.operands["u"], logits.operands["v"]
@@ -89,14 +90,16 @@ class _Walk:
         """Add the contrastive share of a tile, whose logits are overwritten; return its part of d/ds."""
         bias, at = self._biases.logit_bias, None
         if positives:
-            at = -(s.view(-1)[positives.place] + bias)
+            at = -(positives.take(s) + bias)
         x = s.add_(bias + self.logits.shift if self.logits.has_margin else bias)
         if positives:
-            x.view(-1)[positives.place] = -torch.inf
+            positives.put_(x, -torch.inf)
         if self._needs.sums:
             # log1p(eˣ) is exact in every dtype up to where x takes over.
             sums = F.softplus(x, threshold=_threshold(x)).sum()
-            self._sums[_CONTRASTIVE] += sums if at is None else sums + _softplus(at).sum()
+            if positives and at is not None:
+                sums += positives.sum(_softplus(at))
+            self._sums[_CONTRASTIVE] += sums
         if not self._needs.gradients:
             return None
         ds = x.sigmoid_()
@@ -106,7 +109,7 @@ class _Walk:
             self._d_scale += self._options.margin * ds.sum()
         if positives and at is not None:
             at = at.sigmoid_() if self._upstream is None else at.sigmoid_() * self._upstream[_CONTRASTIVE]
-            ds.view(-1)[positives.place] = -at
+            positives.put_(ds, -at)
         return ds
 
     def _relational(self, s: Tensor, t: Tensor) -> Tensor | None:

@@ -198,11 +198,11 @@ def test_auto_on_a_gpu_takes_the_kernels_for_the_widths_they_can_take():
     """Seen through tensors that only pretend to be on a GPU, so that it is checked without one."""
     with FakeTensorMode():
         for width, impl in ((16, "triton"), (12, "blocked")):
-            x = torch.empty(300, width, device="cuda")
+            x = torch.empty(600, width, device="cuda")
             assert _checks.resolve("auto", x, x) == impl
 
 
-@pytest.mark.parametrize(("n", "tiled"), [(256, False), (257, True)])
+@pytest.mark.parametrize(("n", "tiled"), [(512, False), (513, True)])
 def test_auto_tiles_only_what_is_large(monkeypatch, n, tiled):
     """On a CPU; a batch whose matrices fit a cache goes to the definition, which is as fast there."""
     calls, forward = [], contrastive_blocked.forward

@@ -148,7 +148,8 @@ class _Terms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, impl: str, options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        result = _result_of(impl, Inputs(*tensors), options)
+        (inputs,) = records(tensors, Inputs)
+        result = _result_of(impl, inputs, options)
         ctx.call = impl, options
         ctx.save_for_backward(*tensors, *result.saved)
         ctx.mark_non_differentiable(result.diagnostics)
@@ -247,7 +248,7 @@ def _run_backward(impl: str, grad_terms: Tensor, *arguments: Any) -> list[Tensor
     values = iter(arguments)
     inputs, saved, options, needs, whole = records(values, Inputs, Saved, Options, Needs, Whole)
     gradients = _gradients_of(impl, grad_terms, inputs, saved, options, needs, whole, next(values, None))
-    return [gradient for gradient, need in zip(gradients, needs, strict=True) if need]
+    return [x for x, need in zip(gradients, needs, strict=True) if need and x is not None]
 
 
 def _fake_backward(impl: str, grad_terms: Tensor, *arguments: Any) -> list[Tensor]:

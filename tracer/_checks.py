@@ -17,9 +17,9 @@ Labels: TypeAlias = Tensor | Sequence[int]  # a NumPy array serves as a sequence
 
 IMPLS = ("auto", *IMPLEMENTATIONS)
 CONTRASTS = ("softmax", "sigmoid")
-# Up to this many entries of the logit matrix (256 x 256, 256 KiB in float32) the definition is as fast as
-# the tiled walk on a CPU or faster, and its memory is as bounded.
-_SMALL = 2**16
+# Up to this many entries of the logit matrix (512 x 512, 1 MiB in float32) the definition is faster on a CPU than
+# the tiled walk, which computes the logits twice, and its memory is as bounded.
+_SMALL = 2**18
 
 
 def check_numbers(

@@ -204,13 +204,10 @@ def _pairs(
 
 
 def _run(impl: str, upstream: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    records = _autograd.records(arguments, Inputs, Biases, Options, PairNeeds)
-    image = records[0].image
-    nothing = image.new_empty(0, dtype=accumulation_dtype(image))
-    pairs = _pairs(impl, *records, upstream)
-    return tuple(
-        nothing.clone() if x is None or not need else x for x, need in zip(pairs, records[-1], strict=True)
-    )
+    inputs, biases, options, needs = _autograd.records(arguments, Inputs, Biases, Options, PairNeeds)
+    pairs = _pairs(impl, inputs, biases, options, needs, upstream)
+    nothing = inputs.image.new_empty(0, dtype=accumulation_dtype(inputs.image))
+    return tuple(nothing.clone() if x is None else x for x in pairs)
 
 
 def _fake(impl: str, upstream: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:

@@ -45,6 +45,17 @@ def test_step_is_reported(stepped):
     assert all(isinstance(figure, Figure) for figure in step.figures(stepped).values())
 
 
+def test_steps_where_little_trains_stand_beside_full_fine_tuning():
+    case = Case("tracer-demo", 4)
+    times = step.frozen_steps(case, "fp32", repeats=3, budget=5.0)
+    taught = [f"{name}, TRACER" for name in (step_page.ADAPTED, step_page.LOCKED, step_page.HALF)]
+    assert list(times) == [step_page.FULL, step_page.ADAPTED, step_page.LOCKED, *taught]
+    results = {"cases": [], "engine": [], "frozen": [[str(case), "fp32", times]]}
+    text = step.report(json.loads(json.dumps(results, default=plain)))
+    assert "### Where little trains" in text
+    assert all(f"| tracer-demo, 4 pairs, fp32 | {name} " in text for name in times)
+
+
 def test_overhead_is_that_of_the_phases_that_differ():
     def times(**phases: float) -> dict:
         return {n: {"median": t, "low": t, "high": t, "repeats": 3} for n, t in phases.items()}

@@ -19,7 +19,9 @@ from loss_calls import (
     without_teacher,
 )
 
-from tracer.kernels import _blocked_gradients, _blocked_tile, contrastive_blocked
+from tracer.kernels import _blocked_gradients, _blocked_positives, _blocked_tile, contrastive_blocked
+from tracer.kernels._blocked_positives import Listed, Masked, Positives
+from tracer.kernels.contrastive import Inputs
 
 SHAPES = [
     (64, 64, 16, 0),  # a batch of pairs, no labels, whole tiles
@@ -38,6 +40,36 @@ SHAPES = [
 @pytest.mark.parametrize(("n", "m", "d", "classes"), SHAPES)
 def test_blocked_equals_the_definition(n, m, d, classes, options, dtype):
     assert_right("blocked", problem(n, m, d, classes, dtype=dtype) | options, upstream=3.0)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("contrast", ["softmax", "one way", "sigmoid"])
+@pytest.mark.parametrize("scale", [20.0, 1e3], ids=["one walk", "two walks"])
+@pytest.mark.parametrize("share", [0.0, 2.0], ids=["masks", "lists"])
+def test_positives_may_be_masks_or_lists(share, scale, contrast, monkeypatch):
+    """Whatever share of a tile they are; with every option, and with references of rows and columns too."""
+    monkeypatch.setattr(_blocked_positives, "DENSE", share)
+    kwargs = (
+        problem(33, 45, scale=scale, dtype=torch.float32) | OPTIONS["all"] | {"feature": 0.0, "stats": True}
+    )
+    if contrast == "one way":
+        kwargs |= {"directions": (1, 0), "stats": False}
+    if contrast == "sigmoid":
+        kwargs |= {"contrast": "sigmoid", "smoothing": 0.0, "logit_bias": -2.0}
+    output, expected = assert_right("blocked", kwargs, 1e-5, upstream=3.0)
+    for name, value in expected.stats.items():
+        if not name.endswith("effective_temperature"):  # a reciprocal of entropies near 0
+            assert output.stats[name].item() == pytest.approx(value.item(), rel=1e-3, abs=1e-3), name
+
+
+def test_few_classes_are_masks_and_many_are_lists():
+    for classes, kind in ((1, Masked), (2, Masked), (8, Masked), (16, Listed)):
+        y = torch.arange(128) % classes
+        inputs = Inputs(torch.ones(128, 8), torch.ones(128, 8), torch.ones(()), labels=y, text_labels=y)
+        positives = Positives(inputs, torch.float32)
+        assert isinstance(positives.tile(slice(0, 128), slice(0, 128)), kind)
+    other = Positives(inputs._replace(text_labels=y + 64), torch.float32)
+    assert other.tile(slice(0, 128), slice(0, 128)) is None
 
 
 @pytest.mark.usefixtures("small_tiles")

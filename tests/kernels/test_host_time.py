@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from tracer.kernels._triton import planning_for, recording
 from tracer.ops import contrastive_loss
 
-# Of our time to open_clip's. Measured: 2.8 to 3.0; with the custom operators, which torch.compile takes, 4.7 to 5.4.
+# Of our time to open_clip's. Measured: 2.8 to 3.0; with the custom operators, which torch.compile takes, 4.7–5.4.
 LIMIT = 4.0
 
 

@@ -434,13 +434,14 @@ def texts_stand_alone(model: nn.Module) -> bool:
     if not isinstance(model, (open_clip.CLIP, open_clip.CustomTextCLIP)):
         return False
     texts = [module for name, module in model.named_modules() if not name.startswith("visual")]
-    return not any(_drops(module) for module in texts if not isinstance(module, Adapter))
+    return not any(draws(module) for module in texts if not isinstance(module, Adapter))
 
 
-def _drops(module: nn.Module) -> bool:
-    """Return whether a module has a probability of dropping: torch's own ``p``, elsewhere a number named drop…."""
+def draws(module: nn.Module) -> bool:
+    """Return whether a module drops at random in training: torch's own ``p``, elsewhere a number named drop…."""
     settings = {name: value for name, value in vars(module).items() if isinstance(value, (int, float))}
-    dropout = "Dropout" in type(module).__name__ and settings.get("p", 0) > 0
+    # open_clip's PatchDropout calls its probability "prob"
+    dropout = "Dropout" in type(module).__name__ and max(settings.get("p", 0), settings.get("prob", 0)) > 0
     return dropout or any(value > 0 for name, value in settings.items() if "drop" in name)
 
 

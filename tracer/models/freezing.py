@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from timm.models import group_parameters
 from torch import nn
@@ -94,14 +94,39 @@ def _lowest_blocks(model: nn.Module, which: str, count: int) -> list[str]:
     return [name for group in groups[: count + 1] for name in group]
 
 
-def _groups(model: nn.Module, which: str) -> list[list[str]]:
-    """Return the names of the parameters before the blocks, then those of each block."""
+class Chain(NamedTuple):
+    """A tower, or its beginning, as modules of which each is called with what the one before it returns."""
+
+    before: list[str]  # names of the parameters that come before the modules
+    paths: list[str]  # of the modules
+
+
+def chain_of(model: nn.Module, which: str) -> Chain | None:
+    """Return the blocks of open_clip's own towers, a tower of which nothing trains in one piece, else None."""
+    whole = "visual" if which == "image" else "text"
+    tower = _submodule(model, whole)
+    if isinstance(tower, nn.Module) and not any(p.requires_grad for p in tower.parameters()):
+        return Chain([], [whole])
+    paths = [
+        path for path in _block_paths(model, which) if ".encoder." not in path
+    ]  # Hugging Face's return tuples
+    if not paths:
+        return None
+    return Chain(_groups(model, which)[0], paths)
+
+
+def _block_paths(model: nn.Module, which: str) -> list[str]:
+    """Return the paths of a tower's blocks in their order; timm's image towers describe their own."""
     tower: Any = getattr(model, "visual", None)
     if which == "image" and hasattr(tower, "layer1"):  # open_clip's ResNets
-        blocks = [f"visual.layer{n}." for n in range(1, 5)]
-    else:
-        lists = [(path, _submodule(model, path)) for path in _BLOCKS[which]]
-        blocks = [f"{path}.{n}." for path, layers in lists if layers is not None for n in range(len(layers))]
+        return [f"visual.layer{n}" for n in range(1, 5)]
+    lists = [(path, _submodule(model, path)) for path in _BLOCKS[which]]
+    return [f"{path}.{n}" for path, layers in lists if layers is not None for n in range(len(layers))]
+
+
+def _groups(model: nn.Module, which: str) -> list[list[str]]:
+    """Return the names of the parameters before the blocks, then those of each block."""
+    blocks = [f"{path}." for path in _block_paths(model, which)]
     if not blocks:
         return []
     names = _tower(model, which)

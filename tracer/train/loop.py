@@ -25,6 +25,7 @@ from tracer.losses import TracerLoss
 from tracer.machine import resolve_precision
 from tracer.models.clip import BiasedFeatures, Clip, Features, contrast_of, texts_stand_alone
 from tracer.models.freezing import trained_batchnorm
+from tracer.models.prefix import SharedPrefix
 from tracer.models.towers import compile_towers, encode_text_first
 from tracer.ops import Ahead, contrastive_loss
 from tracer.schedules import EMA, WMA, Frozen, Schedule, Uniform
@@ -115,6 +116,11 @@ class Trainer:
         self.micro_batches = config.micro_batches(ranks().size)
         if self.micro_batches > 1:
             refuse_batch_statistics(model)
+        again = (
+            config.compile or config.grad_checkpointing or self.micro_batches > 1
+        )  # computed more than once
+        teacher = self.averages.teacher if config.zero_stage < 3 and not again else None
+        self._prefix = SharedPrefix(model, teacher.module if teacher else None)
         # The forward pass moves trained BatchNorm's statistics: half a step would stay in a checkpoint.
         self._may_stop_within = trained_batchnorm(model) is None
         self._point, self._own_seconds = nowhere, 0.0
@@ -186,8 +192,9 @@ class Trainer:
         """
         config, n = self.config, len(label)
         with Ahead(across_ranks(config).get("group"), n, n, config.mesh_shape) as ahead:
-            teacher_output = self._teacher_output(parts, measure, ahead)
-            student = self._student(parts, ahead)
+            with self._prefix:
+                teacher_output = self._teacher_output(parts, measure, ahead)
+                student = self._student(parts, ahead)
             with mixed_precision(self.engine.device, self.precision):
                 u, v, scale, bias = with_bias(student.features, config)
                 labels = label if config.positives else None
