@@ -50,6 +50,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "jsonschema>=4.20",
+            "pyarrow>=15",
             "pandas>=2",  # these two for open_clip's own training script
             "webdataset>=0.2.86",
             "transformers>=4.57",  # open_clip's text towers from Hugging Face

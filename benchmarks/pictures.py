@@ -52,10 +52,10 @@ def sources(folder: Path, quick: bool) -> list[Source]:
     small = photographs(folder / "small", count, quality=80)
     large = photographs(folder / "large", 4 if quick else 16, (2000, 1500), 90)
     return [
-        Source("500×375 JPEG → 224×224", imagenet, 224, 64, 8 if quick else 16),
-        Source("500×375 JPEG, quality 80 → 224×224", small, 224, 64, 8 if quick else 16),
+        Source("500×375 JPEG → 224×224", imagenet, 224, 64, 4 if quick else 16),
+        Source("500×375 JPEG, quality 80 → 224×224", small, 224, 64, 4 if quick else 16),
         Source("2000×1500 JPEG → 224×224", large, 224, 16, 2 if quick else 8),
-        Source(f"64×64 PNG ({kind}) → 40×40", files, 40, 128, 8 if quick else 32),
+        Source(f"64×64 PNG ({kind}) → 40×40", files, 40, 128, 16 if quick else 32),
     ]
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
+from spoiled_sets import silent
 
 from tracer.data.batches import TrainingBatches
 from tracer.errors import Refused, UserError
@@ -186,6 +188,31 @@ def on_other_numbers_of_ranks() -> None:
                 assert float(gap) < 1e-6, f"stage {config.zero_stage}, {file.name}, {key}: {float(gap)}"
 
 
+def spoiled_on_other_numbers_of_ranks() -> None:
+    """A run with pictures that cannot be decoded begins on one rank, goes on on two, and ends on one."""
+    table, made = folder() / "spoiled/train.csv", settings()
+    if dist.get_rank() == 0:
+        table.parent.mkdir()
+        for path in (made.train_data, *folder().glob("*.png")):
+            shutil.copy(path, table.parent)
+        for n in (5, 23, 38):
+            path = table.parent / f"{n}.png"
+            path.write_bytes(silent(path.read_bytes()))
+    dist.barrier()
+    changes = {"steps": 8, "save_every": 2, "train_data": table, "max_bad": 0.1, "zero_stage": 1}
+    config = dataclasses.replace(made, output=folder() / "spoiled-run", **changes)
+    in_a_process_of_its_own("cut", [config])
+    cut_off(config, 3)
+    whole = folder() / "spoiled-whole"
+    in_a_process_of_its_own("go on", [config, dataclasses.replace(config, output=whole)])
+    assert (config.output / "skipped.jsonl").read_text() == (whole / "skipped.jsonl").read_text()
+    assert len((whole / "skipped.jsonl").read_text().splitlines()) == 3
+    for key, value in load_file(whole / "student.safetensors").items():
+        got = load_file(config.output / "student.safetensors")[key]
+        gap = (got.double() - value.double()).norm() / value.double().norm().clamp(min=1)
+        assert float(gap) < 1e-6, f"{key}: {float(gap)}"
+
+
 def masters(precision: str, stage: int) -> None:
     """The float32 weights start unrounded, and the logit scale is bounded, in shards with padding too."""
     clip = load_clip(settings().model, settings().pretrained)
@@ -280,4 +307,5 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
     for precision, stage in (("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2), ("fp16", 2), ("bf16", 3)):
         table[f"masters-{precision}-stage{stage}"] = partial(masters, precision, stage)
     table |= {"other-numbers-of-ranks": on_other_numbers_of_ranks, "disagreeing": disagreeing}
+    table["spoiled-on-other-numbers-of-ranks"] = spoiled_on_other_numbers_of_ranks
     return table | {"refused": refused}

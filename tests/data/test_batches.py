@@ -8,6 +8,7 @@ import pytest
 import torch
 from picture_sets import LOADERS
 
+from tracer.data import batches
 from tracer.data.batches import TrainingBatches
 from tracer.data.build import read_index
 from tracer.data.config import LoadingSettings
@@ -105,3 +106,38 @@ def test_slices_of_different_sizes_are_refused(drawings, clip):
     index = read_index(drawings / "train.csv")
     with pytest.raises(ValueError, match="batch_size is 12: it must be divisible by world_size 5"):
         TrainingBatches(index, clip, batch_size=12, steps=1, seed=0, crop_scale=0.9, world_size=5)
+
+
+class Clock:
+    """A clock that only the test moves."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(batches, "time", self)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_long_waiting_is_said_once_an_epoch_and_at_the_end(drawings, clip, monkeypatch, capsys, world_size):
+    """32 pictures are 4 batches of all ranks together, whatever the share of one rank is."""
+    clock, index = Clock(monkeypatch), read_index(drawings / "train.csv")
+
+    def load(plan):
+        for number in plan.numbers:  # the first wait, and those of the second epoch, are no news
+            clock.now += 50 if number == 0 else 0.2 if 4 <= number < 8 else 3
+            rows = torch.from_numpy(plan.work(number).rows)
+            yield torch.zeros(len(rows), 3, 32, 32), rows
+
+    monkeypatch.setattr(batches, "load", load)
+    options = {"batch_size": 8, "steps": 10, "seed": 1, "crop_scale": 0.9}
+    for _ in TrainingBatches(index, clip, rank=2 if world_size > 2 else 0, world_size=world_size, **options):
+        clock.now += 6
+    lines = [line.partition("note: ")[2] for line in capsys.readouterr().err.splitlines()]
+    rank = "" if world_size == 1 else "rank 2: "
+    assert lines == [
+        f"{rank}training waited for pictures {share} of epoch {epoch}: give more --workers, smaller files, or "
+        "--jpeg scaled"
+        for share, epoch in (("27%", 1), ("50%", 3))
+    ]

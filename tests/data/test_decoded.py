@@ -37,8 +37,9 @@ def test_small_sets_stay_decoded_until_a_picture_changes(drawings, clip, tmp_pat
     def images(name: str) -> torch.Tensor:
         index = read_index(data / f"{name}.csv")
         batches = list(decoded.batches(index, clip.picture_format, 7, 2, torch.device("cpu")))
-        assert [len(batch) for batch in batches] == [len(rows) for rows in in_order(len(index), 7)]
-        got = torch.cat(batches)
+        for (_, rows), expected in zip(batches, in_order(len(index), 7), strict=True):
+            assert rows.tolist() == expected.tolist()
+        got = torch.cat([pictures for pictures, _ in batches])
         assert torch.equal(got, loaded(index, clip.picture_format, "torch"))
         return got
 
@@ -60,6 +61,6 @@ def test_another_picture_format_is_decoded_anew(drawings, clip, pipelines):
         dataclasses.replace(clip.picture_format, size=16),
         clip.picture_format,
     ):
-        (images,) = decoded.batches(index, wanted, 16, 2, torch.device("cpu"))
+        ((images, _),) = decoded.batches(index, wanted, 16, 2, torch.device("cpu"))
         assert images.shape == (16, 3, wanted.size, wanted.size)
     assert pipelines == ["test", "test"]

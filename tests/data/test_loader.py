@@ -23,7 +23,8 @@ from benchmarks.pictures import drawing
 from tracer.data.build import read_index
 from tracer.data.config import LoadingSettings
 from tracer.data.decode import evaluation
-from tracer.data.loader import choose
+from tracer.data.loader import announce, choose
+from tracer.data.names import note
 from tracer.data.order import Crops, random_crops
 from tracer.data.picture import Picture, decode_scaled
 from tracer.data.threads import effect_of_scaling
@@ -78,9 +79,9 @@ def test_the_device_decodes_as_the_cpu_does(photographs):
 def test_scaled_decoding_takes_any_size(scale):
     """Sides that the scale does not divide are rounded up, as libjpeg does."""
     content = io.BytesIO()
-    drawing(0, 2001, 1501).save(content, "JPEG")
+    drawing(0, 401, 301).save(content, "JPEG")
     shape = decode_scaled(content.getvalue(), scale, exif=False).shape
-    assert shape == (-(-1501 // scale), -(-2001 // scale), 3)
+    assert shape == (-(-301 // scale), -(-401 // scale), 3)
 
 
 # PIL raises struct.error for it when it writes the EXIF of the turned picture.
@@ -93,25 +94,26 @@ DAMAGED_EXIF = bytes.fromhex(
 def test_damaged_exif_is_an_error_of_its_picture():
     """And none of the run: whatever PIL raises for it becomes a UserError."""
     content = io.BytesIO()
-    drawing(0, 2001, 1501).save(content, "JPEG", exif=DAMAGED_EXIF)
-    picture = Picture((1501, 2001), content=content.getvalue())
+    drawing(0, 401, 301).save(content, "JPEG", exif=DAMAGED_EXIF)
+    picture = Picture((301, 401), content=content.getvalue())
     with pytest.raises(UserError):
-        evaluation(picture, CLIP, exif=True, scaled=True)
+        evaluation(picture, dataclasses.replace(CLIP, size=32), exif=True, scaled=True)
 
 
 def test_scaled_decoding_is_close_and_its_effect_is_said(tmp_path):
-    """From 2000×1500 at a half, and from 3000×2000 at a quarter of their size."""
-    for n, size in enumerate([(2000, 1500), (3000, 2000), (500, 375)]):
+    """From 1000×750 at a half, and from 1500×1000 at a quarter of their size; twice that for 224 pixels."""
+    wanted = dataclasses.replace(CLIP, size=112)
+    for n, size in enumerate([(1000, 750), (1500, 1000), (250, 188)]):
         drawing(n, *size).save(tmp_path / f"{n}.jpg", quality=90)
     paths = [tmp_path / f"{n}.jpg" for n in range(3)]
-    exact, scaled = (loaded(paths, CLIP, "torch", jpeg=jpeg) for jpeg in ("exact", "scaled"))
-    assert difference(scaled, paths)[0] <= 0.7
+    exact, scaled = (loaded(paths, wanted, "torch", jpeg=jpeg) for jpeg in ("exact", "scaled"))
+    assert difference(scaled, paths, wanted)[0] <= 0.7
     assert not torch.equal(exact[:2], scaled[:2])
     assert torch.equal(exact[2], scaled[2])  # its crop would be smaller than twice the model's input
-    said = effect_of_scaling(index_of(paths), CLIP, LoadingSettings(jpeg="scaled"))
+    said = effect_of_scaling(index_of(paths), wanted, LoadingSettings(jpeg="scaled"))
     assert "changes 2 of the first 3 pictures, by 0." in said
     with pytest.raises(UserError, match="--jpeg scaled needs --loader torch"):
-        loaded(paths, CLIP, "dali", jpeg="scaled")
+        loaded(paths, wanted, "dali", jpeg="scaled")
 
 
 def test_the_loaders_cut_the_same_crops(photographs):
@@ -135,6 +137,26 @@ def test_the_loaders_cut_the_same_crops(photographs):
 )
 def test_the_loader_is_chosen_with_a_reason(settings, device, says):
     assert choose(LoadingSettings(**settings), torch.device(device)) == says
+
+
+def test_the_loader_is_announced_with_what_it_does_to_odd_pictures(drawings, wanted, capsys):
+    """Once for each data set."""
+    index = dataclasses.replace(read_index(drawings / "test.csv"), name="announced")
+    index.about.turned, index.about.sixteen = 3, 2
+    note.cache_clear()  # a run of another test may have said the same
+    announce(index, wanted, LoadingSettings(jpeg="scaled"), CPU)
+    announce(index, wanted, LoadingSettings(exif=True), CPU)
+    announce(index, wanted, LoadingSettings(loader="dali"), CPU)
+    said = capsys.readouterr().err.replace("tracer: note: ", "").splitlines()
+    assert said == [
+        "loader torch (there is no GPU)",
+        "'announced': 3 pictures with an EXIF rotation are shown as they are stored (--exif true turns them)",
+        "'announced': 2 pictures of 16 bits a channel are scaled to 8",
+        f"'announced': {effect_of_scaling(index, wanted, LoadingSettings(jpeg='scaled'))}",
+        "'announced': 3 pictures with an EXIF rotation are turned upright",
+        "loader dali (--loader dali)",
+    ]
+    assert "changes 0 of the first 16 pictures, by 0.00 of 255 levels on average and 0 at most" in said[3]
 
 
 def test_a_missing_dali_is_named(monkeypatch):
@@ -180,11 +202,11 @@ def windows(shape: tuple[int, int], crops: Crops) -> tuple[np.ndarray, np.ndarra
 @pytest.mark.parametrize("size", [(500, 500), (3000, 2250), (300, 900), (900, 300)], ids=str)
 @pytest.mark.parametrize("smallest", [0.9, 0.1])
 def test_crops_have_the_distribution_of_torchvision(size, smallest):
-    """Area and ratio over 4000 draws.
+    """Area and ratio over 2000 draws.
 
     In the extreme shapes no attempt ever fits; in large pictures torchvision's rounding to pixels is small.
     """
-    n = 4000
+    n = 2000
     picture = Image.new("L", size)
     crops = random_crops(n, 0, 0, smallest)
     start, end = windows(size[::-1], crops)
@@ -192,7 +214,7 @@ def test_crops_have_the_distribution_of_torchvision(size, smallest):
     assert (np.abs(start - crops.place * (1 - (end - start))) <= 0.5 * pixel + 1e-6).all()
     np.testing.assert_allclose(start / pixel, np.rint(start / pixel), atol=1e-3)  # at whole pixels
     assert np.quantile(crops.place, [0, 0.25, 0.5, 0.75, 1]) == pytest.approx(
-        np.arange(0, 1.1, 0.25), abs=0.02
+        np.arange(0, 1.1, 0.25), abs=0.03
     )
     assert start.min() >= 0
     assert end.max() <= 1 + 1e-6
@@ -207,7 +229,7 @@ def test_crops_have_the_distribution_of_torchvision(size, smallest):
     for ours, torchvisions in ((height * width, h * w), (np.log(width / height), np.log(w / h))):
         limits = np.linspace(torchvisions.min() - 0.011, torchvisions.max() + 0.013, 200)
         distance = np.abs(below(ours, limits) - below(torchvisions, limits)).max()
-        assert distance < 0.045  # Kolmogorov–Smirnov at a level of 0.1 %
+        assert distance < 0.062  # Kolmogorov–Smirnov at a level of 0.1 %
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import http.server
+import io
+import os
+import tarfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,7 +46,7 @@ def server(monkeypatch):
     monkeypatch.setattr(remote, "PAUSE", 0.0)
     Failing.asked = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Failing)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
@@ -63,9 +67,15 @@ def test_an_address_survives_being_a_path(text, address):
     assert address_of(text) == address_of(Path(text)) == address
 
 
+def read(cache: ShardCache, address: str) -> bytes:
+    """Return the content of a shard's copy."""
+    with open(cache.open(address), "rb") as file:
+        return file.read()
+
+
 def test_what_does_not_exist_is_asked_for_once(server, tmp_path):
     with pytest.raises(UserError, match=r"nothing.tar' cannot be read: the server answers 404"):
-        ShardCache(tmp_path / "copies", 10**6).path(f"{server}/nothing.tar")
+        ShardCache(tmp_path / "copies", 10**6).open(f"{server}/nothing.tar")
     assert Failing.asked == ["nothing"]
     with pytest.raises(UserError, match=r"nothing.tar' cannot be read: the server answers 404"):
         read_index(Path(f"{server}/nothing.tar"), None, LoadingSettings(cache=tmp_path))
@@ -73,21 +83,76 @@ def test_what_does_not_exist_is_asked_for_once(server, tmp_path):
 
 def test_a_server_that_stops_half_way_is_asked_again_and_then_named(server, tmp_path):
     cache = ShardCache(tmp_path, 10**6)
-    assert cache.path(f"{server}/once").stat().st_size == 1000
+    assert len(read(cache, f"{server}/once")) == 1000
     assert Failing.asked == ["once", "once"]
     with pytest.raises(UserError, match=r"half' could not be read in 3 tries \(the server stopped after 500"):
-        cache.path(f"{server}/half")
+        cache.open(f"{server}/half")
     assert [path.name[-4:] for path in tmp_path.iterdir()] == ["once"]
 
 
 def test_the_copies_stay_within_their_bound(server, tmp_path):
     cache = ShardCache(tmp_path, 1000)
     for size in (400, 401, 400, 402):  # the third is still there, and used again
-        assert cache.path(f"{server}/{size}").stat().st_size == size
+        assert len(read(cache, f"{server}/{size}")) == size
     assert Failing.asked == ["400", "401", "402"]
     assert sorted(path.stat().st_size for path in tmp_path.iterdir()) == [400, 402]
-    assert cache.path(f"{server}/5000").stat().st_size == 5000
+    assert len(read(cache, f"{server}/5000")) == 5000
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_copy_that_makes_room_before_it_is_open_is_fetched_again(server, tmp_path, monkeypatch):
+    """Another process, whose bound is lower, may remove it at any moment; no picture is lost by that."""
+    cache, make_room = ShardCache(tmp_path, 1000), ShardCache._make_room
+
+    def and_others(self, newest):
+        make_room(self, newest)
+        if len(Failing.asked) == 1:
+            newest.unlink()
+
+    monkeypatch.setattr(ShardCache, "_make_room", and_others)
+    assert len(read(cache, f"{server}/400")) == 400
+    assert Failing.asked == ["400", "400"]
+
+
+def test_two_caches_fetch_the_same_shard_at_once(tmp_path, monkeypatch):
+    """Training reads ahead while a set is evaluated: each has a cache of its own, in one folder."""
+    both = threading.Barrier(2, timeout=30)
+
+    def download(address, file):
+        file.write(b"a" * 1000)
+        both.wait()
+        file.write(b"b" * 1000)
+
+    monkeypatch.setattr(remote, "download", download)
+    caches = [ShardCache(tmp_path, 10**6) for _ in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        contents = list(threads.map(lambda cache: read(cache, "s3://a/b.tar"), caches))
+    assert contents == [b"a" * 1000 + b"b" * 1000] * 2
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_half_fetched_is_removed(server, tmp_path):
+    old, new = (tmp_path / f"{remote.PART}{name}" for name in ("old", "new"))
+    for part in (old, new):
+        part.write_bytes(b"x" * 5000)
+    os.utime(old, (0, 0))
+    read(ShardCache(tmp_path, 1000), f"{server}/400")
+    assert sorted(path.stat().st_size for path in tmp_path.iterdir()) == [400, 5000]
+    assert new.exists()
+
+
+def test_shards_are_indexed_and_read_through_a_cache_that_holds_one(tmp_path):
+    """By several threads, each of which removes the others' copies while they are read."""
+    for n in range(6):
+        with tarfile.open(tmp_path / f"{n}.tar", "w") as tar:
+            for name, data in ((f"{n}.ppm", b"P6 2 2 255\n" + bytes(12)), (f"{n}.cls", b"a")):
+                about = tarfile.TarInfo(name)
+                about.size = len(data)
+                tar.addfile(about, io.BytesIO(data))
+    source = Path(f"file://{tmp_path}/{{0..5}}.tar")
+    index = read_index(source, None, LoadingSettings(cache=tmp_path / "cache", cache_gb=1e-9, workers=4))
+    assert [len(index.read(row)) for row in range(6)] == [23] * 6
+    assert len(list((tmp_path / "cache/shards").iterdir())) == 1
 
 
 def test_other_protocols_are_fsspecs(tmp_path):
@@ -96,8 +161,8 @@ def test_other_protocols_are_fsspecs(tmp_path):
     with fsspec.open("memory://set/a.tar", "wb") as file:
         file.write(b"abc")
     cache = ShardCache(tmp_path, 1000)
-    assert cache.path("memory://set/a.tar").read_bytes() == b"abc"
+    assert read(cache, "memory://set/a.tar") == b"abc"
     with pytest.raises(UserError, match=r"no such file: check the address"):
-        cache.path("memory://set/b.tar")
+        cache.open("memory://set/b.tar")
     with pytest.raises(UserError, match=r"'unheard://a.tar' cannot be read: .*not known"):
-        cache.path("unheard://a.tar")
+        cache.open("unheard://a.tar")

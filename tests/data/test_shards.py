@@ -75,6 +75,21 @@ def test_pictures_are_read_by_offset_with_their_captions_and_classes(tmp_path, r
     assert samples(read(path, json_caption_key="other", max_bad=0.5))[1][2] == ["four", "five"]
 
 
+def test_a_caption_field_that_is_named_precedes_the_txt(tmp_path, read):
+    """img2dataset writes both; where the field is missing or null, the txt is left."""
+    fields = [{"caption": "a", "long": ["b", None, "c"]}, {"caption": "d"}, {"long": None}]
+    members = {f"{n}.{suffix}": content for n, field in enumerate(fields) for suffix, content in
+               (("png", picture(n)), ("txt", f"text {n}"), ("json", json.dumps(field)))}  # fmt: skip
+    path = shard(tmp_path / "a.tar", members)
+    assert [texts for *_, texts in samples(read(path))] == [["text 0"], ["text 1"], ["text 2"]]
+    assert [texts for *_, texts in samples(read(path, json_caption_key="long"))] == [
+        ["b", "c"],
+        ["text 1"],
+        ["text 2"],
+    ]
+    assert samples(read(path, json_caption_key="caption"))[1][2] == ["d"]
+
+
 def test_open_clip_and_img2dataset_name_their_shards(tmp_path, read):
     for n in range(3):
         shard(tmp_path / f"set/0000{n}.tar", {f"{n}.jpg": picture(n, "JPEG"), f"{n}.txt": f"text {n}"})

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import functools
 import http.server
-import io
 import shutil
-import tarfile
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
+import spoiled_sets
 import torch
 from picture_sets import CPU, LOADERS
-from PIL import Image
 
-from tracer.data.batches import TrainingBatches, Variation
+from tracer.data.batches import Batch, TrainingBatches, Variation
 from tracer.data.build import read_index
 from tracer.data.config import LoadingSettings
 from tracer.data.decoded import DecodedPictures, evaluation_plan
+from tracer.data.index import Index
 from tracer.data.loader import load
 from tracer.data.order import Order
 from tracer.data.picture import UndecodableError
 from tracer.data.skipped import Skipped
 from tracer.errors import UserError
-from tracer.evaluation.zero_shot import evaluate_zero_shot
+from tracer.evaluation.sets import EvaluationSet
+from tracer.evaluation.zero_shot import evaluate_sets, evaluate_zero_shot
 
 BATCH, STEPS = 8, 12
 
@@ -149,14 +148,67 @@ def test_evaluation_leaves_a_bad_picture_out_or_names_it(data, clip, loader, cap
     good = evaluate_zero_shot(clip, [index.take([r for r in range(16) if r != 5])], prompts, decoded=decoded)
     assert scores == good
     assert "it is not scored" in capsys.readouterr().err
-    with pytest.raises(UndecodableError):
+    with pytest.raises(UserError, match=r"1 of 16 pictures failed .*, more than --max_bad 0.01 allows"):
         evaluate_zero_shot(clip, [index], prompts, decoded=decoded, max_bad=0.01)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The same pictures as a folder, a table and shards.
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("retrieval", [False, True])
+def test_evaluation_goes_on_behind_a_bad_picture(data, clip, loader, retrieval, monkeypatch):
+    """Nothing is read again for it, in whatever batch it is; its captions are not ranked either."""
+    monkeypatch.setattr("tracer.evaluation.zero_shot.PICTURES_AT_ONCE", 5)
+    index, read, content = read_index(data / "train.csv"), [], Index.read
+    if retrieval:
+        index.about.classes.clear()
+    bad = [3, 17, 18, 31]
+    for row in bad:
+        damage_silently(index.images[row])
+    prompts = {} if retrieval else {name: [f"a {name}"] for name in index.classes}
+    decoded = DecodedPictures(loading=LoadingSettings(loader=loader))
+    good = EvaluationSet(index.take([row for row in range(32) if row not in bad]), prompts=prompts)
+    expected = evaluate_sets(clip, [good], decoded=decoded)["train"].score
+    monkeypatch.setattr(Index, "read", lambda self, row: read.append(row) or content(self, row))
+    for _ in range(2):  # a second model finds nothing kept that lacks pictures
+        scored = evaluate_sets(clip, [EvaluationSet(index, prompts=prompts)], decoded=decoded, max_bad=0.2)
+        got = scored["train"].score
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():  # other pictures share a batch, whose sums round otherwise
+            assert got[name] == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value)
+        assert len(scored["train"].set.index) == 28
+    if loader == "torch":
+        assert sorted(read) == sorted([*range(32)] * 2)
+    else:  # each culprit ends its pipeline, and the batches that this held are read again
+        assert len(read) < 2 * 32 * 4
 
-PICTURES = 60
+
+def test_failures_on_all_ranks_count_together():
+    """Each rank notes its own; a picture that fails on several is one, in its earliest batch."""
+    failed: set[int] = set()
+
+    def count(row: int) -> int:  # as Ranks.counter does through the store
+        failed.add(row)
+        return len(failed)
+
+    ranks = [Skipped(100, 0.03, [], count) for _ in range(2)]
+    ranks[0].add(5, 2, "5.png", "gone")
+    ranks[1].add(5, 9, "5.png", "gone")
+    ranks[1].add(6, 1, "6.png", "gone")
+    ranks[0].add(7, 3, "7.png", "gone")
+    with pytest.raises(UserError, match="4 of 100 pictures failed"):
+        ranks[1].add(8, 4, "8.png", "gone")
+    for rank in ranks:
+        for rows in [other.rows() for other in ranks]:
+            rank.learn(rows)
+    assert ranks[0].rows() == ranks[1].rows()
+    assert [(row["batch"], row["row"]) for row in ranks[0].rows()] == [(1, 6), (2, 5), (3, 7), (4, 8)]
+    assert ranks[1].has(5, 4)
+    later = Skipped(100, 0.03, ranks[0].rows(4), lambda _: 1)
+    with pytest.raises(UserError, match="4 of 100 pictures failed"):
+        later.add(9, 5, "9.png", "gone")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The same pictures as a folder, a table and shards, and the ten ways to spoil them.
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
@@ -169,52 +221,59 @@ def served(tmp_path):
     """Serve ``tmp_path / "shards"`` over loopback HTTP; return the address."""
     handler = functools.partial(Server, directory=str(tmp_path / "shards"))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
 
 
-def write_everywhere(root: Path) -> None:
-    """Write 60 pictures of two classes, some of them odd, as a folder, a TSV file and three shards."""
-    noise, rows, members = np.random.default_rng(0), [], []
-    for n in range(PICTURES):
-        form = ("JPEG", "PNG", "WEBP", "BMP", "GIF")[n % 5]
-        name, label = f"{n:03}.{form.lower()}", "ab"[n * 2 // PICTURES]
-        file = io.BytesIO()
-        Image.fromarray(noise.integers(0, 256, (20 + n % 7, 30, 3), np.uint8)).save(file, form)
-        path = root / "folder" / label / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(file.getvalue())
-        rows.append(f"folder/{label}/{name}\t{label}\n")
-        members.append((name, file.getvalue(), label))
-    (root / "table.tsv").write_text("filepath\tlabel\n" + "".join(rows))
-    (root / "shards").mkdir()
-    for part in range(3):
-        with tarfile.open(root / f"shards/{part}.tar", "w") as tar:
-            for name, content, label in members[part * 20 : part * 20 + 20]:
-                for suffix, data in ((name.partition(".")[2], content), ("cls", label.encode())):
-                    about = tarfile.TarInfo(f"{name.partition('.')[0]}.{suffix}")
-                    about.size = len(data)
-                    tar.addfile(about, io.BytesIO(data))
+def spoiled(index, clip, loader, numbers=range(20), skipped=(), **options):
+    """Batches of more than an epoch of the spoiled pictures, and those that had failed before."""
+    rows = skipped.rows(numbers.start) if isinstance(skipped, Skipped) else skipped
+    variation = Variation(0.5, flip=True, color_jitter=0.2, shuffle_window=0)
+    return TrainingBatches(
+        index,
+        clip,
+        batch_size=spoiled_sets.BATCH,
+        steps=numbers.stop,
+        first=numbers.start,
+        seed=spoiled_sets.SEED,
+        crop_scale=0.5,
+        loading=LoadingSettings(loader=loader, max_bad=0.05),
+        variation=variation,
+        skipped=Skipped(len(index), 0.05, rows),
+        **options,
+    )
 
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_every_source_gives_the_same_batches(tmp_path, served, clip, loader):
-    write_everywhere(tmp_path)
-    sources = {
-        "folder": tmp_path / "folder",
-        "table": tmp_path / "table.tsv",
-        "shards": tmp_path / "shards",
+    """Spoiled in ten ways, from files and over HTTP; and on one rank, then on two, and on one again."""
+    sources = spoiled_sets.write(tmp_path) | {
         "braces": tmp_path / "shards/{0..2}.tar",
         "http": Path(f"{served}/{{0..2}}.tar"),
         "fsspec": Path(f"file://{tmp_path}/shards/{{0..2}}.tar"),
     }
-    runs = {}
-    for name, source in sources.items():
-        index = read_index(source, None, LoadingSettings(cache=tmp_path / "cache"))
-        assert len(index) == PICTURES, name
-        variation = Variation(0.5, flip=True, color_jitter=0.2, shuffle_window=24)
-        runs[name] = list(batches(index, clip, loader, variation=variation))
-    for name, run in runs.items():
-        assert same(run, runs["folder"]), name
+    settings = LoadingSettings(cache=tmp_path / "cache", max_bad=0.05)
+    indexes = {name: read_index(source, None, settings) for name, source in sources.items()}
+    spoiled_sets.vanish(tmp_path, tmp_path / "cache/shards")
+    expected: list[Batch] = []
+    for name, index in indexes.items():
+        assert len(index) == len(spoiled_sets.GOOD), name
+        run = spoiled(index, clip, loader)
+        seen = list(run)
+        expected = expected or seen
+        assert same(seen, expected), name
+        rows = [row["row"] for row in run.skipped.rows()]
+        assert {spoiled_sets.GOOD[row] for row in rows} == {249, spoiled_sets.VANISHES}, name
+    index = indexes["shards"]
+    first = spoiled(index, clip, loader, range(7))
+    assert same(list(first), expected[:7])
+    ranks = [
+        spoiled(index, clip, loader, range(7, 14), first.skipped, rank=n, world_size=2) for n in range(2)
+    ]
+    for whole, *parts in zip(expected[7:14], *ranks, strict=True):
+        assert torch.equal(whole.image, torch.cat([part.image for part in parts]))
+        assert torch.equal(whole.index, torch.cat([part.index for part in parts]))
+    known = [row for rank in ranks for row in rank.skipped.rows(14)]
+    assert same(list(spoiled(index, clip, loader, range(14, 20), known)), expected[14:])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
+from pathlib import Path
 
+import pandas
 import pytest
 
 from tracer.data.sample import Fault, Sample
@@ -84,17 +86,40 @@ def test_a_title_is_one_caption_and_captions_are_many(tmp_path):
     assert [sample.captions for sample in read_table(tmp_path / "b.tsv")] == [["a", "b"]]
 
 
-def test_parquet_is_read_where_pyarrow_is_installed_and_asked_for_elsewhere(tmp_path):
-    path = tmp_path / "a.parquet"
-    if importlib.util.find_spec("pyarrow") is None:
-        path.touch()
-        with pytest.raises(
-            UserError,
-            match=r"a.parquet' is a Parquet file, which needs pyarrow, which is not installed: pip install",
-        ):
-            list(read_table(path))
-        return
-    import pandas
+def parquet(path: Path, **columns: list[object]) -> Path:
+    pandas.DataFrame(columns).to_parquet(path)
+    return path
 
-    pandas.DataFrame({"filepath": ["a.png", "b.png"], "title": ["one", "two"]}).to_parquet(path)
-    assert [sample.captions for sample in read_table(path)] == [["one"], ["two"]]
+
+def test_parquet_is_read_as_a_csv_is(tmp_path):
+    path = parquet(tmp_path / "a.parquet", filepath=["a.png", "b.png"], title=["one|two", None], label=[3, 4])
+    assert list(read_table(path)) == [
+        Sample(str(tmp_path / "a.png"), "3", ["one|two"]),
+        Sample(str(tmp_path / "b.png"), "4", []),
+    ]
+    path = parquet(tmp_path / "b.parquet", image=["a.png"], captions=["one| two"])
+    assert [sample.captions for sample in read_table(path)] == [["one", "two"]]
+
+
+@pytest.mark.parametrize("column", ["captions", "title"])
+def test_a_list_of_parquet_holds_whole_captions(tmp_path, column):
+    """A bar in them divides nothing; a null among them, and in place of them, is no caption."""
+    lists = [["one|two", None, " three "], [], None]
+    names = ["a.png", "b.png", "c.png"]
+    path = parquet(tmp_path / "a.parquet", image=names, label=["x", "x", None], **{column: lists})
+    *samples, fault = read_table(path)
+    assert [sample.captions for sample in samples] == [["one|two", "three"], []]
+    assert fault == Fault(f"{path} line 3", "it has neither a label nor a caption")
+
+
+def test_what_is_not_parquet_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"hello")
+    with pytest.raises(UserError, match=r"a.parquet' is not a Parquet file"):
+        list(read_table(path))
+    path = parquet(tmp_path / "b.parquet", image=["a.png"], label=[["x", "y"]])
+    with pytest.raises(UserError, match=r"b.parquet' line 1: a picture and a label are one text each"):
+        list(read_table(path))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # as where it is not installed
+    with pytest.raises(UserError, match=r"b.parquet' is a Parquet file, which needs pyarrow, .* pip install"):
+        list(read_table(path))

@@ -46,6 +46,6 @@ def test_those_not_used_for_longest_make_room():
 def test_tokens_are_made_in_the_background():
     tokenizer = Counting()
     tokens = Tokens(tokenizer)
-    assert tokens.ahead(["x"]).result().tolist() == [[1, 120]]
+    assert tokens.ahead(lambda: ["x"]).result().tolist() == [[1, 120]]
     assert threading.get_ident() not in tokenizer.threads
     tokens.close()

@@ -19,7 +19,7 @@ def test_fisher_information_is_the_expected_squared_gradient(tiny_config, drawin
     index = read_index(drawings / "test.csv").take([0, 1])
     weights = classifier(clip, class_prompts(None, ["circle", "square", "cross", "bar"])).clone()
     parameter, expected = clip.model.visual.proj, 0
-    for image in DecodedPictures(0).batches(index, clip.picture_format, 1, 1, torch.device("cpu")):
+    for image, _ in DecodedPictures(0).batches(index, clip.picture_format, 1, 1, torch.device("cpu")):
         logits = logit_scale(clip).detach() * clip.model.encode_image(image, normalize=True) @ weights.T
         log_p = logits.log_softmax(1)[0]
         for y in range(4):

@@ -25,10 +25,11 @@ class Encoder(nn.Module):
         return nn.functional.normalize(image.flatten(1)[:, :64], dim=1)
 
 class Pictures:
-    def batches(self, index, wanted, size, workers, device):
+    def batches(self, index, wanted, size, workers, device, skipped):
         draw = torch.Generator().manual_seed(0)
         for start in range(0, len(index), size):
-            yield torch.randn(min(size, len(index) - start), 3, 8, 8, generator=draw)
+            rows = torch.arange(start, min(start + size, len(index)))
+            yield torch.randn(len(rows), 3, 8, 8, generator=draw), rows
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

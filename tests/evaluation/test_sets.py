@@ -167,7 +167,7 @@ def test_the_border_is_cut_off_by_both_loaders(tmp_path, transparent):
     wanted = PictureFormat(6, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     for loader in ("torch", "dali"):
         settings = LoadingSettings(workers=1, loader=loader)
-        (pictures,) = DecodedPictures(0, settings).batches(index, wanted, 4, 1, torch.device("cpu"))
+        ((pictures, _),) = DecodedPictures(0, settings).batches(index, wanted, 4, 1, torch.device("cpu"))
         np.testing.assert_allclose(pictures[0, :, 3, 3] * 255, layouts.COLOURS[0], atol=1)
         np.testing.assert_allclose(pictures.amax((2, 3)), pictures.amin((2, 3)), atol=0.02)
 

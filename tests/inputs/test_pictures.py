@@ -14,6 +14,7 @@ import torch
 from picture_sets import LOADERS, loaded
 from PIL import Image, ImageOps
 
+from tracer.data import check
 from tracer.data.build import read_index
 from tracer.data.config import LoadingSettings
 from tracer.data.order import random_crops
@@ -122,6 +123,21 @@ def test_odd_files_have_the_pixels_of_pil(tmp_path, loader, exif):
         stored = Image.open(tmp_path / name)
         expected = (ImageOps.exif_transpose(stored) if exif else stored).convert("RGB")
         assert (image - resized(expected)).abs().mean() < 1.5, name
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_the_smallest_pictures_fill_the_square(tmp_path, loader):
+    """A single pixel in every format, evaluated and cropped; and a line of 2000×2."""
+    colours = {"a.png": "RGB", "a.jpg": "RGB", "a.webp": "RGB", "a.gif": "P", "a.bmp": "RGB", "a.tif": "L"}
+    for name, mode in colours.items():
+        Image.new("RGB", (1, 1), (102, 102, 102)).convert(mode).save(tmp_path / name)
+    Image.new("RGB", (2000, 2), (102, 102, 102)).save(tmp_path / "line.jpg")
+    paths = [tmp_path / name for name in (*colours, "line.jpg")]
+    for resize_mode in ("shortest", "squash"):
+        wanted = PictureFormat(32, LEVELS.mean, LEVELS.std, resize_mode=resize_mode)
+        for crops in (None, random_crops(len(paths), 0, 0, 0.2)):
+            images = loaded(paths, wanted, loader, crops)
+            assert (images - 102).abs().max() <= 2
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -273,6 +289,32 @@ def bad_set(tmp_path) -> Callable[[str], Path]:
         return tmp_path / "set.csv"
 
     return write
+
+
+# BMP and PPM say no end, and MPO is a JPEG at first sight.
+SEEN = [name for name in ODD if name.rpartition(".")[2] not in ("bmp", "ppm", "pgm", "mpo")]
+
+
+def test_a_sound_file_is_not_decoded_at_first_sight(tmp_path, monkeypatch):
+    """Whatever its format: decoding takes up to a thousand times as long. A cut one is decoded, and refused."""
+    decoded, decode = [], check._decoded
+    monkeypatch.setattr(check, "_decoded", lambda *a: decoded.append(1) or decode(*a))
+    for name in SEEN:
+        picture, options = ODD[name]
+        path = tmp_path / name
+        picture.save(path, **options)
+        sight, size, _ = check.look_at_file(str(path), 10**6)
+        assert not sight.fault, name
+        assert sight == check.look_at_file(str(path), 10**6, whole=True)[0], name
+        assert len(decoded) == 1 + (name == "turned.webp"), name  # whose EXIF lies behind its pixels
+        assert "more than --max_pixels 2000" in check.look_at_file(str(path), 2000)[0].fault
+        path.write_bytes(path.read_bytes()[: size // 3])
+        decoded.clear()
+        assert check.look_at_file(str(path), 10**6)[0].fault or name == "moves.gif", (
+            name
+        )  # PIL fills up a GIF
+        assert len(decoded) == 1
+        decoded.clear()
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -157,4 +157,4 @@ def clip_images(clip, index) -> list[Tensor]:
     from tracer.data.decoded import DecodedPictures
 
     batches = DecodedPictures(limit=0).batches(index, clip.picture_format, 16, 2, torch.device("cpu"))
-    return [image for batch in batches for image in batch]
+    return [image for images, _ in batches for image in images]

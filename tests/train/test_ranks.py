@@ -99,6 +99,13 @@ def test_the_first_rank_of_each_host_goes_before_the_others():
     assert [type(result) for result in results] == [Refused, Refused, UserError, Refused]
 
 
+def test_all_ranks_count_distinct_numbers_without_waiting_for_each_other():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    first, second = (Ranks(rank, 2, rank, store).counter() for rank in range(2))
+    assert [first(7), first(7), first(9), second(7), second(0), first(0)] == [1, 1, 2, 2, 3, 3]
+    assert Ranks().counter() is None
+
+
 def test_a_batch_is_shared_equally():
     check_batch_size(12, 4)
     with pytest.raises(UserError, match=r"--batch_size 14 is .* by 4 ranks equally: give 12 or 16, or start"):

@@ -1,99 +1,39 @@
-"""Runs on spoiled data: the same from folder, table and shards, also after SIGKILL at random steps."""
+"""Runs on spoiled data: the same from every source, after SIGKILL, and with what is lost meanwhile."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import random
-import tarfile
-from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import pytest
-from cut_runs import kill
-from PIL import Image
+import spoiled_sets
+from cut_runs import cut, kill
+from spoiled_sets import VANISHES
 
+from tracer.data.batches import TrainingBatches
+from tracer.data.build import read_index
+from tracer.data.order import Order
 from tracer.errors import UserError
+from tracer.files import aside
 from tracer.train.config import Config
+from tracer.train.identity import INDEX
 from tracer.train.log import read_log
 from tracer.train.run import finetune
 
-PICTURES = 300
-
-
-def jpeg(n: int) -> bytes:
-    file = io.BytesIO()
-    noise = np.random.default_rng(n).integers(0, 256, (36 + n % 9, 48, 3), np.uint8)
-    Image.fromarray(noise).save(file, "JPEG", quality=90)
-    return file.getvalue()
-
-
-def png(n: int) -> bytes:
-    file = io.BytesIO()
-    Image.open(io.BytesIO(jpeg(n))).save(file, "PNG")
-    return file.getvalue()
-
-
-def silent(content: bytes) -> bytes:
-    """Damage that only decoding notices: header and end stay."""
-    start = content.index(b"IDAT") + 4
-    return content[:start] + bytes(20) + content[start + 20 :]
-
-
-def bomb(content: bytes) -> bytes:
-    """A JPEG whose header promises 60,000×60,000 pixels."""
-    frame = content.index(b"\xff\xc0")
-    return content[: frame + 5] + b"\xea\x60\xea\x60" + content[frame + 9 :]
-
-
-# Number of the picture → its bytes: 3 % of them, spoiled in ten ways; the last two are noticed during the run.
-SPOILED = {
-    7: jpeg(7)[:-400],
-    31: jpeg(31)[:-2],
-    58: b"",
-    90: b"<html>404</html>",
-    121: jpeg(121)[:100],
-    150: png(150)[:200],
-    183: bomb(jpeg(183)),
-    214: png(214)[:30],
-    249: silent(png(249)),
-    280: silent(png(280))[:-12] + png(280)[-12:],
-}
-
-
-def write(root: Path) -> dict[str, Path]:
-    """Write the pictures as a folder, a TSV file and shards; return the sources."""
-    rows = []
-    shards = [tarfile.open(_made(root / f"shards/{n}.tar"), "w") for n in range(3)]  # noqa: SIM115
-    for n in range(PICTURES):
-        content, label = SPOILED.get(n, jpeg(n)), "abc"[n * 3 // PICTURES]
-        _made(root / f"folder/{label}/{n:04}.jpg").write_bytes(content)
-        rows.append(f"folder/{label}/{n:04}.jpg\t{label}\n")
-        for suffix, data in (("jpg", content), ("cls", label.encode())):
-            about = tarfile.TarInfo(f"{n:04}.{suffix}")
-            about.size = len(data)
-            shards[n * 3 // PICTURES].addfile(about, io.BytesIO(data))
-    for shard in shards:
-        shard.close()
-    (root / "table.tsv").write_text("filepath\tlabel\n" + "".join(rows))
-    return {"folder": root / "folder", "table": root / "table.tsv", "shards": root / "shards"}
-
-
-def _made(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
 
 @pytest.fixture
-def spoiled(config, tmp_path) -> Config:
-    """32 steps of 16: more than one epoch, so that every picture comes up."""
+def spoiled(config) -> Config:
+    """20 steps of 16: more than one epoch, so that every picture comes up."""
     return dataclasses.replace(
         config,
         eval_data={},
-        steps=32,
-        save_every=2,
+        steps=20,
+        batch_size=spoiled_sets.BATCH,
+        seed=spoiled_sets.SEED,
+        save_every=1,
         max_bad=0.05,
         method="flyp",
         loader="torch",
@@ -101,64 +41,137 @@ def spoiled(config, tmp_path) -> Config:
     )
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> dict[str, Path]:
-    return write(tmp_path_factory.mktemp("sources"))
+def losing(monkeypatch, lose) -> None:
+    """Call ``lose`` once a run has its first batch."""
+    whole = TrainingBatches.__iter__
+
+    def some(self):
+        for n, batch in enumerate(whole(self)):
+            if n == 0:
+                lose()
+            yield batch
+
+    monkeypatch.setattr(TrainingBatches, "__iter__", some)
 
 
 @pytest.fixture(scope="module")
-def kept() -> dict[tuple[str, str], Path]:
-    """The unbroken runs that a test has made, which are what others compare with too."""
-    return {}
+def start(tmp_path_factory) -> Path:
+    """The weights with which all runs of this module begin."""
+    return tmp_path_factory.mktemp("start") / "start.safetensors"
 
 
 @pytest.fixture
-def unbroken(spoiled, sources, kept, tmp_path) -> Callable[[str, str], Path]:
-    """Return the folder of the unbroken run on a source with a loader."""
+def unbroken(spoiled, start, tmp_path, monkeypatch):
+    """Settings with the module's start, and the folder of the unbroken run, from which a picture vanishes."""
+    if not start.exists():
+        start.write_bytes(Path(spoiled.pretrained).read_bytes())
+    spoiled = dataclasses.replace(spoiled, pretrained=str(start))
 
-    def run(source: str, loader: str) -> Path:
-        if (source, loader) not in kept:
-            output = tmp_path / f"unbroken-{source}"
-            config = dataclasses.replace(spoiled, train_data=sources[source], output=output, loader=loader)
-            kept[source, loader] = finetune(config)
-        return kept[source, loader]
+    @lru_cache
+    def run() -> Path:
+        root = start.parent / "unbroken"
+        if not root.exists():
+            source = spoiled_sets.write(root)["folder"]
+            with monkeypatch.context() as patch:
+                losing(patch, lambda: spoiled_sets.vanish(root))
+                finetune(dataclasses.replace(spoiled, train_data=source, output=root / "run"))
+        return root / "run"
 
-    return run
-
-
-@pytest.mark.parametrize("loader", ["torch", "dali"])
-def test_every_source_trains_the_same_model(unbroken, loader):
-    weights = (unbroken("folder", loader) / "student.safetensors").read_bytes()
-    for name in ("folder", "table", "shards"):
-        run = unbroken(name, loader)
-        assert (run / "student.safetensors").read_bytes() == weights, name
-        rows = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
-        names = [row["picture"].removesuffix(".jpg")[-4:] for row in rows]
-        assert names == ["0249", "0280"] or names == ["0280", "0249"]
-        assert all(row["reason"] for row in rows)
+    return spoiled, run()
 
 
 @pytest.mark.parametrize("source", ["folder", "table", "shards"])
-def test_a_run_that_is_killed_at_random_steps_ends_as_an_unbroken_one(
-    spoiled, sources, unbroken, tmp_path, source
-):
-    whole, config = unbroken(source, "torch"), dataclasses.replace(spoiled, train_data=sources[source])
-    for step in sorted(random.Random(source).sample(range(2, 26), 2)):
-        kill(config, tmp_path / "settings.yaml", after=step)
+def test_a_run_that_is_killed_at_a_random_step_ends_as_an_unbroken_one(unbroken, tmp_path, source):
+    """Though a picture vanishes before it goes on; and it is the same from every source."""
+    spoiled, whole = unbroken
+    config = dataclasses.replace(spoiled, train_data=spoiled_sets.write(tmp_path)[source])
+    kill(config, tmp_path / "settings.yaml", after=random.Random(source).randrange(2, 10))
+    spoiled_sets.vanish(tmp_path)
     end = finetune(config)
-    for name in ("student.safetensors", "skipped.jsonl"):
-        assert (end / name).read_bytes() == (whole / name).read_bytes()
+    assert (end / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
     assert [row["loss"] for row in read_log(end)] == [row["loss"] for row in read_log(whole)]
+    assert not (end / INDEX).exists()
+    for folder in (end, whole):
+        rows = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+        assert {int(row["picture"].removesuffix(".jpg")[-4:]) for row in rows} == {249, VANISHES}
+        assert all(row["reason"] for row in rows)
 
 
 def test_more_spoiled_pictures_than_are_allowed_stop_a_run_with_a_report(spoiled, tmp_path):
-    source = write(tmp_path)["table"]
+    source = spoiled_sets.write(tmp_path)["table"]
+    config = dataclasses.replace(spoiled, train_data=source, max_bad=0.01)
     with pytest.raises(
-        UserError, match=r"8 of 300 pictures of 'table' cannot be used: .* --max_bad 0.01 allows"
+        UserError, match=r"6 of 300 pictures of 'table' cannot be used: .* --max_bad 0.01 allows"
     ):
-        finetune(dataclasses.replace(spoiled, train_data=source, max_bad=0.01))
-    config = dataclasses.replace(spoiled, train_data=source, steps=60, max_bad=0.027)
+        read_index(source, None, config)
     for n in range(100, 110):  # and more that only decoding notices
-        (tmp_path / f"folder/b/{n:04}.jpg").write_bytes(silent(png(n)))
-    with pytest.raises(UserError, match=r"of 292 pictures failed during the run, more than --max_bad 0.027"):
+        (tmp_path / f"folder/b/{n:04}.jpg").write_bytes(spoiled_sets.silent(spoiled_sets.png(n)))
+    with pytest.raises(UserError, match=r"of 294 pictures failed during the run, more than --max_bad 0.02"):
+        finetune(dataclasses.replace(config, max_bad=0.02))
+
+
+@pytest.fixture
+def small(config, drawings, tmp_path) -> tuple[Config, Path]:
+    """8 steps of 4 on a table of 32 pictures, and the picture that comes up last."""
+    last = int(Order(32, 4, config.seed).batch(7)[3])
+    table = tmp_path / "data/train.csv"
+    table.parent.mkdir()
+    for path in drawings.iterdir():
+        (table.parent / path.name).write_bytes(path.read_bytes())
+    config = dataclasses.replace(
+        config,
+        train_data=table,
+        eval_data={},
+        steps=8,
+        batch_size=4,
+        save_every=1,
+        max_bad=0.1,
+        method="flyp",
+    )
+    return config, read_index(table).images[last]
+
+
+def test_a_picture_that_is_cut_off_while_a_run_rests_fails_in_it(small, monkeypatch):
+    config, picture = small
+    cut(config, monkeypatch, 3)
+    assert (aside(config.output) / INDEX).is_dir()
+    content = picture.read_bytes()
+    picture.write_bytes(content[:80])
+    end = finetune(config)
+    (row,) = [json.loads(line) for line in (end / "skipped.jsonl").read_text().splitlines()]
+    assert (row["batch"], row["picture"]) == (7, str(picture))
+    picture.write_bytes(content)
+    with monkeypatch.context() as patch:
+        losing(patch, picture.unlink)
+        whole = finetune(dataclasses.replace(config, output=config.output.with_name("whole")))
+    assert (end / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
+
+
+CHANGES = {
+    "another picture": lambda table, picture: picture.write_bytes(next(
+        other for path in table.parent.glob("*.png") if (other := path.read_bytes()) != picture.read_bytes()
+    )),
+    "a row less": lambda table, picture: table.write_text(
+        "".join(line for line in table.read_text().splitlines(True) if picture.name not in line)
+    ),
+    "another caption": lambda table, picture: table.write_text(table.read_text().replace("a circle", "a ball")),
+    "a lost picture and another caption": lambda table, picture: (
+        picture.unlink(),
+        table.write_text(table.read_text().replace("a circle", "a ball")),
+    ),
+    "another order": lambda table, picture: table.write_text(
+        "\n".join([(lines := table.read_text().splitlines())[0], *lines[:0:-1], ""])
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_the_user_changes_while_a_run_rests_is_refused(small, monkeypatch, change):
+    """A lost picture stands aside; anything else makes another run."""
+    config, picture = small
+    part = aside(config.output)
+    cut(config, monkeypatch, 2)
+    CHANGES[change](config.train_data, picture)
+    with pytest.raises(UserError, match=r"unfinished run with other --train_data \(its content\)"):
         finetune(config)
+    assert (part / INDEX).is_dir()

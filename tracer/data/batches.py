@@ -7,12 +7,12 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tracer.data.changed import change
 from tracer.data.config import LoadingSettings
 from tracer.data.index import Index
 from tracer.data.loader import load
@@ -114,10 +114,10 @@ class TrainingBatches:
             )
         loading = replace(loading or LoadingSettings(), workers=workers)
         mine = batch_size // world_size
-        self._mine = slice(rank * mine, (rank + 1) * mine)
+        self._mine, self._rank = slice(rank * mine, (rank + 1) * mine), rank if world_size > 1 else None
         self._variation = variation or Variation(crop_scale)
         self._numbers, self._seed, self._batch_size = range(first, steps), seed, batch_size
-        self._index, self._tokens, self._format = index, Tokens(clip.tokenizer), clip.picture_format
+        self._index, self._tokens = index, Tokens(clip.tokenizer)
         self._order = Order(len(index), batch_size, seed, self._variation.shuffle_window)
         self._device = torch.device(device)
         self.skipped = Skipped(len(index), loading.max_bad) if skipped is None else skipped
@@ -139,22 +139,25 @@ class TrainingBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         texts: deque[Future[Tensor]] = deque()
-        coming, waiting = iter(self._numbers), _Waiting(len(self._index))
+        given = 0
+        coming, waiting = iter(self._numbers), _Waiting(len(self._index), self._batch_size, self._rank)
         pictures = iter(load(self._plan))
         try:
             for number in self._numbers:
                 while len(texts) < TOKENS_AHEAD and (later := next(coming, None)) is not None:
-                    texts.append(self._tokens.ahead(self._captions(later, self._rows(later))))
+                    texts.append(self._tokens.ahead(partial(self._drawn_captions, later)))
                 with waiting:
                     image, rows = next(pictures)
                     text = texts.popleft().result()
                 if not np.array_equal(rows.numpy(), self._rows(number)):  # pictures that stand in
                     text = self._tokens.of(self._captions(number, rows.numpy()))
-                image = self._changed(image, number)
                 label = self._labels[rows].to(self._device)
+                given += 1
                 yield Batch(image, text.to(self._device).long(), label, rows)
-                waiting.report(len(rows))
+                waiting.trained()
         finally:
+            if given == len(self):  # a run ends within an epoch, and asks for nothing behind its last batch
+                waiting.report(waiting.came)
             self._tokens.close()
 
     def _rows(self, number: int) -> np.ndarray:
@@ -163,7 +166,14 @@ class TrainingBatches:
 
     def _work(self, number: int) -> Work:
         crops = random_crops(self._batch_size, self._seed, number, self._variation.crop_scale)
-        return Work(number, self._rows(number), crops.of(self._mine), self._mine.start)
+        drawn, variation = None, self._variation
+        if variation.flip or variation.color_jitter:
+            flip, jitter = variation.flip, variation.color_jitter
+            drawn = changes(self._batch_size, self._seed, number, flip=flip, jitter=jitter).of(self._mine)
+        return Work(number, self._rows(number), crops.of(self._mine), self._mine.start, drawn)
+
+    def _drawn_captions(self, number: int) -> list[str]:
+        return self._captions(number, self._rows(number))
 
     def _captions(self, number: int, rows: np.ndarray) -> list[str]:
         """Return the caption that a batch draws for each picture of this rank's slice."""
@@ -173,41 +183,46 @@ class TrainingBatches:
             for row, drawn in zip(rows.tolist(), choice, strict=True)
         ]
 
-    def _changed(self, image: Tensor, number: int) -> Tensor:
-        variation = self._variation
-        if not variation.flip and not variation.color_jitter:
-            return image
-        drawn = changes(self._batch_size, self._seed, number, variation.color_jitter).of(self._mine)
-        return change(image, drawn, self._format, flip=variation.flip, jitter=variation.color_jitter > 0)
-
 
 class _Waiting:
-    """Measures the time that a loop waits for its next batch, and reports it once an epoch where it is long."""
+    """Measures the time that a loop waits for its next batch, and reports it once an epoch where it is long.
 
-    def __init__(self, pictures: int) -> None:
-        self._pictures, self._seen, self._waited = pictures, 0, 0.0
+    Args:
+        pictures: of an epoch.
+        batch_size: pictures of a batch, on all ranks together.
+        rank: of this process, where there are several.
+    """
+
+    def __init__(self, pictures: int, batch_size: int, rank: int | None) -> None:
+        self._pictures, self._batch_size, self._rank = pictures, batch_size, rank
+        self._seen, self._epoch, self._waited = 0, 1, 0.0
         self._started: float | None = None  # when the first batch had come: a loop waits for that in any case
+        self.came = 0.0  # when the last batch had come
 
     def __enter__(self) -> None:
         self._asked = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        now = time.perf_counter()
+        self.came = time.perf_counter()
         if self._started is None:
-            self._started = now
+            self._started = self.came
         else:
-            self._waited += now - self._asked
+            self._waited += self.came - self._asked
 
-    def report(self, pictures: int) -> None:
-        """Count pictures that were trained on; at the end of an epoch say how long the loop has waited."""
-        self._seen += pictures
-        if self._seen < self._pictures or self._started is None:
-            return
-        now = time.perf_counter()
-        share = self._waited / max(now - self._started, 1e-9)
+    def trained(self) -> None:
+        """Count a batch that was trained on; at the end of an epoch say how long the loop has waited."""
+        self._seen += self._batch_size
+        while self._seen >= self._pictures * self._epoch:
+            self.report(time.perf_counter())
+            self._epoch += 1
+
+    def report(self, now: float) -> None:
+        """Say how long the loop has waited from the last report to ``now``, if that was much of the time."""
+        share = 0.0 if self._started is None else self._waited / max(now - self._started, 1e-9)
+        self._waited, self._started = 0.0, now
         if share > WAITED:
+            where = "" if self._rank is None else f"rank {self._rank}: "
             note(
-                f"training waited for pictures {share:.0%} of the last epoch: give more --workers, smaller files, "
-                "or --jpeg scaled"
+                f"{where}training waited for pictures {share:.0%} of epoch {self._epoch}: give more --workers, "
+                "smaller files, or --jpeg scaled"
             )
-        self._seen, self._waited, self._started = 0, 0.0, now

@@ -13,10 +13,10 @@ import numpy as np
 
 from tracer.data.check import Sight
 from tracer.data.sample import Fault, Sample
+from tracer.data.strings import Strings, StringsBuilder
 
 T = TypeVar("T")
 MOST_FAULTS = 1000  # that are kept by name
-REMEMBERED = 1_000_000  # texts that a builder recognises when they come again
 
 
 class Rows(Sequence[T]):
@@ -45,27 +45,6 @@ class Rows(Sequence[T]):
 
     def __repr__(self) -> str:
         return repr(list(self))
-
-
-@dataclass
-class Strings:
-    """Texts in one array of UTF-8: text n is ``blob[ends[n - 1]:ends[n]]``, in bytes."""
-
-    blob: np.ndarray
-    ends: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, n: int) -> str:
-        start = int(self.ends[n - 1]) if n else 0
-        return self.blob[start : int(self.ends[n])].tobytes().decode("utf-8", "surrogateescape")
-
-    def some(self, numbers: np.ndarray) -> Iterator[tuple[int, str]]:
-        """Yield many texts with their numbers, faster than one by one."""
-        blob, ends = self.blob.tobytes(), [0, *self.ends.tolist()]
-        for n in numbers.tolist():
-            yield n, blob[ends[n] : ends[n + 1]].decode("utf-8", "surrogateescape")
 
 
 @dataclass
@@ -187,57 +166,6 @@ class About:
         return cls(**known), content
 
 
-class StringsBuilder:
-    """Numbers texts as they come, into a file or into memory.
-
-    A text gets its old number again as long as it is one of the last :data:`REMEMBERED` distinct ones or so:
-    memory stays bounded, and a data set with more distinct texts keeps a few of them twice.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._ends, self._place = file, array("q"), 0
-        self._known: dict[str, int] = {}
-        self.hashes = array("q")  # of texts that were numbered, this process's own
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def append(self, text: str) -> int:
-        """Add a text that nobody will look for again."""
-        content = text.encode("utf-8", "surrogateescape")
-        self._file.write(content)
-        self._place += len(content)
-        self._ends.append(self._place)
-        return len(self._ends) - 1
-
-    def number(self, text: str) -> int:
-        """Return the text's number."""
-        number = self._known.get(text)
-        if number is None:
-            if len(self._known) >= REMEMBERED:
-                self._known.clear()
-            number = self._known[text] = self.append(text)
-            self.hashes.append(hash(text))
-        return number
-
-    def strings(self) -> Strings:
-        """Return the texts so far."""
-        self._file.seek(0)
-        blob = np.fromfile(self._file, np.uint8) if _on_disk(self._file) else _in_memory(self._file)
-        return Strings(blob, np.frombuffer(self._ends, np.int64) if self._ends else np.zeros(0, np.int64))
-
-
-def _on_disk(file: BinaryIO) -> bool:
-    try:
-        return file.fileno() >= 0
-    except OSError:
-        return False
-
-
-def _in_memory(file: BinaryIO) -> np.ndarray:
-    return np.frombuffer(file.read(), np.uint8)
-
-
 class Builder:
     """Takes samples in any order and merges those of one picture file into one sample with all its captions.
 
@@ -284,9 +212,6 @@ class Builder:
             n: np.frombuffer(a, a.typecode) if count else np.zeros(0, "i4") for n, a in self._rows.items()
         }
         samples, texts = (np.frombuffer(a, np.int32) if a else np.zeros(0, np.int32) for a in self._pairs)
-        if len(self.files) > REMEMBERED:
-            arrays, samples = self._merged(arrays, samples)
-            count = len(arrays["file"])
         samples, texts = _distinct_pairs(samples, texts)
         counts = np.bincount(samples, minlength=count).astype(np.int32)
         first = np.zeros(count, np.int64)
@@ -302,25 +227,6 @@ class Builder:
             texts=self.texts.strings(),
         )
         return columns, list(self._labels)
-
-    def _merged(
-        self, arrays: dict[str, np.ndarray], samples: np.ndarray
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Merge the samples of files that came again after they had been forgotten, by the hash of their paths."""
-        _, first, inverse = np.unique(
-            np.frombuffer(self.files.hashes, np.int64), return_index=True, return_inverse=True
-        )
-        sample_of = np.frombuffer(self._sample_of, np.int32)
-        alone = arrays["key"] < 0
-        target = np.arange(len(alone))
-        target[alone] = sample_of[first[inverse[arrays["file"][alone]]]]
-        label = arrays["label"].copy()
-        known = label >= 0
-        bare = target[known & ~known[target]]
-        label[bare] = label[known & ~known[target]]
-        kept = target == np.arange(len(alone))
-        number = np.cumsum(kept, dtype=np.int32) - 1
-        return {n: (label if n == "label" else a)[kept] for n, a in arrays.items()}, number[target[samples]]
 
 
 def _distinct_pairs(samples: np.ndarray, texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

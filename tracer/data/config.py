@@ -25,7 +25,8 @@ class LoadingSettings:
         exif: turn pictures upright as their EXIF says; open_clip ignores it.
         max_pixels: a picture with more pixels is not decoded; the default is PIL's limit.
         max_bad: share of a data set's pictures that may be unusable; above it a command stops with a report.
-        json_caption_key: field of a shard's json files that holds the caption, or a list of captions.
+        json_caption_key: field of a shard's json files that holds the caption, or a list of captions; where it is
+            given, it precedes the txt files. Default: caption, for samples without a txt.
         cache: folder of the indexes of data sets, and of local copies of remote shards; default: data in the
             user's cache folder, ~/.cache/tracer.
         cache_gb: GB that these copies may take; those not used for longest make room.
@@ -37,7 +38,7 @@ class LoadingSettings:
     exif: bool = False
     max_pixels: int = MAX_PIXELS
     max_bad: float = 0.01
-    json_caption_key: str = "caption"
+    json_caption_key: str | None = None
     cache: Path = field(default_factory=lambda: cache_folder() / "data")
     cache_gb: float = 50.0
 
@@ -60,7 +61,8 @@ class IndexConfig:
         decode: decode every picture, in place of the suspects alone.
         workers: threads.
         max_pixels: a picture with more pixels is a fault, and not decoded; the default is PIL's limit.
-        json_caption_key: field of a shard's json files that holds the caption, or a list of captions.
+        json_caption_key: field of a shard's json files that holds the caption, or a list of captions; where it is
+            given, it precedes the txt files. Default: caption, for samples without a txt.
         cache: folder of the indexes of data sets, and of local copies of remote shards; default: data in the
             user's cache folder, ~/.cache/tracer.
         cache_gb: GB that these copies may take; those not used for longest make room.
@@ -70,7 +72,7 @@ class IndexConfig:
     decode: bool = False
     workers: int = 2
     max_pixels: int = MAX_PIXELS
-    json_caption_key: str = "caption"
+    json_caption_key: str | None = None
     cache: Path = field(default_factory=lambda: cache_folder() / "data")
     cache_gb: float = 50.0
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import nvidia.dali
 import nvidia.dali.fn
+import nvidia.dali.math
 import nvidia.dali.types
 import torch
 from nvidia.dali import pipeline_def
@@ -17,15 +18,17 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from torch import Tensor
 
 from tracer.data.ahead import Ahead
-from tracer.data.picture import Picture, for_dali, what_pil_says
-from tracer.data.plan import Plan, Work
-from tracer.data.window import centre_window, pixels_of, random_window
+from tracer.data.changed import GRAY
+from tracer.data.picture import Picture, for_dali, ppm, what_pil_says
+from tracer.data.plan import LEFT_OUT, Plan, Work
+from tracer.data.window import WHOLE, centre_window, pixels_of, random_window
 from tracer.errors import UserError
 from tracer.models.picture_format import PictureFormat
 
 # DALI fills these modules at import, where a type checker does not see it.
 fn: Any = nvidia.dali.fn
 types: Any = nvidia.dali.types
+dali_math: Any = nvidia.dali.math
 
 AHEAD = 8  # more batches than a pipeline's queues hold
 
@@ -60,10 +63,9 @@ class Pictures:
         plan, gpu = self._plan, _gpu(self._plan.device)
         self._held.clear()
         decorate = pipeline_def(batch_size=plan.size, num_threads=plan.settings.workers, device_id=gpu)
-        crops = plan.work(numbers[0]).crops is not None
-        reader = self._read(numbers)
+        first, reader = plan.work(numbers[0]), self._read(numbers)
         pipeline = decorate(_pictures)(
-            reader, plan.picture_format, gpu is not None, exif=plan.settings.exif, crops=crops
+            reader, plan.picture_format, gpu is not None, exif=plan.settings.exif, first=first
         )
         try:
             batches = DALIGenericIterator(pipeline, ["image", "index"], auto_reset=False)
@@ -73,18 +75,19 @@ class Pictures:
             reader.close()
 
     def _read(self, numbers: range) -> Generator[tuple[Any, ...], None, None]:
-        """Yield the inputs of DALI for each batch: files, numbers, and the windows' first and last corners."""
+        """Yield the inputs of DALI for each batch: files, numbers, both corners of windows, and changes."""
         plan = self._plan
 
         def one(work: Work, place: int) -> tuple[int, Encoded]:
-            return plan.first_good(work, place, lambda row: self._encoded(work, place, row))
+            return plan.first_good(work, place, lambda row: self._encoded(work, place, row), _blank)
 
         batches = Ahead(map(plan.work, numbers), len, one, plan.settings.workers)
         for work, results in batches:
             rows = [row for row, _ in results]
             self._held.append((work, rows))
             files, starts, ends = zip(*(encoded for _, encoded in results), strict=True)
-            yield list(files), list(np.array(rows)[:, None]), np.stack(starts), np.stack(ends)
+            inputs = list(files), list(np.array(rows)[:, None]), np.stack(starts), np.stack(ends)
+            yield *inputs, *_changes(work)
 
     def _encoded(self, work: Work, place: int, row: int) -> Encoded:
         """Return a file that DALI decodes, and what is shown: a window in shares, or a crop in whole pixels."""
@@ -107,7 +110,8 @@ class Pictures:
         plan, searched = self._plan, dict[int, int]()
         for work, rows in self._held:
             for row in rows if work.number >= first else ():
-                searched.setdefault(row, work.number)
+                if row != LEFT_OUT:
+                    searched.setdefault(row, work.number)
         culprits = self._undecodable(searched)
         if not culprits:
             raise error
@@ -160,6 +164,19 @@ def decode(batches: Iterator[list[np.ndarray]], device: torch.device) -> None:
             decoder.run()
 
 
+def _blank() -> Encoded:
+    """Return a black pixel, which stands in for a picture that failed; all of any window is in it."""
+    return ppm(np.zeros((1, 1, 3), np.uint8)), WHOLE.start, WHOLE.end
+
+
+def _changes(work: Work) -> tuple[np.ndarray, ...]:
+    """Return whether each picture of a batch is mirrored [n] int32, and its colours' factors [n, 3], if any."""
+    if work.changes is None:
+        return ()
+    flipped, factors = work.changes.flipped.astype(np.int32), work.changes.factors
+    return (flipped,) if factors is None else (flipped, factors)
+
+
 def _reason(content: bytes | None, error: RuntimeError) -> str:
     """Return in words why a file cannot be decoded; DALI's own are a trace of its nodes."""
     said = what_pil_says(content) if content else None
@@ -181,14 +198,21 @@ def _decoded(encoded: Any, on_gpu: bool, exif: bool) -> Any:
     )
 
 
-def _pictures(read: Any, wanted: PictureFormat, on_gpu: bool, *, exif: bool, crops: bool) -> tuple[Any, Any]:
-    """DALI nodes of a whole pipeline: normalised pictures and their numbers, from what ``read`` yields."""
-    encoded, rows, start, end = fn.external_source(
-        read, num_outputs=4, dtype=[types.UINT8, types.INT64, types.FLOAT, types.FLOAT], ndim=[1, 1, 1, 1]
+def _pictures(read: Any, wanted: PictureFormat, on_gpu: bool, *, exif: bool, first: Work) -> tuple[Any, Any]:
+    """DALI nodes of a whole pipeline: normalised pictures and their numbers, from what ``read`` yields.
+
+    ``first`` is its first batch: all of them have crops or none, and so with changes.
+    """
+    changes = len(_changes(first))
+    kinds = [types.UINT8, types.INT64, types.FLOAT, types.FLOAT, *[types.INT32, types.FLOAT][:changes]]
+    encoded, rows, start, end, *drawn = fn.external_source(
+        read, num_outputs=len(kinds), dtype=kinds, ndim=[1, 1, 1, 1, *[0, 1][:changes]]
     )
     kernel = types.INTERP_CUBIC if wanted.interpolation == "bicubic" else types.INTERP_LINEAR
     image, size = _decoded(encoded, on_gpu, exif), [wanted.size, wanted.size]
-    if crops:  # cut out, then resized, as torchvision does: the pixels around the crop have no part in it
+    if (
+        first.crops is not None
+    ):  # cut out, then resized, as torchvision does: the pixels around have no part in it
         image = fn.slice(image, start, end, axes=[0, 1], normalized_anchor=False, normalized_shape=False)
         image = fn.resize(image, size=size, interp_type=kernel, antialias=True)
     else:
@@ -201,11 +225,30 @@ def _pictures(read: Any, wanted: PictureFormat, on_gpu: bool, *, exif: bool, cro
             interp_type=kernel,
             antialias=True,
         )
+    if changes == 2:
+        image = _coloured(image, drawn[1].gpu() if on_gpu else drawn[1])
     image = fn.crop_mirror_normalize(
         image,
+        mirror=drawn[0] if drawn else 0,
         mean=[255 * m for m in wanted.mean],
         std=[255 * s for s in wanted.std],
         output_layout="CHW",
         dtype=types.FLOAT,
     )
     return image, rows
+
+
+def _coloured(image: Any, factors: Any) -> Any:
+    """DALI nodes of :func:`tracer.data.changed.changed`: levels [S, S, 3] uint8 with other colours, as float."""
+
+    def clamped(levels: Any) -> Any:
+        return dali_math.clamp(levels, 0.0, 255.0)
+
+    def gray(levels: Any) -> Any:
+        red, green, blue = (levels[:, :, n : n + 1] for n in range(3))
+        return GRAY[0] * red + GRAY[1] * green + GRAY[2] * blue
+
+    brightness, contrast, saturation = (factors[n] for n in range(3))
+    image = clamped(fn.cast(image, dtype=types.FLOAT) * brightness)
+    image = clamped(contrast * image + (1.0 - contrast) * fn.reductions.mean(gray(image)))
+    return clamped(saturation * image + (1.0 - saturation) * gray(image))

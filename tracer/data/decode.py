@@ -99,7 +99,7 @@ def _resize(levels: np.ndarray, shape: tuple[int, int], wanted: PictureFormat) -
 
 
 class Normalise:
-    """Writes levels [3, S, S] uint8 into a float32 batch, normalised as ``wanted`` says.
+    """Writes levels [3, S, S], from 0 to 255, into a float32 batch, normalised as ``wanted`` says.
 
     NumPy does it in the calling thread. torch would start threads of its own beside those of the loader.
     """

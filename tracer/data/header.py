@@ -1,4 +1,4 @@
-"""The first bytes of JPEG and PNG files: size, orientation and depth, without decoding and without PIL."""
+"""The first bytes of JPEG, PNG and WebP files: size, orientation and depth, without decoding and without PIL."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ORIENTATION = 0x0112  # EXIF: how the camera was turned; from 5 on, height and w
 _FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # JPEG's SOF markers
 
 
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "WEBP": b""}
 TAIL = 64  # bytes in which the end marker lies; some programs write zeros behind it
 
 
@@ -18,11 +18,12 @@ class Header(NamedTuple):
     """What the header of a picture file says.
 
     Attributes:
-        format: "JPEG" or "PNG".
+        format: "JPEG", "PNG" or "WEBP".
         height, width: in pixels, as stored.
         orientation: EXIF's, from 1 (upright) to 8.
         bits: of each channel.
         plain: whether PIL, torchvision and DALI all decode the file to the same RGB levels.
+        length: of the file in bytes, at least; 0 where the header does not say it.
     """
 
     format: str
@@ -31,10 +32,11 @@ class Header(NamedTuple):
     orientation: int
     bits: int
     plain: bool
+    length: int = 0
 
 
 def read_header(content: bytes | memoryview) -> Header | None:
-    """Return the header of a JPEG or PNG file; None for other formats and where it is cut off or unusual.
+    """Return the header of a JPEG, PNG or WebP file; None for other formats and where it is cut off or unusual.
 
     Args:
         content: the file, or its beginning.
@@ -44,13 +46,15 @@ def read_header(content: bytes | memoryview) -> Header | None:
             return _jpeg(content)
         if content[:8] == PNG and content[12:16] == b"IHDR":
             return _png(content)
+        if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+            return _webp(content)
     except (IndexError, struct.error):
         pass  # cut off
     return None
 
 
 def ends_well(kind: str, tail: bytes) -> bool:
-    """Return whether a JPEG or PNG file has its end marker.
+    """Return whether a file has the end marker of its format, if that has one.
 
     Args:
         kind: the format.
@@ -113,3 +117,21 @@ def _png(content: bytes | memoryview) -> Header | None:
             if kind == b"eXIf":
                 orientation = _orientation(bytes(content[place + 8 : place + 8 + length]))
         place += 12 + length
+
+
+def _webp(content: bytes | memoryview) -> Header | None:
+    """Read the first chunk of a WebP file (RFC 9649, sections 2.5 to 2.7)."""
+    (length,) = struct.unpack_from("<I", content, 4)
+    kind = bytes(content[12:16])
+    if kind == b"VP8X":
+        if content[20] & 0x08:  # EXIF, which lies behind the pixels
+            return None
+        width, height = (int.from_bytes(content[place : place + 3], "little") + 1 for place in (24, 27))
+    elif kind == b"VP8L" and content[20] == 0x2F:
+        (bits,) = struct.unpack_from("<I", content, 21)
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    elif kind == b"VP8 " and bytes(content[23:26]) == b"\x9d\x01\x2a":
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", content, 26))
+    else:
+        return None
+    return Header("WEBP", height, width, 1, 8, False, length + 8) if width and height else None

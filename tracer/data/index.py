@@ -27,6 +27,8 @@ class Index:
         shards: local copies of shards at an address; None where there are none.
         templates: captions of a sample without its own: ``{}`` stands for the name of its class.
         border: pixels that are cut off each side of every picture.
+        began: digest of what it held when a run began with it, of which pictures may have been lost since; empty
+            for an index that was read now.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Index:
     shards: ShardCache | None = None
     templates: list[str] = field(default_factory=lambda: [TEMPLATE])
     border: int = 0
+    began: str = ""
 
     def __len__(self) -> int:
         return len(self.columns.file)
@@ -99,10 +102,10 @@ class Index:
         """
         file = self.columns.files[int(self.columns.file[row])]
         size, offset = int(self.columns.size[row]), int(self.columns.offset[row])
-        path: str | Path = file
         if self.shards is not None and address_of(file):
-            path = self.shards.path(file)
-        handle = os.open(path, os.O_RDONLY)
+            handle = self.shards.open(file)
+        else:
+            handle = os.open(file, os.O_RDONLY)
         try:
             if size < 0:
                 size = os.fstat(handle).st_size
@@ -112,7 +115,7 @@ class Index:
 
     def take(self, rows: np.ndarray | list[int]) -> Index:
         """Return the index of the pictures in ``rows``, in that order, with the same classes."""
-        return replace(self, columns=self.columns.take(rows))
+        return replace(self, columns=self.columns.take(rows), began="")
 
     def digest(self) -> str:
         """Return a hash of all labels, captions and picture files; a file counts by path, size and mtime."""

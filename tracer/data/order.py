@@ -132,19 +132,20 @@ class Changes(NamedTuple):
     """How the pictures of a batch of n are changed after the crop.
 
     ``flipped`` [n] bool: mirrored left to right.
-    ``factors`` [n, 3] float32: of brightness, contrast and saturation, 1 for no change.
+    ``factors`` [n, 3] float32: of brightness, contrast and saturation; None: the colours stay.
     """
 
     flipped: np.ndarray
-    factors: np.ndarray
+    factors: np.ndarray | None
 
     def of(self, part: slice) -> Changes:
         """Return the changes of a part of the batch."""
-        return Changes(self.flipped[part], self.factors[part])
+        return Changes(self.flipped[part], None if self.factors is None else self.factors[part])
 
 
-def changes(batch_size: int, seed: int, batch: int, jitter: float) -> Changes:
-    """Return random changes: half of the pictures are mirrored, factors are uniform in 1 ± ``jitter``."""
+def changes(batch_size: int, seed: int, batch: int, *, flip: bool, jitter: float) -> Changes:
+    """Return random changes: ``flip`` mirrors half of the pictures, factors are uniform in 1 ± ``jitter``."""
     draw = np.random.default_rng((seed, batch, CHANGES))
-    flipped = draw.random(batch_size) < 0.5
-    return Changes(flipped, draw.uniform(1 - jitter, 1 + jitter, (batch_size, 3)).astype(np.float32))
+    flipped = draw.random(batch_size) < (0.5 if flip else 0.0)
+    factors = draw.uniform(1 - jitter, 1 + jitter, (batch_size, 3)).astype(np.float32)
+    return Changes(flipped, factors if jitter else None)

@@ -1,4 +1,4 @@
-"""What a loader loads: batches of pictures, and the rule by which another picture stands in for one that fails."""
+"""What a loader loads: batches of pictures, their changes, and what stands in for a picture that fails."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 
 from tracer.data.config import LoadingSettings
 from tracer.data.index import Index
-from tracer.data.order import Crops, Order
+from tracer.data.order import Changes, Crops, Order
 from tracer.data.picture import Picture, UndecodableError, read_picture, reason_of, without_border
 from tracer.data.skipped import Skipped
 from tracer.errors import UserError
 from tracer.models.picture_format import PictureFormat
 
 T = TypeVar("T")
+LEFT_OUT = -1  # the number of a blank picture, in the place of one that failed in evaluation
 
 
 @dataclass
@@ -29,12 +30,14 @@ class Work:
         rows: numbers of its pictures in the data set [n] int64.
         crops: their random crops; None shows the centre, as open_clip's transform for evaluation does.
         place: of the first picture within the global batch, of which a rank loads a part.
+        changes: how they are changed after the crop; None: not at all.
     """
 
     number: int
     rows: np.ndarray
     crops: Crops | None = None
     place: int = 0
+    changes: Changes | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,8 +59,9 @@ class Plan:
         work: returns the batch of a number.
         numbers: of the batches.
         size: the largest length of a batch.
-        order, skipped: a picture that fails is noted in ``skipped``, and the next one of ``order`` stands in.
-            Without them it raises :class:`~tracer.data.picture.UndecodableError`.
+        order, skipped: a picture that fails is noted in ``skipped``, and the next one of ``order`` stands in;
+            without an order a blank one does, whose number is :data:`LEFT_OUT`. Without ``skipped`` it raises
+            :class:`~tracer.data.picture.UndecodableError`.
         device: where the batches are put, and where DALI decodes.
     """
 
@@ -82,8 +86,12 @@ class Plan:
         picture = read_picture(content, name, exif=settings.exif, max_pixels=settings.max_pixels)
         return without_border(picture, self.index.border, name, exif=settings.exif)
 
-    def first_good(self, work: Work, place: int, load: Callable[[int], T]) -> tuple[int, T]:
+    def first_good(
+        self, work: Work, place: int, load: Callable[[int], T], blank: Callable[[], T]
+    ) -> tuple[int, T]:
         """Return the picture at a place of a batch, or its stand-in, and what ``load`` makes of it.
+
+        ``blank`` makes the stand-in where there is no order.
 
         Raises:
             UndecodableError: it cannot be read, and nothing may stand in.
@@ -96,13 +104,14 @@ class Plan:
                     return row, load(row)
                 except (UserError, OSError) as error:
                     self.fail(row, work.number, error)
+            if self.order is None:
+                return LEFT_OUT, blank()
             attempt += 1
-            assert self.order is not None
             row = self.order.instead(work.number, work.place + place, attempt)
 
     def fail(self, row: int, batch: int, error: Exception) -> None:
         """Note that a picture failed, or raise where nothing may stand in for it."""
         reason = error.reason if isinstance(error, UndecodableError) else reason_of(error)
-        if self.order is None or self.skipped is None:
+        if self.skipped is None:
             raise UndecodableError(self.index.id(row), reason, row) from error
         self.skipped.add(row, batch, self.index.id(row), reason)

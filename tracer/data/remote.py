@@ -10,14 +10,17 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tracer.errors import UserError
-from tracer.files import file_aside
 
 ATTEMPTS, PAUSE, TIMEOUT = 3, 0.2, 60  # tries of a download, seconds between them, seconds without a byte
+PART = ".tracer-part-"  # begins the names of copies that are not whole
+STALE = 3600.0  # seconds without a byte after which such a copy counts as left by a killed process
 PIECE = 1 << 20
 
 
@@ -30,13 +33,11 @@ def address_of(source: Path | str) -> str | None:
     return f"{scheme}://{root}{rest.lstrip('/')}"
 
 
-def _used_now(copy: Path) -> None:
-    now = time.time_ns()  # finer than the file system's own clock
-    os.utime(copy, ns=(now, now))
-
-
 class ShardCache:
     """Local copies of remote shards, the least recently used of which make room for others.
+
+    Several processes and several caches may share a folder: a copy gets its name when it is whole, and who has
+    opened one keeps it while others make room.
 
     Args:
         folder: of the copies.
@@ -47,58 +48,64 @@ class ShardCache:
         self.folder, self.limit = folder, limit
         self._guard, self._locks = threading.Lock(), defaultdict(threading.Lock)  # type: ignore[var-annotated]
 
-    def path(self, address: str) -> Path:
-        """Return the local copy of a shard, which is fetched if it is not there.
+    def open(self, address: str) -> int:
+        """Open the local copy of a shard for reading, fetched if it is not there; return its file descriptor.
 
         Raises:
             UserError: the address cannot be read, after several tries; names the reason.
+            OSError: the copy cannot be written or read.
         """
         name = f"{hashlib.sha256(address.encode()).hexdigest()[:20]}-{address.rpartition('/')[2][:80]}"
         copy = self.folder / name
         with self._guard:
             lock = self._locks[name]
-        with lock:
-            if not copy.is_file():
+        with lock:  # of several threads that want a shard one fetches it
+            while True:
+                with suppress(FileNotFoundError):  # not there, or others made room before it was open
+                    handle = os.open(copy, os.O_RDONLY)
+                    now = time.time_ns()  # finer than the file system's own clock
+                    os.utime(handle, ns=(now, now))
+                    return handle
                 self._fetch(address, copy)
-                _used_now(copy)
                 self._make_room(copy)
-            else:
-                _used_now(copy)
-        return copy
 
     def _fetch(self, address: str, copy: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = file_aside(copy).with_name(f"{file_aside(copy).name}-{os.getpid()}")
+        # A name of its own: other processes, and another cache of this one, may fetch the same shard.
+        part = self.folder / f"{PART}{uuid.uuid4().hex}"
         try:
-            for attempt in range(1, ATTEMPTS + 1):
-                try:
-                    with part.open("wb") as file:
+            with part.open("xb") as file:
+                for attempt in range(1, ATTEMPTS + 1):
+                    try:
+                        file.seek(0)
+                        file.truncate()
                         download(address, file)
-                    part.replace(copy)
-                    return
-                except UserError:
-                    raise
-                except Exception as error:  # each protocol raises its own
-                    if attempt == ATTEMPTS:
-                        what = " ".join(str(error).split()) or type(error).__name__
-                        raise UserError(
-                            f"'{address}' could not be read in {ATTEMPTS} tries ({what}): check the address "
-                            "and the server"
-                        ) from error
-                    time.sleep(PAUSE * attempt)
+                        break
+                    except UserError:
+                        raise
+                    except Exception as error:  # each protocol raises its own
+                        if attempt == ATTEMPTS:
+                            what = " ".join(str(error).split()) or type(error).__name__
+                            raise UserError(
+                                f"'{address}' could not be read in {ATTEMPTS} tries ({what}): check the address "
+                                "and the server"
+                            ) from error
+                        time.sleep(PAUSE * attempt)
+            part.replace(copy)
         finally:
             part.unlink(missing_ok=True)
 
     def _make_room(self, newest: Path) -> None:
-        copies = [p for p in self.folder.iterdir() if not p.name.startswith(".") and p != newest]
+        """Remove what a killed process left half-fetched, and copies beyond the limit, the oldest first."""
         stats = {}
-        for copy in copies:
-            try:
+        for copy in self.folder.iterdir():
+            with suppress(FileNotFoundError):  # another process made room
                 stats[copy] = copy.stat()
-            except FileNotFoundError:  # another process made room
-                continue
-        used = newest.stat().st_size + sum(s.st_size for s in stats.values())
-        for copy in sorted(stats, key=lambda p: stats[p].st_mtime):
+        for part in [path for path in stats if path.name.startswith(PART)]:
+            if time.time() - stats.pop(part).st_mtime > STALE:
+                part.unlink(missing_ok=True)
+        used = sum(about.st_size for about in stats.values())
+        for copy in sorted(stats.keys() - {newest}, key=lambda p: stats[p].st_mtime):
             if used <= self.limit:
                 break
             copy.unlink(missing_ok=True)  # who reads it keeps it open

@@ -6,12 +6,12 @@ CLIP_benchmark (``classnames.txt``, ``zeroshot_classification_templates.txt``, `
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -109,9 +109,9 @@ def _about(folder: Path) -> Path:
 
 
 class Options(NamedTuple):
-    """How shards are read: which field of ``json`` is the caption, and the limits and depth of the first sight."""
+    """How shards are read: the field of ``json`` that the user names, and limits and depth of the first sight."""
 
-    json_caption_key: str
+    json_caption_key: str | None
     max_pixels: int
     whole: bool
 
@@ -130,8 +130,9 @@ def read_shards(
     """
 
     def read(file: str) -> list[tuple[Sample | Fault, Sight | None]]:
-        path = cache.path(file) if address_of(file) else Path(file)
-        return list(read_shard(file, path, options))
+        handle = cache.open(file) if address_of(file) else os.open(file, os.O_RDONLY)
+        with open(handle, "rb", buffering=0) as opened:
+            return list(read_shard(file, opened, options))
 
     with ThreadPoolExecutor(workers) as pool:
         for content in pool.map(read, shards.files):
@@ -139,47 +140,49 @@ def read_shards(
             done(len(content))
 
 
-def read_shard(name: str, path: Path, options: Options) -> Iterator[tuple[Sample | Fault, Sight | None]]:
+def read_shard(name: str, file: FileIO, options: Options) -> Iterator[tuple[Sample | Fault, Sight | None]]:
     """Yield what one shard holds: a sample for each key with a picture, and a fault for what cannot be used.
+
+    Args:
+        name: path or address of the shard, beside which an index of wds2idx may lie.
+        file: the shard, or its local copy; it stays open, since others may remove a copy meanwhile.
+        options: how it is read.
 
     Raises:
         UserError: it is compressed, or not a tar file.
     """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        length = os.fstat(handle).st_size
-        faults: list[Fault] = []
-        groups: dict[str, dict[str, Member]] = {}
-        for member in _members(name, path, handle, length, faults):
-            key, _, suffix = member.name.rpartition("/")[2].partition(".")
-            key = f"{member.name.rpartition('/')[0]}/{key}".lstrip("/")
-            suffix = suffix.lower()  # whole: x.depth.png is not the picture x.png
-            group = groups.setdefault(key, {})
-            if suffix in group:
-                faults.append(Fault(f"{name}: {member.name}", "its name comes twice in the shard"))
-            else:
-                group[suffix] = member
-        pictures = 0
-        for key, group in groups.items():
-            for sample, sight in _sample(name, key, group, handle, length, options):
-                pictures += 1
-                yield sample, sight
-        yield from ((fault, None) for fault in faults)
-        if not pictures:
-            yield Fault(name, "the shard holds no pictures"), None
-    finally:
-        os.close(handle)
+    handle = file.fileno()
+    length = os.fstat(handle).st_size
+    faults: list[Fault] = []
+    groups: dict[str, dict[str, Member]] = {}
+    for member in _members(name, file, faults):
+        key, _, suffix = member.name.rpartition("/")[2].partition(".")
+        key = f"{member.name.rpartition('/')[0]}/{key}".lstrip("/")
+        suffix = suffix.lower()  # whole: x.depth.png is not the picture x.png
+        group = groups.setdefault(key, {})
+        if suffix in group:
+            faults.append(Fault(f"{name}: {member.name}", "its name comes twice in the shard"))
+        else:
+            group[suffix] = member
+    pictures = 0
+    for key, group in groups.items():
+        for sample, sight in _sample(name, key, group, handle, length, options):
+            pictures += 1
+            yield sample, sight
+    yield from ((fault, None) for fault in faults)
+    if not pictures:
+        yield Fault(name, "the shard holds no pictures"), None
 
 
-def _members(name: str, path: Path, handle: int, length: int, faults: list[Fault]) -> Iterator[Member]:
+def _members(name: str, file: FileIO, faults: list[Fault]) -> Iterator[Member]:
     """Yield the regular files of a shard, from the index of wds2idx beside it, or from its headers."""
-    start = os.pread(handle, 6, 0)
+    start = os.pread(file.fileno(), 6, 0)
     if start[:2] == b"\x1f\x8b" or start[:3] == b"BZh" or start == b"\xfd7zXZ\0":
         raise UserError(
             f"shard '{name}' is compressed: samples are read by their offset, so unpack it once, with gunzip"
         )
-    indexed = _indexed(path.with_suffix(".idx"))
-    for member in _scanned(name, path, faults) if indexed is None else indexed:
+    indexed = None if address_of(name) else _indexed(Path(name).with_suffix(".idx"))
+    for member in _scanned(name, file, faults) if indexed is None else indexed:
         reason = ""
         if member.name.startswith("/"):
             reason = "its name is an absolute path"
@@ -191,11 +194,11 @@ def _members(name: str, path: Path, handle: int, length: int, faults: list[Fault
             yield member
 
 
-def _scanned(name: str, path: Path, faults: list[Fault]) -> Iterator[Member]:
+def _scanned(name: str, file: FileIO, faults: list[Fault]) -> Iterator[Member]:
     """Walk over the headers of a tar file; what is not a regular file is a fault, and so is a missing end."""
     end = 0
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if member.isfile() and not member.issparse():
@@ -204,14 +207,11 @@ def _scanned(name: str, path: Path, faults: list[Fault]) -> Iterator[Member]:
                     what = "a link" if member.islnk() or member.issym() else "not a regular file"
                     faults.append(Fault(f"{name}: {member.name}", f"it is {what}"))
                 tar.members.clear()  # type: ignore[attr-defined] # or every header stays in memory
-        with path.open("rb") as file:
-            file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != bytes(
-                tarfile.BLOCKSIZE
-            ):  # tarfile takes a cut header for the end
-                faults.append(Fault(name, "the shard is cut off"))
+        # tarfile takes a cut header for the end.
+        if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
+            faults.append(Fault(name, "the shard is cut off"))
     except tarfile.TarError as error:
-        if path.stat().st_size == 0:
+        if os.fstat(file.fileno()).st_size == 0:
             faults.append(Fault(name, "the shard is empty"))
         elif "unexpected end of data" in str(error) or "truncated" in str(error):
             faults.append(Fault(name, "the shard is cut off"))
@@ -283,14 +283,24 @@ def _label(texts: dict[str, str]) -> str | None:
     return texts.get("cls", "").strip() or None
 
 
-def _captions(texts: dict[str, str], json_key: str) -> list[str]:
-    """Return the captions: a line each of ``txt``, else the field of ``json``."""
-    lines = [line.strip() for line in texts.get("txt", "").splitlines()]
-    if not any(lines) and "json" in texts:
-        try:
-            content = json.load(io.StringIO(texts["json"]))
-        except ValueError:
-            raise ValueError("its json is not JSON") from None
-        value = content.get(json_key) if isinstance(content, dict) else None
-        lines = [str(v).strip() for v in (value if isinstance(value, list) else [value or ""])]
-    return [line for line in lines if line]
+def _captions(texts: dict[str, str], json_key: str | None) -> list[str]:
+    """Return the lines of ``txt``, else the field of ``json``; a field that the user names comes first."""
+    if json_key is None:
+        return _lines(texts) or _json_field(texts, "caption")
+    return _json_field(texts, json_key) or _lines(texts)
+
+
+def _lines(texts: dict[str, str]) -> list[str]:
+    return [line for text in texts.get("txt", "").splitlines() if (line := text.strip())]
+
+
+def _json_field(texts: dict[str, str], key: str) -> list[str]:
+    if "json" not in texts:
+        return []
+    try:
+        content = json.loads(texts["json"])
+    except ValueError:
+        raise ValueError("its json is not JSON") from None
+    value = content.get(key) if isinstance(content, dict) else None
+    items = value if isinstance(value, list) else [value]
+    return [text for item in items if item is not None and (text := str(item).strip())]

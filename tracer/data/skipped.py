@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tracer.errors import UserError
@@ -20,11 +20,21 @@ class Skipped:
         total: pictures of the data set.
         max_bad: share of them that may fail.
         rows: of an earlier attempt, as :meth:`rows` returns them.
+        count: told the number of a picture that fails here for the first time, it returns how many have failed on
+            all ranks since; without it there is one rank.
     """
 
-    def __init__(self, total: int, max_bad: float, rows: Iterable[dict[str, Any]] = ()) -> None:
-        self._total, self._max_bad, self._guard = total, max_bad, threading.Lock()
-        self._rows = {row["row"]: row for row in rows}
+    def __init__(
+        self,
+        total: int,
+        max_bad: float,
+        rows: Iterable[dict[str, Any]] = (),
+        count: Callable[[int], int] | None = None,
+    ) -> None:
+        self._total, self._max_bad, self._guard, self._count = total, max_bad, threading.Lock(), count
+        self._rows: dict[int, dict[str, Any]] = {}
+        self.learn(rows)
+        self._before = len(self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -41,18 +51,30 @@ class Skipped:
             UserError: more pictures have failed than ``max_bad`` allows; says how many, and the last reason.
         """
         with self._guard:
-            known = self._rows.get(row)
-            if known is None or batch < known["batch"]:
-                self._rows[row] = {"batch": batch, "row": row, "picture": name, "reason": reason}
+            new = row not in self._rows
+            self._keep({"batch": batch, "row": row, "picture": name, "reason": reason})
             count = len(self._rows)
+            if self._count is not None:
+                count = self._before + self._count(row) if new else 0
         if count > max(self._max_bad * self._total, 0) or count >= self._total:
             raise UserError(
                 f"{count} of {self._total} pictures failed during the run, more than --max_bad {self._max_bad:g} "
                 f"allows, last '{name}' ({reason}): repair them, or raise --max_bad"
             )
 
-    def rows(self, before: int) -> list[dict[str, Any]]:
-        """Return the entries of the batches before ``before``, in the order of batches and pictures."""
+    def _keep(self, entry: dict[str, Any]) -> None:
+        known = self._rows.get(entry["row"])
+        if known is None or entry["batch"] < known["batch"]:
+            self._rows[entry["row"]] = entry
+
+    def learn(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Take over what another rank or attempt has noted; of two batches with one picture, the earlier."""
         with self._guard:
-            rows = [row for row in self._rows.values() if row["batch"] < before]
+            for row in rows:
+                self._keep(row)
+
+    def rows(self, before: int | None = None) -> list[dict[str, Any]]:
+        """Return the entries of the batches before ``before``, or all, in the order of batches and pictures."""
+        with self._guard:
+            rows = [row for row in self._rows.values() if before is None or row["batch"] < before]
         return sorted(rows, key=lambda row: (row["batch"], row["row"]))

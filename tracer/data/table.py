@@ -6,7 +6,7 @@ import csv
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 
 from tracer.data.names import is_hidden, is_picture, note
@@ -108,16 +108,21 @@ def _parquet(source: Path) -> Iterator[Row]:
     for batch in file.iter_batches(columns=wanted):
         for values in zip(*(batch.column(name).to_pylist() for name in wanted), strict=True):
             line += 1
-            cells = [""] * len(header)
+            cells: list[str | list[str]] = [""] * len(header)
             for name, value in zip(wanted, values, strict=True):
-                text = CAPTION_SEPARATOR.join(value) if isinstance(value, list) else value
-                cells[header.index(name)] = "" if text is None else str(text)
+                cells[header.index(name)] = _cell(value)
             yield _row(source, line, columns, cells)
 
 
-Columns = tuple[
-    int, int | None, int | None, bool
-]  # places of image, label and captions; whether these are many
+def _cell(value: object) -> str | list[str]:
+    """Return a value of a Parquet column as text, a list as texts; what is null is empty."""
+    if isinstance(value, list):
+        return ["" if item is None else str(item) for item in value]
+    return "" if value is None else str(value)
+
+
+# Places of image, label and captions, and whether a field of captions that is a text holds many of them.
+Columns = tuple[int, int | None, int | None, bool]
 
 
 _SAVE = "save it as CSV in UTF-8, or give a folder of class folders"
@@ -216,19 +221,30 @@ def _is_swallowed(cell: str, column: str) -> bool:
     )
 
 
-def _row(source: Path, line: int, columns: Columns, cells: list[str]) -> Row:
+def _row(source: Path, line: int, columns: Columns, cells: Sequence[str | list[str]]) -> Row:
     image, label, captions, many = columns
-    picture = cells[image].strip()
+    picture = _single(source, line, cells[image])
     if not picture:
         raise UserError(f"'{source}' line {line}: needs a picture and a label or a caption")
-    text = "" if captions is None else cells[captions]
-    texts: Iterable[str] = text.split(CAPTION_SEPARATOR) if many else (text,)
+    field = "" if captions is None else cells[captions]
+    if isinstance(field, str):
+        texts = field.split(CAPTION_SEPARATOR) if many else [field]
+    else:  # a list of Parquet's, whose texts may hold the separator
+        texts = field
     return (
         line,
         picture,
-        None if label is None else cells[label].strip() or None,
+        None if label is None else _single(source, line, cells[label]) or None,
         [stripped for t in texts if (stripped := t.strip())],
     )
+
+
+def _single(source: Path, line: int, cell: str | list[str]) -> str:
+    if isinstance(cell, list):
+        raise UserError(
+            f"'{source}' line {line}: a picture and a label are one text each, and this is a list"
+        )
+    return cell.strip()
 
 
 def _within(source: Path, image: str) -> PurePath:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tracer.data.ahead import Ahead
+from tracer.data.changed import changed
 from tracer.data.config import LoadingSettings
 from tracer.data.decode import Normalise, evaluation, training
 from tracer.data.index import Index
@@ -24,13 +25,19 @@ def pictures(plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate over the batches of a plan: ``(image, rows)``; see :func:`~tracer.data.loader.load`."""
     side, normalise = plan.picture_format.size, Normalise(plan.picture_format)
 
+    def blank() -> np.ndarray:
+        return np.zeros((3, side, side), np.uint8)
+
     def begin(number: int) -> tuple[Work, np.ndarray]:
         work = plan.work(number)
         return work, np.empty((len(work), 3, side, side), np.float32)
 
     def fill(batch: tuple[Work, np.ndarray], place: int) -> int:
         work, out = batch
-        row, levels = plan.first_good(work, place, lambda row: _levels(plan, work, place, row))
+        row, levels = plan.first_good(work, place, lambda row: _levels(plan, work, place, row), blank)
+        if (drawn := work.changes) is not None:
+            factors = None if drawn.factors is None else drawn.factors[place]
+            levels = changed(levels, bool(drawn.flipped[place]), factors)
         normalise(levels, out[place])
         return row
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -46,11 +46,11 @@ class Tokens:
                 self._bytes -= row.nbytes
         return rows
 
-    def ahead(self, texts: Sequence[str]) -> Future[Tensor]:
-        """Begin to make the tokens of texts in the background thread."""
+    def ahead(self, texts: Callable[[], Sequence[str]]) -> Future[Tensor]:
+        """Begin to make the tokens of texts in the background thread, which also looks up the texts."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="tracer-tokens")
-        return self._pool.submit(self.of, texts)
+        return self._pool.submit(lambda: self.of(texts()))
 
     def close(self) -> None:
         """End the background thread."""

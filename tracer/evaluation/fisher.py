@@ -34,7 +34,7 @@ def fisher_information(
     trained = {name: p for name, p in clip.model.named_parameters() if name.startswith("visual.")}
     total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in trained.items()}
     scale, weights = logit_scale(clip).detach(), weights.clone()  # made in inference mode
-    for image in DecodedPictures(0).batches(some, clip.picture_format, 1, workers, weights.device):
+    for image, _ in DecodedPictures(0).batches(some, clip.picture_format, 1, workers, weights.device):
         logits = scale * clip.model.encode_image(image, normalize=True).float() @ weights.T
         log_probability = logits.log_softmax(1)[0]
         y = int(torch.multinomial(log_probability.detach().exp().cpu(), 1, generator=draw))

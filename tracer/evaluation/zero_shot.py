@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from tracer.data.decoded import DecodedPictures
 from tracer.data.index import Index
 from tracer.data.names import note
-from tracer.data.picture import UndecodableError
+from tracer.data.skipped import Skipped
 from tracer.errors import UserError
 from tracer.evaluation.metrics import Predictions
 from tracer.evaluation.prompts import check_labels
@@ -23,7 +24,6 @@ from tracer.evaluation.scores import Scored, Scores, score_classes, score_retrie
 from tracer.evaluation.sets import EvaluationSet
 from tracer.models.clip import Clip, bounded_logit_scale, contrast_of
 
-T = TypeVar("T")
 TEXTS_AT_ONCE = 256
 PICTURES_AT_ONCE = 256
 
@@ -51,20 +51,19 @@ def evaluate_sets(
         UserError: a feature is not finite, or more pictures fail.
     """
     weights: dict[int, Tensor] = {}  # by the prompts, which several sets may share
-    scored = {}
+    scored: dict[str, Scored] = {}
+    how: dict[str, Any] = {"workers": workers, "decoded": decoded, "precision": precision}
     for each in sets:
         if not each.retrieval and id(each.prompts) not in weights:
             weights[id(each.prompts)] = classifier(clip, each.prompts, precision=precision)
 
-        def score(good: EvaluationSet) -> Scored:
-            if good.retrieval:
-                ranked = retrieve(clip, good.index, workers=workers, decoded=decoded, precision=precision)
-                return score_retrieval(good, ranked)
-            own = weights[id(good.prompts)]
-            predictions = predict(clip, good, own, workers=workers, decoded=decoded, precision=precision)
-            return score_classes(good, predictions)
-
-        scored[each.name] = _of_good_pictures(each, max_bad, score)
+        skipped = Skipped(len(each.index), max_bad)
+        if each.retrieval:
+            ranked = retrieve(clip, each.index, skipped=skipped, **how)
+            scored[each.name] = score_retrieval(_without(each, skipped), ranked)
+        else:
+            predictions = predict(clip, each, weights[id(each.prompts)], skipped=skipped, **how)
+            scored[each.name] = score_classes(_without(each, skipped), predictions)
     return scored
 
 
@@ -87,19 +86,14 @@ def evaluate_zero_shot(
     return {name: scored.score for name, scored in evaluate_sets(clip, whole, **options).items()}
 
 
-def _of_good_pictures(each: EvaluationSet, max_bad: float, score: Callable[[EvaluationSet], T]) -> T:
-    """Return what ``score`` makes of the pictures that can be read."""
-    good, failed = each, 0
-    while True:
-        try:
-            return score(good)
-        except UndecodableError as error:
-            failed += 1
-            if error.row < 0 or failed > max_bad * len(each.index):
-                raise
-            note(f"'{each.name}': {error}; it is not scored")
-            rows = torch.arange(len(good.index)).numpy()
-            good = good.take(rows[rows != error.row])
+def _without(each: EvaluationSet, skipped: Skipped) -> EvaluationSet:
+    """Return the set without the pictures that failed, and name these in a note."""
+    if not len(skipped):
+        return each
+    failed = skipped.rows()
+    for entry in failed:
+        note(f"'{each.name}': '{entry['picture']}' cannot be decoded ({entry['reason']}); it is not scored")
+    return each.take(np.setdiff1d(np.arange(len(each.index)), [entry["row"] for entry in failed]))
 
 
 @torch.inference_mode()
@@ -140,28 +134,31 @@ def _text_features(clip: Clip, texts: list[str], precision: str) -> Iterator[Ten
 
 
 def _picture_features(
-    clip: Clip, index: Index, workers: int, decoded: DecodedPictures | None, precision: str
-) -> Iterator[Tensor]:
-    """Yield the normalised features of pictures in order, [≤ PICTURES_AT_ONCE, D] float32 at a time."""
+    clip: Clip,
+    index: Index,
+    workers: int,
+    decoded: DecodedPictures | None,
+    skipped: Skipped | None,
+    precision: str,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the normalised features of pictures in order, [≤ PICTURES_AT_ONCE, D] float32, and their numbers."""
     clip.model.eval()
     device = next(clip.model.parameters()).device
     store = DecodedPictures(0) if decoded is None else decoded
-    batches = store.batches(index, clip.picture_format, PICTURES_AT_ONCE, workers, device)
-    start = 0
+    batches = store.batches(index, clip.picture_format, PICTURES_AT_ONCE, workers, device, skipped)
     with tqdm(total=len(index), desc=index.name, unit="image", leave=False, delay=3) as bar:
-        for images in batches:
+        for images, rows in batches:
             with autocast(device, precision):
                 features = clip.model.encode_image(images, normalize=True)
             features = features.float() if precision == "fp32" else F.normalize(features.float(), dim=-1)
             bad = (~features.isfinite()).any(1).nonzero()
             if len(bad):
-                picture = index.id(start + int(bad[0]))
+                picture = index.id(int(rows[int(bad[0])]))
                 raise UserError(
                     f"the model's probabilities are NaN, first '{picture}': its weights diverged in training"
                 )
-            start += len(features)
             bar.update(len(features))
-            yield features
+            yield features, rows
 
 
 @torch.inference_mode()
@@ -172,28 +169,31 @@ def predict(
     *,
     workers: int = 2,
     decoded: DecodedPictures | None = None,
+    skipped: Skipped | None = None,
     precision: str = "fp32",
 ) -> Predictions:
     """Classify the pictures of a set; no more logits than those of a batch of pictures are in memory.
+
+    A picture that cannot be read is noted in ``skipped``, and the predictions are those of the others.
 
     Args:
         clip: the model, on the device of ``weights``.
         each: the set.
         weights: zero-shot weights [C, D] of a :func:`classifier` of its prompts.
         workers, decoded, precision: see :func:`evaluate_sets`.
+        skipped: the pictures that fail; without it one raises UndecodableError.
 
     Raises:
-        UserError: a feature is not finite; the largest logit of a row of NaN would be that of the first class.
+        UserError: more pictures fail than ``skipped`` allows, or a feature is not finite; the largest logit of a
+            row of NaN would be that of the first class.
     """
     scale, contrast = logit_scale(clip), contrast_of(clip.model)
     bias = clip.model.logit_bias.float() if contrast == "sigmoid" else 0.0
     choose, truth = _choice(each, weights.device), torch.from_numpy(each.truth)
-    parts, start = [], 0
-    for features in _picture_features(clip, each.index, workers, decoded, precision):
+    parts = []
+    for features, rows in _picture_features(clip, each.index, workers, decoded, skipped, precision):
         logits = choose(scale * features @ weights.T + bias)
-        own = truth[start : start + len(features)].to(logits.device)
-        parts.append(Predictions.of(logits, own, contrast))
-        start += len(features)
+        parts.append(Predictions.of(logits, truth[rows].to(logits.device), contrast))
     return Predictions.joined(parts)
 
 
@@ -220,6 +220,7 @@ def retrieve(
     *,
     workers: int = 2,
     decoded: DecodedPictures | None = None,
+    skipped: Skipped | None = None,
     precision: str = "fp32",
 ) -> Ranks:
     """Rank all captions of a set for each picture, and all pictures for each caption.
@@ -228,11 +229,13 @@ def retrieve(
         clip: the model, on the device where it shall run.
         index: pictures with captions.
         workers, decoded, precision: see :func:`evaluate_sets`.
+        skipped: the pictures that fail, which are ranked no more than their captions; see :func:`predict`.
 
     Raises:
-        UserError: a feature is not finite.
+        UserError: more pictures fail than ``skipped`` allows, or a feature is not finite.
     """
-    images = torch.cat(list(_picture_features(clip, index, workers, decoded, precision)))
+    features, rows = zip(*_picture_features(clip, index, workers, decoded, skipped, precision), strict=True)
+    images, index = torch.cat(features), index.take(torch.cat(rows).numpy())
     counts = torch.tensor([index.caption_count(row) for row in range(len(index))])
     texts = [caption for captions in index.captions for caption in captions]
     owner = torch.repeat_interleave(torch.arange(len(index)), counts).to(images.device)

@@ -9,16 +9,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tracer.data.begun import begun
 from tracer.data.build import read_index
 from tracer.data.content import content
 from tracer.data.index import Index
 from tracer.data.loader import choose
 from tracer.data.text import read_templates
 from tracer.evaluation.recognise import read_sets
-from tracer.files import digest_of
+from tracer.files import aside, digest_of
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.choice import choose_model
 from tracer.models.clip import openai_templates, source_files
+from tracer.train.checkpoint import newest
 from tracer.train.config import Config
 
 # Settings that say where and how fast a run works, and change nothing in its result.
@@ -31,6 +33,7 @@ PLACES = ("train_data", "eval_data", "classes", "deepspeed")
 
 
 IDENTITY = "identity.json"  # in the folder of a run
+INDEX = "index"  # the folder in that of an unfinished run with the index of its beginning
 
 
 @dataclass(frozen=True)
@@ -86,19 +89,23 @@ def differences_from(folder: Path, identity: Identity) -> list[str]:
 
 
 def training_index(config: Config) -> Index:
-    """Return the index of the training data, with the templates that ``config`` names."""
+    """Return the index of the training data, with the templates that ``config`` names.
+
+    A run that goes on from a checkpoint has the index with which it began, though pictures were lost since.
+    """
     index = read_index(config.train_data, None, config)
     if config.templates:
         templates = (
             openai_templates() if config.templates == "openai" else read_templates(Path(config.templates))
         )
         index = dataclasses.replace(index, templates=templates)
-    return index
+    folder = aside(config.output)
+    return index if newest(folder) is None else begun(index, folder / INDEX, config.cache)
 
 
-def identity_of(config: Config) -> Identity:
-    """Return what decides the result of the run that ``config`` describes."""
-    index = training_index(config)
+def identity_of(config: Config, index: Index | None = None) -> Identity:
+    """Return what decides the result of the run of ``config``; ``index`` is that of its training data, if read."""
+    index = training_index(config) if index is None else index
     config = config.resolve(len(index))
     settings = config.plain() | config.taken() | {"precision": resolve_precision(config.precision)}
     settings["model"], settings["pretrained"] = model, pretrained = choose_model(

@@ -291,7 +291,7 @@ def train(
     checkpoints.resume(engine, averages.by_name())
     done, total = checkpoints.step, config.total_steps
     here = ranks()
-    skipped = Skipped(len(index), config.max_bad, checkpoints.skipped)
+    skipped = Skipped(len(index), config.max_bad, checkpoints.skipped, here.counter())
     batches = iter(_batches(config, clip, index, done, engine.device, skipped))
     steps = range(done + 1, total + 1)
     bar = tqdm(steps, desc=title, unit="step", initial=done, total=total, disable=not here.first)
@@ -300,8 +300,10 @@ def train(
     def save(step: int) -> None:
         here.watch.at(step, "saves")
         log.sync()  # before the checkpoint, which relies on the log's rows
-        rows = here.together(skipped.rows(step * config.accumulation))
-        checkpoints.save(step, engine, averages.by_name(), rows)
+        batches_done = step * config.accumulation
+        for rows in here.everyones(skipped.rows(batches_done)):
+            skipped.learn(rows)  # as a run that goes on from this checkpoint does
+        checkpoints.save(step, engine, averages.by_name(), skipped.rows(batches_done))
 
     with bar, stop_requests(not here.first, here.rank, here.size) as request:
         here.watch.request = request

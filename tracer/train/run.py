@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tracer.adapters import TOWERS, Share, add_adapters, save_adapters
+from tracer.data.begun import keep
 from tracer.data.build import check_sources
 from tracer.data.index import Index
 from tracer.data.loader import announce, choose
@@ -48,7 +49,7 @@ from tracer.train.cautions import cautions_of_sizes, idle_options, resting_avera
 from tracer.train.checkpoint import WHOLE, Checkpoints
 from tracer.train.config import Config
 from tracer.train.engine import deepspeed_settings
-from tracer.train.identity import IDENTITY, Identity, differences_from, identity_of, training_index
+from tracer.train.identity import IDENTITY, INDEX, Identity, differences_from, identity_of, training_index
 from tracer.train.log import StepLog, read_log
 from tracer.train.loggers import check_loggers
 from tracer.train.loop import Trained, train
@@ -122,12 +123,13 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
     start = {name: value.clone() for name, value in clip.model.state_dict().items()}
     prepare(config, clip.model)
     with ExitStack() as stack:
-        own = here.leaders_first(lambda: identity_of(config))
+        own = here.leaders_first(lambda: identity_of(config, index))
         here.once(lambda: _claim(config.output, own, stack))
         first = Identity(**here.once(lambda: asdict(own)))
         here.agree(lambda: _check_alike(own, first, here))
         folder, identity = aside(config.output), own.digest()
         here.agree(lambda: check_shared(folder / IDENTITY, here.rank))
+        here.once(lambda: keep(index, folder / INDEX, config.cache))
         checkpoints = Checkpoints(folder, identity, started, config.keep)
         if checkpoints.step:
             tqdm.write(f"'{folder}': going on after step {checkpoints.step} of {config.steps}")
@@ -163,9 +165,9 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
             _print_sizes(record.sizes)
         write_json(folder / "run.json", {**about, **asdict(record)})
         sync(folder)
-    for checkpoint in config.output.glob("checkpoint-*"):
-        if is_marked(checkpoint):
-            remove_tree(checkpoint)
+    for unneeded in (config.output / INDEX, *config.output.glob("checkpoint-*")):
+        if is_marked(unneeded):
+            remove_tree(unneeded)
     return config.output
 
 
