@@ -74,6 +74,7 @@ slurm() {
   install slurm
   cores=$(nproc)
   mkdir -p "$state/slurm/ctld" /run/munge
+  local port=$((20000 + $(printf %s "$h" | cksum | cut -d ' ' -f 1) % 10000))  # of this cluster alone
   [ -s /etc/munge/munge.key ] || dd if=/dev/urandom bs=128 count=1 of=/etc/munge/munge.key status=none
   chown munge /etc/munge /etc/munge/munge.key /run/munge
   chmod 400 /etc/munge/munge.key
@@ -81,6 +82,8 @@ slurm() {
   cat >"$state/slurm/slurm.conf" <<CONF
 ClusterName=tracer
 SlurmctldHost=$(hostname)($net.254)
+SlurmctldPort=$port
+SlurmdPort=$((port + 1))
 SlurmUser=root
 AuthType=auth/munge
 ProctrackType=proctrack/linuxproc

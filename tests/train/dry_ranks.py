@@ -1,4 +1,4 @@
-"""One step of real ranks, counted: by torch's allocator what they keep in memory, by the collectives what they send."""
+"""One step of real ranks: what torch's allocator says that they keep, and what their collectives move."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process keeps in memory and what it sends, counted operation by operation: bytes by kind and collective."""
+"""What a process keeps in memory and what it sends, counted operation by operation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Group(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """How often a collective was called, and the bytes of its messages: what it takes or returns, if that is more."""
+    """How often a collective was called, and the bytes that it takes or returns, whichever is more."""
 
     calls: int
     bytes: int
@@ -159,6 +159,7 @@ def _group_of(args: Any, kwargs: Any) -> Group | None:
     names = [x for x in values if isinstance(x, str)]
     if not objects and not names:
         return None
-    group = objects[0] if objects else dist.distributed_c10d._resolve_process_group(names[-1])
+    resolve: Any = dist.distributed_c10d._resolve_process_group
+    group = objects[0] if objects else resolve(names[-1])
     ranks = dist.get_process_group_ranks(group)
     return Group(len(ranks), max(ranks) - min(ranks) + 1)

@@ -6,10 +6,12 @@ keeps in memory and what it sends is counted by ``accounts.py``.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,6 +24,7 @@ from tracer._ahead import Ahead
 from tracer._average import Average
 from tracer._mesh import MeshShape
 from tracer.data.batches import Batch
+from tracer.errors import UserError
 from tracer.kernels import _blocked_tile, contrastive_triton
 from tracer.kernels._triton import planning_for, recording
 from tracer.machine import resolve_precision
@@ -33,7 +36,7 @@ from tracer.train.cached import Cached, OneShot
 from tracer.train.config import Config
 from tracer.train.fake import cast, fake_ranks, number_of, replaced, without_log, wrapped
 from tracer.train.loop import Trainer
-from tracer.train.ranks import check_batch_size
+from tracer.train.ranks import check_batch_size, world_size
 from tracer.train.run import prepare
 
 RANKS_PER_HOST = 8
@@ -58,23 +61,31 @@ class Counts:
     """What one rank of a run keeps and sends.
 
     Attributes:
-        ranks: of the run.
+        model: its name.
         parameters: of the model.
+        width, itemsize: of the features that the loss multiplies: D, and bytes of an element.
+        ranks, ranks_per_host: of the run.
         at_rest: bytes between two steps, by kind.
         at_peak: bytes at the fullest moment of a step, by kind.
         most: the most bytes of each kind at any moment of a step.
         sent: (collective, its group) → calls and bytes of a step.
-        flops: floating-point operations of a step, without those of the loss's kernels.
+        flops: floating-point operations of a step's towers.
+        loss_flops: those of this rank's part of the loss.
         seconds: of this process's processor time that the counting took.
     """
 
-    ranks: int
+    model: str
     parameters: int
+    width: int
+    itemsize: int
+    ranks: int
+    ranks_per_host: int
     at_rest: Mapping[str, int]
     at_peak: Mapping[str, int]
     most: Mapping[str, int]
     sent: Mapping[tuple[str, Group], Sent]
     flops: int
+    loss_flops: float
     seconds: float
 
 
@@ -88,9 +99,13 @@ def dry_run(config: Config, size: int, impl: Impl = "triton", ranks_per_host: in
         ranks_per_host: which decides the mesh of the loss.
 
     Raises:
-        UserError: the ranks cannot share the batch, or the model does not allow what the settings ask for.
+        UserError: the ranks cannot share the batch, the model does not allow what the settings ask for, or a
+            launcher has started several processes.
     """
+    if world_size() > 1:
+        raise UserError("--dry_run counts any number of ranks in one process: start it without a launcher")
     check_batch_size(config.batch_size, size)
+    config = dataclasses.replace(config, steps=config.steps or config.default_steps, epochs=None)
     started = time.process_time()
     accounts = _accounts(impl)
     with ExitStack() as stack:
@@ -110,11 +125,34 @@ def dry_run(config: Config, size: int, impl: Impl = "triton", ranks_per_host: in
                     batches = [batch() for _ in range(config.accumulation)]
                 trainer.step(step, batches, measure=False)
                 del batches
-        parameters = sum(p.numel() for p in trainer.engine.module.parameters())
+        features = trainer._features[-1][0]
         return Counts(
-            size, parameters, at_rest, dict(accounts.at_peak), dict(accounts.most), dict(accounts.sent), accounts.flops,
-            time.process_time() - started,
-        )  # fmt: skip
+            model=config.model,
+            parameters=sum(p.numel() for p in trainer.engine.module.parameters()),
+            width=features.shape[1],
+            itemsize=features.itemsize,
+            ranks=size,
+            ranks_per_host=ranks_per_host,
+            at_rest=at_rest,
+            at_peak=dict(accounts.at_peak),
+            most=dict(accounts.most),
+            sent=dict(accounts.sent),
+            flops=accounts.flops,
+            loss_flops=config.accumulation
+            * products(trainer)
+            * 2
+            * config.batch_size**2
+            * features.shape[1]
+            / size,
+            seconds=time.process_time() - started,
+        )
+
+
+def products(trainer: Trainer) -> int:
+    """Return how many products of all images with all texts the loss of a step takes, forward and backward."""
+    if trainer.loss.options["contrast"] == "sigmoid":
+        return 3
+    return 12 if trainer.averages.teacher and trainer.config.distill_weight else 4
 
 
 def loss_memory(
@@ -189,7 +227,7 @@ def by_kind(accounts: Accounts, trainer: Trainer) -> Iterator[None]:
     ]
     with ExitStack() as stack:
         for owner, name, kind in parts:
-            stack.enter_context(wrapped(owner, name, lambda kind=kind: accounts.kind(kind)))
+            stack.enter_context(wrapped(owner, name, partial(accounts.kind, kind)))
         yield
     for hook in hooks:
         hook.remove()

@@ -94,7 +94,7 @@ def _exchange(mine: Sequence[int], group: Any) -> list[list[int]]:
 
 
 def _itself(module: nn.Module, *_: Any, **__: Any) -> nn.Module:
-    """Return the module as it is: :func:`cast` has converted it, since parameters without numbers cannot change."""
+    """Return the module as it is: such parameters cannot be converted, and :func:`cast` has made others."""
     return module
 
 
