@@ -74,7 +74,9 @@ slurm() {
   install slurm
   cores=$(nproc)
   mkdir -p "$state/slurm/ctld" /run/munge
-  local port=$((20000 + $(printf %s "$h" | cksum | cut -d ' ' -f 1) % 10000))  # of this cluster alone
+  local sum port
+  read -r sum _ < <(printf %s "$h" | cksum)
+  port=$((20000 + sum % 10000))  # of this cluster alone
   [ -s /etc/munge/munge.key ] || dd if=/dev/urandom bs=128 count=1 of=/etc/munge/munge.key status=none
   chown munge /etc/munge /etc/munge/munge.key /run/munge
   chmod 400 /etc/munge/munge.key

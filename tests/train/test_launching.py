@@ -118,7 +118,7 @@ def run(hosts: Hosts, way: str, options: list[str], folder: Path) -> str:
                 command, env=own, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
         )
-    said = "".join(process.communicate(timeout=180)[0] for process in started)
+    said = "".join(process.communicate(timeout=300)[0] for process in started)
     log = folder / "slurm.log"
     return said + (log.read_text() if log.exists() else "")
 

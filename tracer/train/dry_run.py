@@ -31,6 +31,7 @@ from tracer.machine import resolve_precision
 from tracer.models.choice import choose_model
 from tracer.models.clip import load_clip
 from tracer.ops import contrastive_loss
+from tracer.train import loop
 from tracer.train.accounts import Accounts, Group, Sent
 from tracer.train.cached import Cached, OneShot
 from tracer.train.config import Config
@@ -203,6 +204,7 @@ def by_kind(accounts: Accounts, trainer: Trainer) -> Iterator[None]:
     parts = [
         (trainer, "_teacher_output", ACTIVATIONS),
         (trainer, "_student", ACTIVATIONS),
+        (loop, "micro_batches", BATCH),
         (trainer, "loss", LOSS),
         (Ahead, "begin", LOSS),
         (_ranks._Terms, "backward", LOSS),
