@@ -55,14 +55,12 @@ def test_a_dry_run_counts_what_two_real_ranks_allocate_and_send(settings, tmp_pa
 
 
 def test_parts_of_the_memory_of_a_thousand_ranks(tmp_path):
-    one, many = (dry_run(config(tmp_path, batch_size=8 * n, zero_stage=2), n) for n in (1, 1024))
-    assert many.parameters == one.parameters
-    assert many.at_rest["parameters"] == pytest.approx(4 * one.parameters, rel=0.01)  # whole on each
-    share = 4 * one.parameters / 1024
-    assert many.at_rest["optimizer"] == pytest.approx(3 * share, rel=0.05)  # a master and two moments
-    assert one.at_rest["optimizer"] == pytest.approx(3 * 1024 * share, rel=0.05)
-    assert {group.ranks for _, group in many.sent} == {8, 128, 1024}  # the mesh has 128 rows of a host each
-    assert not one.sent.get(("all_to_all_single", (1024, 1024)))
+    many = dry_run(config(tmp_path, batch_size=8 * 1024, zero_stage=2), 1024)
+    assert many.at_rest["parameters"] == pytest.approx(4 * many.parameters, rel=0.01)  # whole on each rank
+    moments = 3 * 4 * many.parameters / 1024  # a master and two moments of a share, padded
+    assert moments <= many.at_rest["optimizer"] <= 1.5 * moments
+    # The mesh has 128 rows, each of the eight ranks of a host.
+    assert {group for _, group in many.sent} == {(8, 8), (128, 127 * 8 + 1), (1024, 1024)}
 
 
 @pytest.mark.parametrize(
