@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
@@ -28,8 +28,7 @@ def count(config: Config, size: int, results: Path) -> dict[str, Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    multiprocessing.set_forkserver_preload(["tracer.train.run"])
+    context = forked.context()
     ranks = [context.Process(target=rank_main, args=(r, size, port, config, results)) for r in range(size)]
     for rank in ranks:
         rank.start()

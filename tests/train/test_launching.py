@@ -84,7 +84,7 @@ def hosts(tmp_path_factory) -> Iterator[Hosts]:
         srun.parent.mkdir()
         srun.write_text(STAND_IN)
         srun.chmod(0o755)
-        variables |= {"PATH": f"{srun.parent}:{os.environ['PATH']}", "GLOO_SOCKET_IFNAME": "lo"}
+        variables |= {"PATH": f"{srun.parent}:{variables['PATH']}", "GLOO_SOCKET_IFNAME": "lo"}
         variables |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": names[0], "SLURM_NNODES": "2"}
     else:
         variables["PDSH_SSH_ARGS_APPEND"] = f"-F /run/tracer-cluster-{NAME}/ssh_config"

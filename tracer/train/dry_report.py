@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tracer.machine import resolve_precision
 from tracer.train.config import Config
-from tracer.train.dry_run import KINDS, Counts
+from tracer.train.dry_run import HELD, Counts
 
 MIB = 2**20
 
@@ -82,7 +82,7 @@ def report(config: Config, counts: Counts) -> Iterator[str]:
         f"rank, {resolve_precision(config.precision)}, ZeRO stage {config.zero_stage}"
     )
     yield f"{'memory of a rank, MiB':26}{'between steps':>16}{'at the peak':>16}{'at most':>16}"
-    for kind in (*KINDS, "other"):
+    for kind in (*HELD, "other"):
         values = [count.get(kind, 0) / MIB for count in (counts.at_rest, counts.at_peak, counts.most)]
         if any(values):
             yield f"  {kind:24}" + "".join(f"{value:16,.1f}" for value in values)

@@ -37,7 +37,7 @@ from tracer.train.cached import Cached, OneShot
 from tracer.train.config import Config
 from tracer.train.fake import cast, fake_ranks, number_of, replaced, without_log, wrapped
 from tracer.train.loop import Trainer
-from tracer.train.ranks import check_batch_size, world_size
+from tracer.train.ranks import check_batch_size, check_mesh, world_size
 from tracer.train.run import prepare
 
 RANKS_PER_HOST = 8
@@ -45,7 +45,7 @@ GPU = ("sm_90", 132)  # for which the loss's launchers plan: an H100's architect
 
 PARAMETERS, GRADIENTS, OPTIMIZER, AVERAGES = "parameters", "gradients", "optimizer", "averages, teacher"
 ACTIVATIONS, LOSS, BATCH = "activations", "loss", "batch"
-KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, AVERAGES, ACTIVATIONS, LOSS, BATCH)
+HELD = (PARAMETERS, GRADIENTS, OPTIMIZER, AVERAGES, ACTIVATIONS, LOSS, BATCH)
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     "tracer::contrastive_loss": _autograd._run_forward,
@@ -100,12 +100,13 @@ def dry_run(config: Config, size: int, impl: Impl = "triton", ranks_per_host: in
         ranks_per_host: which decides the mesh of the loss.
 
     Raises:
-        UserError: the ranks cannot share the batch, the model does not allow what the settings ask for, or a
-            launcher has started several processes.
+        UserError: the ranks cannot share the batch or form the mesh, the model does not allow what the settings
+            ask for, or a launcher has started several processes.
     """
     if world_size() > 1:
         raise UserError("--dry_run counts any number of ranks in one process: start it without a launcher")
     check_batch_size(config.batch_size, size)
+    check_mesh(config.mesh_shape, size)
     config = dataclasses.replace(config, steps=config.steps or config.default_steps, epochs=None)
     started = time.process_time()
     accounts = _accounts(impl)

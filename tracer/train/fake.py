@@ -7,6 +7,7 @@ Whatever else reads a number gets 1, or true.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import warnings
@@ -35,16 +36,21 @@ def number_of(_: Any, scalar: Tensor) -> bool | float | int:
 def fake_ranks(size: int, ranks_per_host: int) -> Iterator[None]:
     """Make this process rank 0 of ``size`` within the block; what it sends goes nowhere.
 
+    A group of one that this process has joined before is given up.
+
     Raises:
-        RuntimeError: this process is a rank of real ones already.
+        RuntimeError: this process is one of several real ranks.
     """
     if dist.is_initialized():
-        raise RuntimeError("this process is a rank already: a dry run starts without a launcher")
+        if dist.get_world_size() > 1:
+            raise RuntimeError("this process is one of several ranks: a dry run starts without a launcher")
+        dist.destroy_process_group()
     from deepspeed.comm import comm
     from deepspeed.utils import groups
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    made = dict(vars(groups))  # DeepSpeed keeps the groups that it makes in its modules
+    importlib.reload(groups)  # where DeepSpeed keeps the groups that it has made
+    comm.cdb = None
     kept = {name: os.environ.get(name) for name in ("LOCAL_RANK", "DS_ACCELERATOR")}
     os.environ.update(LOCAL_RANK="0", DS_ACCELERATOR="cpu")
     dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
@@ -60,7 +66,7 @@ def fake_ranks(size: int, ranks_per_host: int) -> Iterator[None]:
     finally:
         joined._joined.clear()
         dist.destroy_process_group()
-        vars(groups).update(made)
+        importlib.reload(groups)
         comm.cdb = None
         for name, value in kept.items():
             if value is None:
