@@ -419,6 +419,7 @@ def backward(
             for strip, right in ((ds, image), (db, operands.teacher_image)):
                 if strip is not None and right is not None:
                     d_text = _add_product(d_text, strip[filled].T, right[rows])
+    ds = da = db = strip = None  # freed before the last copy, at which most would be in memory
     if needs.text:
-        d_text = torch.zeros_like(text) if d_text is None else (d_text * (gain * scale)).to(text.dtype)
+        d_text = torch.zeros_like(text) if d_text is None else d_text.mul_(gain * scale).to(text.dtype)
     return Gradients(d_image, d_text, None if d_scales is None else d_scales.sum() * gain)

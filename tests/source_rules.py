@@ -41,7 +41,7 @@ ROOMS = (*FLOORS[2:7], "report")  # the folders of tracer/, besides kernels
 HOMES = {
     "triton": ["kernels/_triton.py"],
     "nvidia": ["tracer/data/dali.py"],
-    "deepspeed": ["tracer/train/engine.py", "tracer/*zero*.py"],
+    "deepspeed": ["tracer/train/engine.py", "tracer/train/fake.py", "tracer/*zero*.py"],
     "open_clip": ["tracer/models/*.py", "tracer/demo/small_clip.py"],
     "torchmetrics": ["tracer/evaluation/*.py"],
     "resvg_py": ["tracer/demo/render.py"],

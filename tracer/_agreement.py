@@ -8,7 +8,7 @@ something is wrong do the ranks send words.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,13 +42,18 @@ def agree(
     """
     digest = hashlib.sha256(repr(sorted(call.items())).encode()).digest()
     mine = [images, texts, int.from_bytes(digest[:7], "little"), int(refusal is not None)]
+    all_images, all_texts, digests, refused = zip(*_exchange(mine, group), strict=True)
+    if any(refused) or len(set(digests)) > 1:
+        _explain(host_group(group), call, refusal)
+    return Sizes(all_images, all_texts)
+
+
+def _exchange(mine: Sequence[int], group: ProcessGroup) -> list[list[int]]:
+    """Return the numbers of all ranks, in rank order."""
     group = host_group(group)
     table = torch.empty((dist.get_world_size(group), len(mine)), dtype=torch.int64)
     dist.all_gather(list(table.unbind()), torch.tensor(mine, dtype=torch.int64), group=group)
-    all_images, all_texts, digests, refused = table.T.tolist()
-    if any(refused) or len(set(digests)) > 1:
-        _explain(group, call, refusal)
-    return Sizes(tuple(all_images), tuple(all_texts))
+    return table.tolist()
 
 
 def _explain(group: ProcessGroup, call: Mapping[str, object], refusal: Exception | None) -> None:

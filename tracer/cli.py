@@ -55,6 +55,9 @@ def _sweep(config: SweepConfig) -> None:
 
 
 def _finetune(config: Config) -> None:
+    if config.dry_run:
+        _dry_run(config, config.dry_run)
+        return
     from tracer.report.terminal import print_scores
     from tracer.train.ranks import ranks
     from tracer.train.run import finetune
@@ -65,6 +68,14 @@ def _finetune(config: Config) -> None:
     if scores := json.loads((folder / "metrics.json").read_text())["scores"]:
         print_scores(scores)
     print(f"run: {folder}")
+
+
+def _dry_run(config: Config, ranks: int) -> None:
+    from tracer.train.dry_report import report
+    from tracer.train.dry_run import dry_run
+
+    config.validate()
+    print("\n".join(report(config, dry_run(config, ranks))))
 
 
 def _evaluate(config: EvaluateConfig) -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # A cluster on one machine: each host is a network namespace, h1, h2, … at 10.77.0.1, .2, …, on one bridge.
+# TRACER_CLUSTER=a makes another one beside it: a1, a2, …; TRACER_NET is then its network, such as 10.78.0.
 #
 #   sudo examples/launch/cluster.sh up 2          # installs what is missing (apt), starts 2 hosts with sshd
 #   sudo examples/launch/cluster.sh run h1 CMD …  # runs a command on a host
@@ -8,11 +9,12 @@
 #   sudo examples/launch/cluster.sh down          # removes all of it
 #
 # The hosts share this machine's files and processors. Needs root; changes nothing outside its own folder, the
-# bridge, the namespaces and /etc/netns/h*.
+# bridge, the namespaces, /etc/netns/h* and, for Slurm, munge's key.
 set -euo pipefail
-state=${TRACER_CLUSTER:-/run/tracer-cluster}
-net=10.77.0
-bridge=tracer-br
+h=${TRACER_CLUSTER:-h}
+state=/run/tracer-cluster-$h
+net=${TRACER_NET:-10.77.0}
+bridge=br-$h
 
 install() {  # commands, then the packages that bring them
   local missing=()
@@ -46,24 +48,24 @@ up() {
   cp "$state/key.pub" "$state/authorized_keys"
   chmod 700 "$state"
   chmod 600 "$state/authorized_keys"
-  printf 'Host h* 10.77.*\n IdentityFile %s\n StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n LogLevel ERROR\n' \
-    "$state/key" >"$state/ssh_config"
+  printf 'Host %s* %s.*\n IdentityFile %s\n StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n LogLevel ERROR\n' \
+    "$h" "$net" "$state/key" >"$state/ssh_config"
   ip link add "$bridge" type bridge
   ip addr add "$net.254/24" dev "$bridge"
   ip link set "$bridge" up
-  { echo '127.0.0.1 localhost'; for i in $(seq "$n"); do echo "$net.$i h$i"; done; } >"$state/etc_hosts"
+  { echo '127.0.0.1 localhost'; for i in $(seq "$n"); do echo "$net.$i $h$i"; done; } >"$state/etc_hosts"
   for i in $(seq "$n"); do
-    touch "$state/hosts/h$i"
-    mkdir -p "/etc/netns/h$i"
-    cp "$state/etc_hosts" "/etc/netns/h$i/hosts"
-    ip netns add "h$i"
-    ip link add "veth-h$i" type veth peer name eth0 netns "h$i"
-    ip link set "veth-h$i" master "$bridge" up
-    ip -n "h$i" addr add "$net.$i/24" dev eth0
-    ip -n "h$i" link set eth0 up
-    ip -n "h$i" link set lo up
-    (run "h$i" /usr/sbin/sshd -f /dev/null -h "$state/host_key" -o "AuthorizedKeysFile=$state/authorized_keys" \
-      -o PidFile="$state/pids/sshd-h$i" -o UsePAM=no -o StrictModes=no -o PasswordAuthentication=no)
+    touch "$state/hosts/$h$i"
+    mkdir -p "/etc/netns/$h$i"
+    cp "$state/etc_hosts" "/etc/netns/$h$i/hosts"
+    ip netns add "$h$i"
+    ip link add "veth-$h$i" type veth peer name eth0 netns "$h$i"
+    ip link set "veth-$h$i" master "$bridge" up
+    ip -n "$h$i" addr add "$net.$i/24" dev eth0
+    ip -n "$h$i" link set eth0 up
+    ip -n "$h$i" link set lo up
+    (run "$h$i" /usr/sbin/sshd -f /dev/null -h "$state/host_key" -o "AuthorizedKeysFile=$state/authorized_keys" \
+      -o PidFile="$state/pids/sshd-$h$i" -o UsePAM=no -o StrictModes=no -o PasswordAuthentication=no)
   done
 }
 
@@ -72,6 +74,9 @@ slurm() {
   install slurm
   cores=$(nproc)
   mkdir -p "$state/slurm/ctld" /run/munge
+  local sum port
+  read -r sum _ < <(printf %s "$h" | cksum)
+  port=$((20000 + sum % 10000))  # of this cluster alone
   [ -s /etc/munge/munge.key ] || dd if=/dev/urandom bs=128 count=1 of=/etc/munge/munge.key status=none
   chown munge /etc/munge /etc/munge/munge.key /run/munge
   chmod 400 /etc/munge/munge.key
@@ -79,6 +84,8 @@ slurm() {
   cat >"$state/slurm/slurm.conf" <<CONF
 ClusterName=tracer
 SlurmctldHost=$(hostname)($net.254)
+SlurmctldPort=$port
+SlurmdPort=$((port + 1))
 SlurmUser=root
 AuthType=auth/munge
 ProctrackType=proctrack/linuxproc
@@ -92,15 +99,15 @@ SlurmctldPidFile=$state/pids/slurmctld
 SlurmdPidFile=$state/pids/slurmd-%n
 SlurmctldLogFile=$state/slurm/slurmctld.log
 SlurmdLogFile=$state/slurm/%n.log
-$(for i in $(seq "$n"); do echo "NodeName=h$i NodeAddr=$net.$i CPUs=$cores State=UNKNOWN"; done)
+$(for i in $(seq "$n"); do echo "NodeName=$h$i NodeAddr=$net.$i CPUs=$cores State=UNKNOWN"; done)
 PartitionName=all Nodes=ALL Default=YES State=UP MaxTime=INFINITE
 CONF
   printf 'CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n' >"$state/slurm/cgroup.conf"
   export SLURM_CONF=$state/slurm/slurm.conf
   slurmctld
   for i in $(seq "$n"); do
-    mkdir -p "$state/slurm/h$i"
-    (run "h$i" /usr/sbin/slurmd -N "h$i")
+    mkdir -p "$state/slurm/$h$i"
+    (run "$h$i" /usr/sbin/slurmd -N "$h$i")
   done
   for _ in $(seq 60); do
     [ "$(sinfo -h -t idle -o %D 2>/dev/null)" = "$n" ] && { echo "export SLURM_CONF=$SLURM_CONF"; return; }
@@ -134,5 +141,5 @@ down() {
 
 case ${1:-} in
   up | down | run | slurm | cut | mend) "$@" ;;
-  *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+  *) sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

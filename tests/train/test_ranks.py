@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 import threading
@@ -16,9 +15,7 @@ import torch.distributed as dist
 
 from tracer.cli import main
 from tracer.errors import Refused, UserError
-from tracer.train.log import read_log
 from tracer.train.ranks import Ranks, check_batch_size
-from tracer.train.run import finetune
 
 
 def together(size: int, work: Callable[[Ranks], Any], per_host: int = 8) -> list[Any]:
@@ -137,21 +134,6 @@ def torchrun(*options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv = [*command, "-m", "tracer", "--local_rank=0", "finetune", *map(str, options)]
     return subprocess.run(argv, capture_output=True, text=True, timeout=180)
-
-
-def test_ranks_of_torchrun_train_what_one_process_does(config, drawings):
-    """README's line: the curve of the same command without torchrun."""
-    config = dataclasses.replace(
-        config, train_data=drawings / "train.csv", precision="fp32", steps=4, warmup=1
-    )
-    alone = finetune(dataclasses.replace(config, output=config.output.with_name("alone")))
-    path = config.output.with_name("settings.yaml")
-    path.write_text(config.to_yaml())
-    done = torchrun("--config", path)
-    assert done.returncode == 0, done.stderr
-    losses = [[row["loss"] for row in read_log(run)] for run in (alone, config.output)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert len(losses[1]) == 4
 
 
 @pytest.mark.parametrize(

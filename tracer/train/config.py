@@ -367,6 +367,8 @@ class RunSettings:
             goes on from the one before.
         restart: give up an unfinished run in the folder of output, with its checkpoints, and start anew.
         seed: seed of shuffling, crops and caption choice.
+        dry_run: number of ranks; in place of training, counts in this one process, without a GPU, what memory a
+            rank of so many would take in a step, and what it would send. Reads neither data nor weights.
     """
 
     output: Path = Path("runs/finetune")
@@ -379,10 +381,13 @@ class RunSettings:
         default_factory=lambda: ["tensorboard"]  # type: ignore[arg-type, list-item]
     )
     seed: int = 0
+    dry_run: int | None = None
 
     def validate(self) -> None:
         """Raise UserError for the first setting of this section that is out of range."""
-        check_ranges(self, {"at least 1": "save_every keep eval_every", "from 0 to 2147483647": "seed"})
+        check_ranges(
+            self, {"at least 1": "save_every keep eval_every dry_run", "from 0 to 2147483647": "seed"}
+        )
 
 
 class Recipe(NamedTuple):

@@ -26,7 +26,7 @@ from tracer.train.config import Config
 # Settings that say where and how fast a run works, and change nothing in its result.
 WITHOUT_EFFECT = (
     "output", "save_every", "keep", "restart", "max_skipped", "max_bad", "cache", "cache_gb", "workers", "timeout",
-    "heartbeat", "log_to",
+    "heartbeat", "log_to", "dry_run",
 )  # fmt: skip
 # Settings that name data and files: what these hold decides, not where they lie.
 PLACES = ("train_data", "eval_data", "classes", "deepspeed")

@@ -1,0 +1,85 @@
+"""One step of real ranks: what torch's allocator says that they keep, and what their collectives move."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import forked
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from tracer.data.batches import Batch
+from tracer.models.clip import load_clip
+from tracer.train.accounts import Accounts
+from tracer.train.config import Config
+from tracer.train.loop import Trainer
+from tracer.train.ranks import join
+from tracer.train.run import prepare
+
+
+def count(config: Config, size: int, results: Path) -> dict[str, Any]:
+    """Return what rank 0 of real ranks keeps and sends in the second step of a run on random pictures."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = forked.context()
+    ranks = [context.Process(target=rank_main, args=(r, size, port, config, results)) for r in range(size)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(300)
+    assert [rank.exitcode for rank in ranks] == [0] * size
+    return json.loads(results.read_text())
+
+
+def rank_main(rank: int, size: int, port: int, config: Config, results: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    join(60)
+    torch.manual_seed(0)
+    accounts = Accounts()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocator:
+        clip = load_clip(config.model, None)
+        prepare(config, clip.model)
+        trainer = Trainer(config, clip.model)
+        trainer.distinct = False
+        trainer.step(1, [batch(config, rank, size)], measure=False)
+        gc.collect()  # whatever of the first step lies in circles
+        began = time.time_ns()
+        with accounts:
+            trainer.step(2, [batch(config, rank, size)], measure=False)
+        ended = time.time_ns()
+    if rank == 0:
+        rest = peak = total = 0
+        for at, change in allocations(allocator):
+            total += change
+            if at < began:
+                rest = total
+            elif at < ended:
+                peak = max(peak, total)
+        sent = [[name, list(group), list(sent)] for (name, group), sent in accounts.sent.items()]
+        results.write_text(json.dumps({"rest": rest, "peak": peak, "sent": sent}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def batch(config: Config, rank: int, size: int) -> Batch:
+    n = config.batch_size // size
+    image, text = torch.randn(n, 3, 64, 64), torch.randint(1, 900, (n, 16))
+    return Batch(image, text, torch.arange(n) + rank * n, torch.arange(n))
+
+
+def allocations(allocator: Any) -> list[tuple[int, int]]:
+    """Return what the allocator gave and took back: the moment in ns, and the bytes."""
+    events = allocator.profiler.kineto_results.events()
+    return sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
