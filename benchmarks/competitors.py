@@ -32,9 +32,17 @@ CASES = {
     "mpm-nce-2": "MPM-NCE, 2 classes",  # half of all logits are positives, the worst case for lists of them
     "clip": "CLIP loss",
     "siglip": "SigLIP loss",
+    "lit": "LiT loss, each text among locked images",
 }
 # Matrix products of 2·N²·D operations that the algorithm needs, forward and backward (see benchmarks/work.py).
-UNITS = {"full": (4, 8), "mpm-nce": (1, 3), "mpm-nce-2": (1, 3), "clip": (1, 3), "siglip": (3, 0)}
+UNITS = {
+    "full": (4, 8),
+    "mpm-nce": (1, 3),
+    "mpm-nce-2": (1, 3),
+    "clip": (1, 3),
+    "siglip": (3, 0),
+    "lit": (1, 2),
+}
 
 OURS = f"ours ({'triton' if DEVICE == 'cuda' else 'blocked'})"  # what impl="auto" takes at these sizes
 EAGER = "ours (eager)"
@@ -48,6 +56,15 @@ PACKAGES = tuple(INSTALL)  # their kernels need an NVIDIA GPU
 TOLERANCE = {"fp32": 1e-4, "tf32": 5e-3, "bf16": 3e-2, "fp16": 5e-3}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DISTINCT = 4096  # pairs that differ; larger batches repeat them, so that their results follow from one copy
+
+
+GRADIENTS = (
+    "loss",
+    "image gradient",
+    "text gradient",
+    "scale gradient",
+    "bias gradient",
+)  # of a step's result
 
 
 def baseline(case: str) -> str:
@@ -123,6 +140,8 @@ class Problem:
             return {}
         if case == "siglip":
             return {"contrast": "sigmoid", "logit_bias": self.bias}
+        if case == "lit":
+            return {"directions": (0.0, 1.0)}
         return {"labels": self.labels_of(case), "margin": MARGIN, "smoothing": SMOOTHING}
 
     def labels_of(self, case: str) -> Tensor:
@@ -134,6 +153,8 @@ class Problem:
         if case == "siglip" and not competitor.endswith(COMPILED) and not competitor.startswith("ours"):
             return partial(self._siglip(competitor), *self.inputs(case))
         image, text, scale = self.student
+        if case == "lit":
+            image = image.detach()
         if competitor.endswith(COMPILED):
             torch.compiler.reset()  # otherwise torch stops compiling after a few sizes of the same function
             return torch.compile(
@@ -151,9 +172,12 @@ class Problem:
         if competitor == INF_CL:
             return partial(packages.inf_cl_loss, image, text, scale)
         if competitor == MEMEFF:
-            return partial(packages.memeff_loss, image, text, 1 / scale.item())
+            loss = packages.memeff_lit_loss if case == "lit" else packages.memeff_loss
+            return partial(loss, image, text, 1 / scale.item())
         if competitor == SIGLIP_KERNEL:
             return partial(packages.siglip_kernel_loss, image, text, scale)
+        if case == "lit":
+            return partial(published.lit_loss, image, text, scale)
         if case == "full":
             inputs = (image, text, scale, *self.teacher)
             return partial(published.tracer_loss, *inputs, **WEIGHTS)  # type: ignore[arg-type]
@@ -169,7 +193,9 @@ class Problem:
         return losses[competitor]
 
     def inputs(self, case: str) -> list[Tensor]:
-        """Return the tensors whose gradients a case takes."""
+        """Return the tensors whose gradients a case takes, in the order of ``GRADIENTS``."""
+        if case == "lit":
+            return self.student[1:]
         return [*self.student, self.bias] if case == "siglip" else self.student
 
     def step(self, case: str, competitor: str, precision: str) -> Step:
@@ -284,7 +310,7 @@ def check(
         right = _reference(case, SIGLIP_DEFINED, pairs, width)
     else:
         right = expected(case, pairs, width)
-    names = ["loss", "image gradient", "text gradient", "scale gradient", "bias gradient"][: len(right)]
+    names = [what for what in GRADIENTS if what != "image gradient" or case != "lit"][: len(right)]
     for what, got, wanted in zip(names, result, right, strict=True):
         name = f"{CASES[case]}, {precision}, N {pairs}, D {width}: {what} of {competitor}"
         if not got.numel():
@@ -333,5 +359,7 @@ def lacks_package(competitor: str) -> str | None:
 def competitors_of(case: str) -> list[str]:
     """Return the names of all competitors of a case, TRACER's implementations first."""
     ours = [OURS, "ours (blocked)"] if DEVICE == "cuda" else [OURS]
-    others = {"clip": [*PACKAGES, SIGLIP], "siglip": [IN_CHUNKS, SIGLIP_KERNEL]}.get(case, [])
+    others = {"clip": [*PACKAGES, SIGLIP], "siglip": [IN_CHUNKS, SIGLIP_KERNEL], "lit": [MEMEFF]}.get(
+        case, []
+    )
     return [*ours, EAGER, baseline(case), baseline(case) + COMPILED, *others]
