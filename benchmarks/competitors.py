@@ -58,18 +58,15 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DISTINCT = 4096  # pairs that differ; larger batches repeat them, so that their results follow from one copy
 
 
-GRADIENTS = (
-    "loss",
-    "image gradient",
-    "text gradient",
-    "scale gradient",
-    "bias gradient",
-)  # of a step's result
-
-
 def baseline(case: str) -> str:
     """Return what a case is compared with: the implementation that people use today."""
     return OPEN_CLIP if case in ("clip", "siglip") else PUBLISHED
+
+
+def results_of(case: str) -> list[str]:
+    """Return what a step of a case has for a result, in the order of :meth:`Step.result`."""
+    image, bias = case != "lit", case == "siglip"
+    return ["loss", *["image gradient"] * image, "text gradient", "scale gradient", *["bias gradient"] * bias]
 
 
 def repeats(case: str) -> bool:
@@ -193,7 +190,7 @@ class Problem:
         return losses[competitor]
 
     def inputs(self, case: str) -> list[Tensor]:
-        """Return the tensors whose gradients a case takes, in the order of ``GRADIENTS``."""
+        """Return the tensors whose gradients a case takes; images are locked in LiT's."""
         if case == "lit":
             return self.student[1:]
         return [*self.student, self.bias] if case == "siglip" else self.student
@@ -310,8 +307,7 @@ def check(
         right = _reference(case, SIGLIP_DEFINED, pairs, width)
     else:
         right = expected(case, pairs, width)
-    names = [what for what in GRADIENTS if what != "image gradient" or case != "lit"][: len(right)]
-    for what, got, wanted in zip(names, result, right, strict=True):
+    for what, got, wanted in zip(results_of(case), result, right, strict=True):
         name = f"{CASES[case]}, {precision}, N {pairs}, D {width}: {what} of {competitor}"
         if not got.numel():
             if (competitor, what) != (MEMEFF, "scale gradient"):
@@ -359,7 +355,5 @@ def lacks_package(competitor: str) -> str | None:
 def competitors_of(case: str) -> list[str]:
     """Return the names of all competitors of a case, TRACER's implementations first."""
     ours = [OURS, "ours (blocked)"] if DEVICE == "cuda" else [OURS]
-    others = {"clip": [*PACKAGES, SIGLIP], "siglip": [IN_CHUNKS, SIGLIP_KERNEL], "lit": [MEMEFF]}.get(
-        case, []
-    )
-    return [*ours, EAGER, baseline(case), baseline(case) + COMPILED, *others]
+    others = {"clip": [*PACKAGES, SIGLIP], "siglip": [IN_CHUNKS, SIGLIP_KERNEL], "lit": [MEMEFF]}
+    return [*ours, EAGER, baseline(case), baseline(case) + COMPILED, *others.get(case, [])]

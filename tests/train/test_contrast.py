@@ -162,17 +162,24 @@ def test_zero_shot_probabilities_are_those_of_each_pair(siglip, drawings):
     torch.testing.assert_close(torch.from_numpy(got.nll), -own.sigmoid().log(), rtol=1e-4, atol=1e-5)
 
 
-def tested(config: Config, pretrained: Path | str) -> dict:
+def tested(config: Config, pretrained: Path | str, model: str = "auto") -> dict:
     """Return what ``tracer evaluate`` says of weights on the run's test set."""
     sets = {name: str(path) for name, path in config.eval_data.items()}
-    return evaluate(EvaluateConfig(eval_data=sets, pretrained=str(pretrained), classes=config.classes))[
-        "test"
-    ]
+    return evaluate(EvaluateConfig(eval_data=sets, pretrained=str(pretrained), model=model))["test"]
 
 
-def trained(siglip: Config, name: str, **changes) -> tuple[Path, dict]:
-    """Return the folder of a short run, and its scores at its end."""
-    config = dataclasses.replace(siglip, output=siglip.output.with_name(name), steps=1, warmup=0, **changes)
+def assert_same(a: dict, b: dict) -> None:
+    for measure in ("accuracy", "nll", "ece"):
+        assert a[measure] == pytest.approx(b[measure], rel=1e-5), measure
+
+
+def short(config: Config, name: str, **changes) -> Config:
+    folder = config.output.with_name(name)
+    return dataclasses.replace(config, output=folder, steps=1, warmup=0, lr=1e-4, **changes)
+
+
+def trained(config: Config) -> tuple[Path, dict]:
+    """Return the folder of a run, and its scores at its end."""
     run = finetune(config)
     return run, json.loads((run / "metrics.json").read_text())["scores"]
 
@@ -183,55 +190,48 @@ def header(path: Path) -> Form | None:
 
 
 def test_weights_are_evaluated_by_the_form_that_they_were_trained_with(config):
-    """A model without a bias: its file keeps the fixed b, which later commands take, and the start is CLIP's."""
-    small = {"method": "flyp", "lr": 1e-4}
-    run, scores = trained(
-        config, "pairs", contrast="sigmoid", logit_bias=-3.0, eval_every=1, keep_best="test", **small
-    )
+    """A model without a bias: its files keep the fixed b. The start, a softmax's, is scored as such."""
+    kept = {"eval_every": 1, "keep_best": "test"}
+    run, scores = trained(short(config, "pairs", method="flyp", contrast="sigmoid", logit_bias=-3.0, **kept))
     for name in ("student", "best"):
         assert header(run / f"{name}.safetensors") == Form("sigmoid", -3.0), name
-        assert tested(config, run / f"{name}.safetensors") == pytest.approx(scores[name]), name
-    assert tested(config, run)["nll"] == pytest.approx(scores["student"]["nll"])
+        assert_same(tested(config, run / f"{name}.safetensors"), scores[name])
+    assert_same(tested(config, run), scores["student"])
+    assert read_log(run)[-1]["eval/student/test/ece"] == pytest.approx(scores["student"]["ece"])
+    assert_same(tested(config, config.pretrained, config.model), scores["zero-shot"])
     clip = load_clip("auto", str(run))
     assert (clip.form, clip.logit_bias) == (Form("sigmoid", -3.0), -3.0)
-    during = read_log(run)[-1]["eval/student/test/ece"]
-    assert during == pytest.approx(scores["student"]["ece"])
     softmax = dataclasses.replace(clip, trained_with=Form("softmax"))
-    each = EvaluationSet(
-        index := read_index(config.eval_data["test"]), prompts={n: [n] for n in index.classes}
-    )
+    index = read_index(config.eval_data["test"])
+    each = EvaluationSet(index, prompts={name: [name] for name in index.classes})
     weights = classifier(clip, each.prompts)
-    assert not torch.allclose(
-        *(torch.from_numpy(predict(c, each, weights).confidence) for c in (clip, softmax))
-    )
-    # The start, a softmax's, is scored as such, and so is a run that goes back to it.
-    assert scores["zero-shot"]["nll"] == pytest.approx(tested(config, config.pretrained)["nll"])
-    # A run from there takes the form up, unless it is told otherwise; its settings say what was asked.
-    again, _ = trained(config, "again", pretrained=str(run / "student.safetensors"), **small)
+    confidence = [torch.from_numpy(predict(c, each, weights).confidence) for c in (clip, softmax)]
+    assert not torch.allclose(*confidence)
+
+
+def test_a_run_takes_up_the_form_of_its_start(config):
+    """Unless it is told otherwise. Its settings say what was asked; an average keeps the form, or is refused."""
+    first, scores = trained(short(config, "pairs", method="flyp", contrast="sigmoid", logit_bias=-3.0))
+    start = str(first / "student.safetensors")
+    asked = short(config, "again", method="flyp", pretrained=start)
+    again, later = trained(asked)
     assert header(again / "student.safetensors") == Form("sigmoid", -3.0)
+    assert_same(later["zero-shot"], scores["student"])
     assert yaml.safe_load((again / "config.yaml").read_text())["contrast"] is None
-    assert is_run_of(
-        dataclasses.replace(
-            config, output=again, steps=1, warmup=0, pretrained=str(run / "student.safetensors"), **small
-        ),
-        again,
-    )
-    back, _ = trained(
-        config, "back", pretrained=str(run / "student.safetensors"), contrast="softmax", **small
-    )
+    assert is_run_of(asked, again)
+    back, later = trained(short(config, "back", method="flyp", pretrained=start, contrast="softmax"))
     assert header(back / "student.safetensors") == Form("softmax")
-    with pytest.raises(
-        UserError, match=r"with the sigmoid with a bias of -3 .* with the softmax: .* neither"
-    ):
-        average(WiseConfig(run, back, output=config.output.with_name("mixed.safetensors")))
-    path = average(WiseConfig(Path("start"), run, output=config.output.with_name("wise.safetensors")))
+    assert_same(later["zero-shot"], scores["student"])
+    with pytest.raises(UserError, match=r"with the sigmoid with a bias of -3 .* with the softmax: .* neither"):
+        average(WiseConfig(first, back, output=config.output.with_name("mixed.safetensors")))
+    path = average(WiseConfig(Path("start"), first, output=config.output.with_name("wise.safetensors")))
     assert header(path) == Form("sigmoid", -3.0)
 
 
 def test_a_siglip_model_trained_with_softmaxes_is_evaluated_with_them(siglip):
-    run, scores = trained(siglip, "softmaxes", contrast="softmax", method="flyp")
+    run, scores = trained(short(siglip, "softmaxes", contrast="softmax", method="flyp"))
     assert header(run / "student.safetensors") == Form("softmax")
-    assert tested(siglip, run)["nll"] == pytest.approx(scores["student"]["nll"])
+    assert_same(tested(siglip, run), scores["student"])
     clip = load_clip("auto", str(run))
     as_made = dataclasses.replace(clip, trained_with=None)
     assert (clip.logit_bias, as_made.form) == (0.0, Form("sigmoid"))
@@ -239,11 +239,12 @@ def test_a_siglip_model_trained_with_softmaxes_is_evaluated_with_them(siglip):
 
 def test_folding_again_keeps_form_and_bias(siglip, config):
     """The bias of the settings is among the weights that adapters are folded into, or in the header."""
-    run, _ = trained(siglip, "adapters", method="r-adapter", logit_bias=-6.0)
+    run = finetune(short(siglip, "adapters", method="r-adapter", logit_bias=-6.0, eval_data={}))
     path = fold_again(FoldConfig(run, 0.3))
     assert header(path) == Form("sigmoid")
     assert float(load_file(path)["logit_bias"]) == -6.0
-    run, _ = trained(config, "fixed", method="r-adapter", contrast="sigmoid", logit_bias=-6.0, eval_data={})
+    fixed = {"contrast": "sigmoid", "logit_bias": -6.0, "eval_data": {}}
+    run = finetune(short(config, "fixed", method="r-adapter", **fixed))
     assert header(fold_again(FoldConfig(run, 0.3))) == Form("sigmoid", -6.0)
 
 
