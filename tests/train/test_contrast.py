@@ -162,7 +162,7 @@ def test_zero_shot_probabilities_are_those_of_each_pair(siglip, drawings):
     torch.testing.assert_close(torch.from_numpy(got.nll), -own.sigmoid().log(), rtol=1e-4, atol=1e-5)
 
 
-def tested(config: Config, pretrained: Path | str, model: str = "auto") -> dict:
+def scores_of(config: Config, pretrained: Path | str, model: str = "auto") -> dict:
     """Return what ``tracer evaluate`` says of weights on the run's test set."""
     sets = {name: str(path) for name, path in config.eval_data.items()}
     return evaluate(EvaluateConfig(eval_data=sets, pretrained=str(pretrained), model=model))["test"]
@@ -179,9 +179,10 @@ def short(config: Config, name: str, **changes) -> Config:
 
 
 def trained(config: Config) -> tuple[Path, dict]:
-    """Return the folder of a run, and its scores at its end."""
+    """Return the folder of a run, and the scores of its models on the test set at its end."""
     run = finetune(config)
-    return run, json.loads((run / "metrics.json").read_text())["scores"]
+    scores = json.loads((run / "metrics.json").read_text())["scores"]
+    return run, {model: sets["test"] for model, sets in scores.items()}
 
 
 def header(path: Path) -> Form | None:
@@ -195,10 +196,10 @@ def test_weights_are_evaluated_by_the_form_that_they_were_trained_with(config):
     run, scores = trained(short(config, "pairs", method="flyp", contrast="sigmoid", logit_bias=-3.0, **kept))
     for name in ("student", "best"):
         assert header(run / f"{name}.safetensors") == Form("sigmoid", -3.0), name
-        assert_same(tested(config, run / f"{name}.safetensors"), scores[name])
-    assert_same(tested(config, run), scores["student"])
+        assert_same(scores_of(config, run / f"{name}.safetensors"), scores[name])
+    assert_same(scores_of(config, run), scores["student"])
     assert read_log(run)[-1]["eval/student/test/ece"] == pytest.approx(scores["student"]["ece"])
-    assert_same(tested(config, config.pretrained, config.model), scores["zero-shot"])
+    assert_same(scores_of(config, config.pretrained, config.model), scores["zero-shot"])
     clip = load_clip("auto", str(run))
     assert (clip.form, clip.logit_bias) == (Form("sigmoid", -3.0), -3.0)
     softmax = dataclasses.replace(clip, trained_with=Form("softmax"))
@@ -222,7 +223,9 @@ def test_a_run_takes_up_the_form_of_its_start(config):
     back, later = trained(short(config, "back", method="flyp", pretrained=start, contrast="softmax"))
     assert header(back / "student.safetensors") == Form("softmax")
     assert_same(later["zero-shot"], scores["student"])
-    with pytest.raises(UserError, match=r"with the sigmoid with a bias of -3 .* with the softmax: .* neither"):
+    with pytest.raises(
+        UserError, match=r"with the sigmoid with a bias of -3 .* with the softmax: .* neither"
+    ):
         average(WiseConfig(first, back, output=config.output.with_name("mixed.safetensors")))
     path = average(WiseConfig(Path("start"), first, output=config.output.with_name("wise.safetensors")))
     assert header(path) == Form("sigmoid", -3.0)
@@ -231,7 +234,7 @@ def test_a_run_takes_up_the_form_of_its_start(config):
 def test_a_siglip_model_trained_with_softmaxes_is_evaluated_with_them(siglip):
     run, scores = trained(short(siglip, "softmaxes", contrast="softmax", method="flyp"))
     assert header(run / "student.safetensors") == Form("softmax")
-    assert_same(tested(siglip, run), scores["student"])
+    assert_same(scores_of(siglip, run), scores["student"])
     clip = load_clip("auto", str(run))
     as_made = dataclasses.replace(clip, trained_with=None)
     assert (clip.logit_bias, as_made.form) == (0.0, Form("sigmoid"))
