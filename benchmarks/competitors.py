@@ -32,9 +32,17 @@ CASES = {
     "mpm-nce-2": "MPM-NCE, 2 classes",  # half of all logits are positives, the worst case for lists of them
     "clip": "CLIP loss",
     "siglip": "SigLIP loss",
+    "lit": "LiT loss, each text among locked images",
 }
 # Matrix products of 2·N²·D operations that the algorithm needs, forward and backward (see benchmarks/work.py).
-UNITS = {"full": (4, 8), "mpm-nce": (1, 3), "mpm-nce-2": (1, 3), "clip": (1, 3), "siglip": (3, 0)}
+UNITS = {
+    "full": (4, 8),
+    "mpm-nce": (1, 3),
+    "mpm-nce-2": (1, 3),
+    "clip": (1, 3),
+    "siglip": (3, 0),
+    "lit": (1, 2),
+}
 
 # What impl="auto" takes; on a CPU it takes the definition for at most 512 pairs.
 OURS = f"ours ({'triton' if DEVICE == 'cuda' else 'blocked'})"
@@ -54,6 +62,12 @@ DISTINCT = 4096  # pairs that differ; larger batches repeat them, so that their 
 def baseline(case: str) -> str:
     """Return what a case is compared with: the implementation that people use today."""
     return OPEN_CLIP if case in ("clip", "siglip") else PUBLISHED
+
+
+def results_of(case: str) -> list[str]:
+    """Return what a step of a case has for a result, in the order of :meth:`Step.result`."""
+    image, bias = case != "lit", case == "siglip"
+    return ["loss", *["image gradient"] * image, "text gradient", "scale gradient", *["bias gradient"] * bias]
 
 
 def repeats(case: str) -> bool:
@@ -124,6 +138,8 @@ class Problem:
             return {}
         if case == "siglip":
             return {"contrast": "sigmoid", "logit_bias": self.bias}
+        if case == "lit":
+            return {"directions": (0.0, 1.0)}
         return {"labels": self.labels_of(case), "margin": MARGIN, "smoothing": SMOOTHING}
 
     def labels_of(self, case: str) -> Tensor:
@@ -135,6 +151,8 @@ class Problem:
         if case == "siglip" and not competitor.endswith(COMPILED) and not competitor.startswith("ours"):
             return partial(self._siglip(competitor), *self.inputs(case))
         image, text, scale = self.student
+        if case == "lit":
+            image = image.detach()
         if competitor.endswith(COMPILED):
             torch.compiler.reset()  # otherwise torch stops compiling after a few sizes of the same function
             return torch.compile(
@@ -152,9 +170,12 @@ class Problem:
         if competitor == INF_CL:
             return partial(packages.inf_cl_loss, image, text, scale)
         if competitor == MEMEFF:
-            return partial(packages.memeff_loss, image, text, 1 / scale.item())
+            loss = packages.memeff_lit_loss if case == "lit" else packages.memeff_loss
+            return partial(loss, image, text, 1 / scale.item())
         if competitor == SIGLIP_KERNEL:
             return partial(packages.siglip_kernel_loss, image, text, scale)
+        if case == "lit":
+            return partial(published.lit_loss, image, text, scale)
         if case == "full":
             inputs = (image, text, scale, *self.teacher)
             return partial(published.tracer_loss, *inputs, **WEIGHTS)  # type: ignore[arg-type]
@@ -170,7 +191,9 @@ class Problem:
         return losses[competitor]
 
     def inputs(self, case: str) -> list[Tensor]:
-        """Return the tensors whose gradients a case takes."""
+        """Return the tensors whose gradients a case takes; images are locked in LiT's."""
+        if case == "lit":
+            return self.student[1:]
         return [*self.student, self.bias] if case == "siglip" else self.student
 
     def step(self, case: str, competitor: str, precision: str) -> Step:
@@ -285,8 +308,7 @@ def check(
         right = _reference(case, SIGLIP_DEFINED, pairs, width)
     else:
         right = expected(case, pairs, width)
-    names = ["loss", "image gradient", "text gradient", "scale gradient", "bias gradient"][: len(right)]
-    for what, got, wanted in zip(names, result, right, strict=True):
+    for what, got, wanted in zip(results_of(case), result, right, strict=True):
         name = f"{CASES[case]}, {precision}, N {pairs}, D {width}: {what} of {competitor}"
         if not got.numel():
             if (competitor, what) != (MEMEFF, "scale gradient"):
@@ -334,5 +356,5 @@ def lacks_package(competitor: str) -> str | None:
 def competitors_of(case: str) -> list[str]:
     """Return the names of all competitors of a case, TRACER's implementations first."""
     ours = [OURS, "ours (blocked)"] if DEVICE == "cuda" else [OURS]
-    others = {"clip": [*PACKAGES, SIGLIP], "siglip": [IN_CHUNKS, SIGLIP_KERNEL]}.get(case, [])
-    return [*ours, EAGER, baseline(case), baseline(case) + COMPILED, *others]
+    others = {"clip": [*PACKAGES, SIGLIP], "siglip": [IN_CHUNKS, SIGLIP_KERNEL], "lit": [MEMEFF]}
+    return [*ours, EAGER, baseline(case), baseline(case) + COMPILED, *others.get(case, [])]

@@ -236,7 +236,7 @@ def measure(
     """Measure time and memory of the loss.
 
     Args: quick: only the main tables, of TRACER and its baseline, and the memory of one row. cases: any of
-    full, mpm-nce, mpm-nce-2, clip and siglip; all by default. precisions: any of fp32, tf32, bf16 and fp16;
+    full, mpm-nce, mpm-nce-2, clip, siglip and lit; all by default. precisions: any of fp32, tf32, bf16 and fp16;
     by default all that this machine multiplies in. pairs: N of the main tables. width: D of the main tables.
     sweep: every N of the second table; 512 to 65536 by default. widths: every D of the second table; 512, 768
     and 1280 by default. repeats: the most turns of a row; it always gets at least three. seconds: time for

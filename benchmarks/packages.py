@@ -52,6 +52,14 @@ def memeff_loss(image: Tensor, text: Tensor, temperature: float) -> Tensor:
     return loss(_rounded(image), _rounded(text))
 
 
+def memeff_lit_loss(image: Tensor, text: Tensor, temperature: float) -> Tensor:
+    """Return memeff's LiT loss: each text among the images, which get no gradient; see :func:`memeff_loss`."""
+    from memeff import MemoryEfficientLiTLoss
+
+    loss = MemoryEfficientLiTLoss(temperature, normalized_inputs=True, stable=False)
+    return loss(_rounded(text), _rounded(image))
+
+
 def siglip_kernel_loss(
     image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
 ) -> Tensor:
@@ -84,6 +92,9 @@ def as_if_on(architecture: str, multiprocessors: int) -> Iterator[None]:
         def replace(owner: object, name: str, value: object) -> None:
             stack.enter_context(patch.object(owner, name, value))
 
+        from memeff import lit_loss
+
+        replace(lit_loss, "_validate_features", lambda x, y: None)
         replace(torch.cuda, "get_device_capability", lambda *_: CAPABILITIES[architecture])
         replace(torch.cuda, "get_device_properties", lambda *_: device)
         # siglip-kernel asks for the device at import too, and keeps the answer in its tables of tiles.

@@ -59,6 +59,15 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
 
 
+def lit_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Return LiT's loss in one direction, each text among the images (arXiv 2111.07991); 1 + 2 products.
+
+    The images are locked, and get no gradient.
+    """
+    labels = torch.arange(len(text), device=text.device)
+    return F.cross_entropy(logit_scale * text @ image.detach().T, labels)
+
+
 def relational_loss(
     image: Tensor,
     text: Tensor,

@@ -43,6 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import published
 from benchmarks.counting import Allocated, counting
 from benchmarks.harness import Highlight, command_line, progress, table
+from benchmarks.work_of_forms import count_forms, exact_forms, report_forms
 from tracer.kernels import _grid, average_triton, contrastive_triton
 from tracer.kernels._tiles import TABLES, Tile
 from tracer.kernels._triton import INTERPRETED, planning_for, recording
@@ -243,6 +244,7 @@ def measure(
     return {
         "places": places,
         "loss": rows,
+        "forms": count_forms("sm_90", places),
         "average": [count_average(mode) for mode in AVERAGES],
         "memory": [
             count_memory(objective, N, MEMORY_WIDTH, "sm_90", places)
@@ -259,6 +261,8 @@ def report(results: dict[str, Any]) -> str:
             f"Counted in Triton's interpreter, not timed; float16, grids of {results['places']} multiprocessors.",
             "Products in units of 2·N·M·D operations, and bytes that the kernels load and store:",
             _work_table(results["loss"]),
+            "The forms of the contrastive term. The sigmoid makes its gradients in the forward pass:",
+            report_forms(results["forms"]),
             "Elementwise operations and exponentials per logit, and launches, forward + backward:",
             _operations_table(results["loss"]),
             "Moving average, launches and bytes per parameter:",
@@ -374,6 +378,7 @@ def exact(results: dict[str, Any]) -> dict[str, float]:
         for what in ("units", "bytes", "launches", "operations_per_logit", "exponentials_per_logit"):
             for when, value in r[what].items():
                 numbers[f"{name} {what.replace('_', ' ')} {when}"] = value
+    numbers |= exact_forms(results["forms"])
     for r in results["average"]:
         for what in ("launches", "bytes_per_parameter"):
             numbers[f"work moving average {r['mode']} {what.replace('_', ' ')}"] = r[what]

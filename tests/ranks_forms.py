@@ -6,13 +6,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import open_clip.loss
 import torch
 import torch.distributed as dist
 from loss_calls import OPTIONS, WEIGHTS, without_teacher
-from ranks_batches import call, compare, meshes, unevenly, whole_batch
+from ranks_batches import EXACT, call, compare, meshes, part_of, unevenly, whole_batch
+from three_runs import error
 
 from benchmarks.rank_worker import received
 from tracer._mesh import MeshShape
+from tracer.losses import SigLipLoss
 
 
 def pairwise(n: int, m: int, **others: Any) -> dict[str, Any]:
@@ -67,6 +70,27 @@ def sigmoid_bytes_received(mesh: MeshShape) -> None:
     assert abs(counted / formula - 1) < 0.005, (counted, formula)
 
 
+def open_clips_sigmoid(dist_impl: str) -> None:
+    """open_clip's own loss on the same ranks: the mean over the ranks, and gradients as an engine averages them.
+
+    Features get the same gradients rank by rank, since open_clip sends those of texts back to their ranks.
+    """
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    sizes = [5] * ranks
+    mine = part_of(without_teacher(pairwise(sum(sizes), sum(sizes), classes=0)), sizes, sizes)
+    names, got = ("image", "text", "logit_scale", "logit_bias"), []
+    for made in (SigLipLoss, open_clip.loss.SigLipLoss):
+        leaves = [mine[name].clone().requires_grad_() for name in names]
+        loss = made(rank=rank, world_size=ranks, dist_impl=dist_impl)(*leaves)
+        loss.backward()
+        image, text, scale, bias = (x.grad for x in leaves)
+        means = torch.stack([loss.detach(), scale, bias])
+        dist.all_reduce(means)
+        got.append((image, text, means / ranks))
+    for ours, theirs in zip(*got, strict=True):
+        assert error(ours, theirs) < EXACT
+
+
 def cases(world_size: int) -> dict[str, Callable[[], None]]:
     """Return the cases of a world of ranks by name."""
     named: dict[str, Callable[[], None]] = {}
@@ -77,6 +101,9 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
             named[f"{at}-{case.__name__}-blocked"] = partial(case, mesh, "blocked")
         if world_size in (2, 4):
             named[f"{at}-sigmoid_bytes_received"] = partial(sigmoid_bytes_received, mesh)
+    if world_size in (2, 3):  # two neighbours only among three
+        for dist_impl in ("bidir", "shift", "reduce", "gather"):
+            named[f"open_clips_sigmoid-{dist_impl}"] = partial(open_clips_sigmoid, dist_impl)
     if world_size == 2:
         named |= {f"{case.__name__}-eager": partial(case, None, "eager") for case in everywhere}
         named["1x2-sigmoid-triton"] = partial(sigmoid, (1, 2), "triton")

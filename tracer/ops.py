@@ -27,7 +27,7 @@ from tracer._checks import Labels
 from tracer.diagnostics import named_diagnostics, sampled_diagnostics
 from tracer.kernels import average_foreach, contrastive_eager
 from tracer.kernels._tensor_lists import Table as AverageTable
-from tracer.kernels.contrastive import TERMS, Options, transposed
+from tracer.kernels.contrastive import TERMS, Inputs, Options, transposed
 
 __all__ = [
     "Ahead",
@@ -196,6 +196,10 @@ def _terms_of(call: Call, ranks: _sigmoid.Ranks | None = None) -> tuple[Tensor, 
         if not (options.crossed or options.stats):
             return of_pairs, of_pairs.new_empty(0)
         options = options._replace(contrastive=False, relational=False)
+        if (
+            not options.crossed
+        ):  # diagnostics alone, which have no gradient: no backward walk for a gradient of 0
+            inputs = Inputs(*(None if x is None else x.detach() for x in inputs))
     if options.one_way_back:
         inputs, options = transposed(inputs, options)
         ranks = ranks and ranks.transposed()

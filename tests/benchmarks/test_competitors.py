@@ -15,7 +15,7 @@ def test_every_gradient_is_taken_and_checked(case):
     step()
     result = step.result()
     competitors.check(case, competitors.OURS, "fp32", result, 32, 16)
-    for place, what in enumerate(("loss", "image gradient", "text gradient", "scale gradient")):
+    for place, what in enumerate(competitors.results_of(case)):
         wrong = [x * 1.01 if i == place else x for i, x in enumerate(result)]
         with pytest.raises(SystemExit, match=f"{what} of ours"):
             competitors.check(case, competitors.OURS, "fp32", wrong, 32, 16)
@@ -35,12 +35,15 @@ def test_everyone_is_right(case, precision):
 if not torch.cuda.is_available():  # where there is a GPU, the test above runs them on it
 
     @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-    @pytest.mark.parametrize("name", [packages.MEMEFF, packages.SIGLIP_KERNEL])
-    def test_kernels_of_other_packages_are_right_in_the_interpreter(name, precision):
+    @pytest.mark.parametrize(
+        ("case", "name"),
+        [("clip", packages.MEMEFF), ("clip", packages.SIGLIP_KERNEL), ("lit", packages.MEMEFF)],
+    )
+    def test_kernels_of_other_packages_are_right_in_the_interpreter(case, name, precision):
         with packages.as_if_on("sm_90", multiprocessors=4):
-            step = competitors.Problem(64, 32).step("clip", name, precision)
+            step = competitors.Problem(64, 32).step(case, name, precision)
             step()
-            competitors.check("clip", name, precision, step.result(), 64, 32)
+            competitors.check(case, name, precision, step.result(), 64, 32)
 
 
 def test_only_memeff_may_leave_out_the_gradient_of_the_scale():

@@ -42,6 +42,16 @@ def test_products_are_within_3_percent_of_the_floor(results):
             assert needed <= row["units"][name] <= 1.03 * needed, row
 
 
+def test_products_of_the_forms_are_the_floor(results):
+    """Ours and memeff's LiT loss alike; a sigmoid leaves nothing for the backward pass."""
+    sums = {(row["form"], row["who"]): sum(row["units"].values()) for row in results["forms"]}
+    assert sums == {(row["form"], row["who"]): row["floor"] for row in results["forms"]}
+    assert {name for name, who in sums if who != "TRACER"} == {"LiT: one direction, images locked"}
+    floors = {row["form"]: row["floor"] for row in results["forms"]}
+    assert (floors["sigmoid"], floors["one direction"], floors["both directions, images locked"]) == (3, 4, 3)
+    assert next(row for row in results["forms"] if row["form"] == "sigmoid")["units"]["backward"] == 0
+
+
 def test_published_formulation_needs_more_products(results):
     assert [row["published_units"] for row in results["loss"]] == [6, 6, 20]
 
@@ -102,6 +112,9 @@ def test_every_count_has_a_name_and_a_place_in_the_tables(results):
     page = work.report(results)
     for row in results["loss"]:
         assert f"| {row['objective']}" in page
+    for row in results["forms"]:
+        assert f"| {row['form']}" in page
+    assert exact["work sigmoid, TRACER, sm_90 units forward"] == 3
     assert "| 12.00 | 12" in page
     assert "counted" in page.lower()
     assert work.highlights(results)[0].ratio == "1.67×"

@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton_interpreter import HAS_GPU
 
 from benchmarks.work import counting
-from tracer.kernels import contrastive_triton, sigmoid_triton
+from tracer.kernels import contrastive_blocked, contrastive_triton, sigmoid_blocked, sigmoid_triton
 from tracer.kernels._tiles import Tile
 from tracer.kernels.contrastive import Biases, Inputs, Needs, Options
 from tracer.kernels.sigmoid import PairNeeds
+from tracer.ops import contrastive_loss
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -73,6 +74,40 @@ def test_products_of_a_sigmoid(relational, needs, floor):
         sigmoid_triton.walk(inputs(), biases, options, needs, tile=TILE)
     assert units(work, products) == floor
     assert work.launches == 1
+
+
+@pytest.mark.parametrize(("asked", "floor"), [({}, 3), ({"stats": True}, 4), ({"cross": 1.0}, 3 + 3 + 5)])
+def test_diagnostics_of_a_sigmoid_cost_one_product(asked, floor, monkeypatch):
+    """The logits of their softmaxes, and no backward walk for gradients of 0. A cross term does walk back."""
+    done = []
+    for module, name in (
+        (sigmoid_blocked, "walk"),
+        (contrastive_blocked, "forward"),
+        (contrastive_blocked, "backward"),
+    ):
+        monkeypatch.setattr(module, name, counted(getattr(module, name), done))
+    image, text = (x.double() for x in inputs()[:2])
+    teacher = (
+        {"teacher_image": image, "teacher_text": text, "teacher_logit_scale": 10.0}
+        if "cross" in asked
+        else {}
+    )
+    leaves = image.clone().requires_grad_(), text.clone().requires_grad_()
+    form = {"contrast": "sigmoid", "logit_bias": -5.0, "impl": "blocked"}
+    contrastive_loss(*leaves, 10.0, **form, **teacher, **asked).loss.backward()
+    assert sum(done) / (2 * N * N * D) == floor
+
+
+def counted(call, done):
+    """Return the call, which adds the operations of its products to a list."""
+
+    def counting_call(*arguments, **options):
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as products:
+            result = call(*arguments, **options)
+        done.append(products.get_total_flops())
+        return result
+
+    return counting_call
 
 
 def test_one_direction_does_less_elementwise_work():

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +17,18 @@ from torch import Tensor
 from tracer.data.batches import TrainingBatches
 from tracer.data.build import read_index
 from tracer.errors import UserError
+from tracer.evaluation.config import EvaluateConfig
+from tracer.evaluation.evaluate import evaluate
 from tracer.evaluation.sets import EvaluationSet
 from tracer.evaluation.zero_shot import classifier, predict
+from tracer.files import write_tensors
+from tracer.models.architecture import Form, saved_architecture
 from tracer.models.clip import encode, load_clip
 from tracer.models.weights import save_weights
 from tracer.ops import contrastive_loss
 from tracer.train.config import Config
+from tracer.train.finished import FoldConfig, WiseConfig, average, fold_again
+from tracer.train.identity import is_run_of
 from tracer.train.log import read_log
 from tracer.train.loop import Trainer, objective
 from tracer.train.run import finetune, prepare
@@ -122,6 +129,8 @@ def test_a_whole_run(siglip):
         (False, {"logit_bias": -5.0}, "--logit_bias -5.0 changes no softmax.*--contrast sigmoid"),
         (True, {"logit_bias": -5.0, "contrast": "softmax"}, "--logit_bias -5.0 changes no softmax"),
         (False, {"smoothing": 0.1, "contrast": "sigmoid"}, "--smoothing 0.1 has no meaning"),
+        # The number that r-adapter publishes for its softmaxes, chosen by the user.
+        (True, {"smoothing": 0.05, "method": "r-adapter"}, "--smoothing 0.05 has no meaning"),
     ],
     ids=str,
 )
@@ -151,6 +160,110 @@ def test_zero_shot_probabilities_are_those_of_each_pair(siglip, drawings):
     torch.testing.assert_close(torch.from_numpy(got.confidence), best.sigmoid(), rtol=1e-4, atol=1e-6)
     own = (SCALE * cosine - 8.0)[torch.arange(len(index)), torch.from_numpy(each.truth)]
     torch.testing.assert_close(torch.from_numpy(got.nll), -own.sigmoid().log(), rtol=1e-4, atol=1e-5)
+
+
+def scores_of(config: Config, pretrained: Path | str, model: str = "auto") -> dict:
+    """Return what ``tracer evaluate`` says of weights on the run's test set."""
+    sets = {name: str(path) for name, path in config.eval_data.items()}
+    return evaluate(EvaluateConfig(eval_data=sets, pretrained=str(pretrained), model=model))["test"]
+
+
+def assert_same(a: dict, b: dict) -> None:
+    for measure in ("accuracy", "nll", "ece"):
+        assert a[measure] == pytest.approx(b[measure], rel=1e-5), measure
+
+
+def short(config: Config, name: str, **changes) -> Config:
+    folder = config.output.with_name(name)
+    return dataclasses.replace(config, output=folder, steps=1, warmup=0, lr=1e-4, **changes)
+
+
+def trained(config: Config) -> tuple[Path, dict]:
+    """Return the folder of a run, and the scores of its models on the test set at its end."""
+    run = finetune(config)
+    scores = json.loads((run / "metrics.json").read_text())["scores"]
+    return run, {model: sets["test"] for model, sets in scores.items()}
+
+
+def header(path: Path) -> Form | None:
+    saved = saved_architecture(path)
+    return saved and saved.form
+
+
+def test_weights_are_evaluated_by_the_form_that_they_were_trained_with(config):
+    """A model without a bias: its files keep the fixed b. The start, a softmax's, is scored as such."""
+    kept = {"eval_every": 1, "keep_best": "test"}
+    run, scores = trained(short(config, "pairs", method="flyp", contrast="sigmoid", logit_bias=-3.0, **kept))
+    for name in ("student", "best"):
+        assert header(run / f"{name}.safetensors") == Form("sigmoid", -3.0), name
+        assert_same(scores_of(config, run / f"{name}.safetensors"), scores[name])
+    assert_same(scores_of(config, run), scores["student"])
+    assert read_log(run)[-1]["eval/student/test/ece"] == pytest.approx(scores["student"]["ece"])
+    assert_same(scores_of(config, config.pretrained, config.model), scores["zero-shot"])
+    clip = load_clip("auto", str(run))
+    assert (clip.form, clip.logit_bias) == (Form("sigmoid", -3.0), -3.0)
+    softmax = dataclasses.replace(clip, trained_with=Form("softmax"))
+    index = read_index(config.eval_data["test"])
+    each = EvaluationSet(index, prompts={name: [name] for name in index.classes})
+    weights = classifier(clip, each.prompts)
+    confidence = [torch.from_numpy(predict(c, each, weights).confidence) for c in (clip, softmax)]
+    assert not torch.allclose(*confidence)
+
+
+def test_a_run_takes_up_the_form_of_its_start(config):
+    """Unless it is told otherwise. Its settings say what was asked; an average keeps the form, or is refused."""
+    first, scores = trained(short(config, "pairs", method="flyp", contrast="sigmoid", logit_bias=-3.0))
+    start = str(first / "student.safetensors")
+    asked = short(config, "again", method="flyp", pretrained=start)
+    again, later = trained(asked)
+    assert header(again / "student.safetensors") == Form("sigmoid", -3.0)
+    assert_same(later["zero-shot"], scores["student"])
+    assert yaml.safe_load((again / "config.yaml").read_text())["contrast"] is None
+    assert is_run_of(asked, again)
+    back, later = trained(short(config, "back", method="flyp", pretrained=start, contrast="softmax"))
+    assert header(back / "student.safetensors") == Form("softmax")
+    assert_same(later["zero-shot"], scores["student"])
+    with pytest.raises(
+        UserError, match=r"with the sigmoid with a bias of -3 .* with the softmax: .* neither"
+    ):
+        average(WiseConfig(first, back, output=config.output.with_name("mixed.safetensors")))
+    path = average(WiseConfig(Path("start"), first, output=config.output.with_name("wise.safetensors")))
+    assert header(path) == Form("sigmoid", -3.0)
+
+
+def test_a_siglip_model_trained_with_softmaxes_is_evaluated_with_them(siglip):
+    run, scores = trained(short(siglip, "softmaxes", contrast="softmax", method="flyp"))
+    assert header(run / "student.safetensors") == Form("softmax")
+    assert_same(scores_of(siglip, run), scores["student"])
+    clip = load_clip("auto", str(run))
+    as_made = dataclasses.replace(clip, trained_with=None)
+    assert (clip.logit_bias, as_made.form) == (0.0, Form("sigmoid"))
+
+
+def test_folding_again_keeps_form_and_bias(siglip, config):
+    """The bias of the settings is among the weights that adapters are folded into, or in the header."""
+    run = finetune(short(siglip, "adapters", method="r-adapter", logit_bias=-6.0, eval_data={}))
+    path = fold_again(FoldConfig(run, 0.3))
+    assert header(path) == Form("sigmoid")
+    assert float(load_file(path)["logit_bias"]) == -6.0
+    fixed = {"contrast": "sigmoid", "logit_bias": -6.0, "eval_data": {}}
+    run = finetune(short(config, "fixed", method="r-adapter", **fixed))
+    assert header(fold_again(FoldConfig(run, 0.3))) == Form("sigmoid", -6.0)
+
+
+@pytest.mark.parametrize(
+    ("strings", "message"),
+    [
+        ({"contrast": "sigmoid"}, "trained with a sigmoid, but not with which bias"),
+        ({"contrast": "tanh"}, "describes no architecture .*contrast is 'tanh'"),
+        ({"contrast": "sigmoid", "logit_bias": "nan"}, "logit_bias is nan"),
+    ],
+)
+def test_a_header_without_a_usable_form_is_refused(config, tmp_path, strings, message):
+    clip = load_clip(config.model, config.pretrained)
+    write_tensors(tmp_path / "w.safetensors", clip.model.state_dict(), clip.architecture.metadata() | strings)
+    with pytest.raises(UserError, match=message):
+        load_clip(config.model, str(tmp_path / "w.safetensors"))
 
 
 def clip_images(clip, index) -> list[Tensor]:

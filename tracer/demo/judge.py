@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable
@@ -22,10 +23,12 @@ from tracer.evaluation.scores import Scored, Scores, add_gains, finite
 from tracer.evaluation.sets import EvaluationSet
 from tracer.evaluation.zero_shot import classifier, evaluate_sets, predict
 from tracer.machine import compute_device
+from tracer.models.architecture import Form, saved_architecture
+from tracer.models.choice import STUDENT
 from tracer.models.clip import Clip, load_clip
 from tracer.models.soups import interpolate
 from tracer.train.log import read_log
-from tracer.train.scoring import Baseline
+from tracer.train.scoring import Baseline, trained_from
 
 Weights = dict[str, Tensor]
 Rows = list[dict[str, Any]]  # entries of results.json
@@ -49,10 +52,15 @@ def finished_run(folder: Path, seed: int) -> dict[str, Any]:
 
 @dataclass
 class Judge:
-    """Scores any weights of the demo's model on the evaluation sets."""
+    """Scores any weights of the demo's model on the evaluation sets.
+
+    ``start`` are the weights of the start, and ``began`` those that every training began with. Wherever weights
+    are scored, ``form`` says by which form of the loss; None: by the start's.
+    """
 
     clip: Clip
     start: Weights
+    began: Weights
     sets: list[EvaluationSet]
     workers: int
     decoded: DecodedPictures = field(default_factory=DecodedPictures)  # small sets stay for the next model
@@ -65,13 +73,24 @@ class Judge:
         clip = load_clip(config.model, config.pretrained)
         start = {name: value.clone() for name, value in clip.model.state_dict().items()}
         clip.model.to(compute_device())
-        return cls(clip, start, sets, config.workers, DecodedPictures(loading=config), config.max_bad)
+        began, decoded = trained_from(config, start), DecodedPictures(loading=config)
+        return cls(clip, start, began, sets, config.workers, decoded, config.max_bad)
 
-    def scored(self, weights: Weights) -> dict[str, Scored]:
-        """Return the scores of the model with these weights, with their gains once the start is scored."""
+    def form_of(self, folder: Path) -> Form:
+        """Return the form of the loss with which a run was trained."""
+        saved = saved_architecture(folder / STUDENT)
+        return (saved and saved.form) or self.clip.form
+
+    def with_weights(self, weights: Weights, form: Form | None) -> Clip:
+        """Return the model with these weights."""
         self.clip.model.load_state_dict(weights)
+        return dataclasses.replace(self.clip, trained_with=form or self.clip.form)
+
+    def scored(self, weights: Weights, form: Form | None = None) -> dict[str, Scored]:
+        """Return the scores of the model with these weights, with their gains once the start is scored."""
+        clip = self.with_weights(weights, form)
         scored = evaluate_sets(
-            self.clip, self.sets, workers=self.workers, decoded=self.decoded, max_bad=self.max_bad
+            clip, self.sets, workers=self.workers, decoded=self.decoded, max_bad=self.max_bad
         )
         add_gains(scored, self.start_scored)
         return scored
@@ -82,37 +101,42 @@ class Judge:
             self.start_scored = self.scored(self.start)
         return self.start_scored
 
-    def scores(self, weights: Weights) -> Scores:
+    def scores(self, weights: Weights, form: Form | None = None) -> Scores:
         """Return the scores of the model with these weights."""
-        return {name: finite(each.score) for name, each in self.scored(weights).items()}
+        return {name: finite(each.score) for name, each in self.scored(weights, form).items()}
 
     def rows(self, title: str, weights: Callable[[Path], Weights], folders: list[Path]) -> Rows:
         """Return a row for each seed: the scores of the weights that are made of the run's folder."""
         bar = tqdm(folders, desc=title, leave=False)
-        return [scored_row(self.scores(weights(folder)), seed) for seed, folder in enumerate(bar)]
+        return [
+            scored_row(self.scores(weights(folder), self.form_of(folder)), seed)
+            for seed, folder in enumerate(bar)
+        ]
 
     def interpolated(self, folder: Path, alpha: float) -> Weights:
         """Return (1 − α) start + α student of a run (WiSE-FT)."""
-        return interpolate(self.start, load_file(folder / "student.safetensors"), alpha)
+        return interpolate(self.start, load_file(folder / STUDENT), alpha)
 
     def folded(self, folder: Path, alpha: float, file: str = "adapters") -> Weights:
         """Return the start with a run's adapters folded in, scaled by α."""
         try:
-            return fold(self.start | read_adapters(folder / f"{file}.safetensors", self.clip.name), alpha)
+            return fold(self.began | read_adapters(folder / f"{file}.safetensors", self.clip.name), alpha)
         except ValueError as error:
             raise UserError(str(error)) from error
 
 
 def choose_examples(judge: Judge, runs: dict[str, Path], per_set: int = 4) -> Rows:
     """Return pictures with every method's prediction: half of each set at random, half where methods differ."""
-    states = {"zero-shot": judge.start}
-    states |= {key: load_file(folder / "student.safetensors") for key, folder in runs.items()}
+    states: dict[str, tuple[Weights, Form | None]] = {"zero-shot": (judge.start, None)}
+    states |= {key: (load_file(folder / STUDENT), judge.form_of(folder)) for key, folder in runs.items()}
     draw = random.Random(0)
     samples = [
         each.take(np.array(sorted(draw.sample(range(len(each.index)), min(64, len(each.index))))))
         for each in judge.sets
     ]
-    predictions = {key: _predictions(judge, state, samples) for key, state in states.items()}
+    predictions = {
+        key: _predictions(judge.with_weights(*state), judge, samples) for key, state in states.items()
+    }
     examples = []
     for n, index in enumerate(each.index for each in samples):
         rows = draw.sample(range(len(index)), len(index))
@@ -129,14 +153,13 @@ def choose_examples(judge: Judge, runs: dict[str, Path], per_set: int = 4) -> Ro
     return examples
 
 
-def _predictions(judge: Judge, state: Weights, samples: list[EvaluationSet]) -> list[list[tuple[str, float]]]:
+def _predictions(clip: Clip, judge: Judge, samples: list[EvaluationSet]) -> list[list[tuple[str, float]]]:
     """Return the most probable class and its probability, for each picture of each sample."""
-    judge.clip.model.load_state_dict(state)
-    weights = {id(each.prompts): classifier(judge.clip, each.prompts) for each in samples}
+    weights = {id(each.prompts): classifier(clip, each.prompts) for each in samples}
     predictions = []
     for each in samples:
         kept, names = (
-            predict(judge.clip, each, weights[id(each.prompts)], decoded=judge.decoded),
+            predict(clip, each, weights[id(each.prompts)], decoded=judge.decoded),
             each.class_ids,
         )
         chosen = zip(kept.predicted.tolist(), kept.confidence.tolist(), strict=True)

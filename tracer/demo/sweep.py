@@ -28,7 +28,8 @@ from tracer.evaluation.sets import EvaluationSet
 from tracer.evaluation.zero_shot import classifier
 from tracer.files import check_folder, claim_folder, whole_file, write_json
 from tracer.machine import machine, versions
-from tracer.models.choice import check_model
+from tracer.models.architecture import Form, one_form
+from tracer.models.choice import STUDENT, check_model
 from tracer.models.soups import fisher_weighted, greedy, uniform
 from tracer.train.baselines import BASELINES
 from tracer.train.cautions import cautions_of_sizes
@@ -207,12 +208,12 @@ class Tested:
         self._at: dict[tuple[str, float], list[dict[str, Scored]]] = {}
         alphas = sorted({*config.alphas, config.wise_alpha} - {0.0, 1.0})
         for method, folders in seeds.items():
-            ends = [load_file(folder / "student.safetensors") for folder in folders]
+            ends = [(load_file(folder / STUDENT), judge.form_of(folder)) for folder in folders]
             self._at[method, 0.0] = [start] * len(folders)
-            self._at[method, 1.0] = [judge.scored(end) for end in ends]
+            self._at[method, 1.0] = [judge.scored(*end) for end in ends]
             for alpha in alphas:
                 weights = partial(judge.interpolated, alpha=alpha)
-                self._at[method, alpha] = [judge.scored(weights(folder)) for folder in folders]
+                self._at[method, alpha] = [judge.scored(weights(f), judge.form_of(f)) for f in folders]
 
     def results(self) -> dict[str, Any]:
         """Return the parts of results.json that the tests fill: methods, lines, and paired differences."""
@@ -281,27 +282,27 @@ def _soups(
         return {}
     soups: dict[str, dict[str, Any]] = {}
     for method, choice in choices.items():
-        models = [load_file(trial.folder / "student.safetensors") for trial in choice.trials]
+        form = one_form({trial.folder.name: judge.form_of(trial.folder) for trial in choice.trials})
+        models = [load_file(trial.folder / STUDENT) for trial in choice.trials]
 
-        def validate(weights: Weights) -> float:
-            return validation.scores(weights)[VALIDATION]["accuracy"]
+        def validate(weights: Weights, form: Form = form) -> float:
+            return validation.scores(weights, form)[VALIDATION]["accuracy"]
 
         mixed, chosen = greedy(models, validate, [trial.accuracy for trial in choice.trials])
-        fishers = [_fisher(validation, model) for model in models]
+        fishers = [_fisher(validation, model, form) for model in models]
         kinds = {"uniform": uniform(models), "greedy": mixed, "fisher": fisher_weighted(models, fishers)}
         soups[method] = {
-            name: {"validation": validate(weights), "eval": _scores(judge.scored(weights))}
+            name: {"validation": validate(weights), "eval": _scores(judge.scored(weights, form))}
             for name, weights in kinds.items()
         }
         soups[method]["greedy"]["trials"] = [choice.trials[n].folder.name for n in chosen]
     return soups
 
 
-def _fisher(validation: Judge, weights: Weights) -> Weights:
+def _fisher(validation: Judge, weights: Weights, form: Form) -> Weights:
     (own,) = validation.sets
-    validation.clip.model.load_state_dict(weights)
-    rows = classifier(validation.clip, own.prompts)
-    return fisher_information(validation.clip, own.index, rows, workers=validation.workers)
+    clip = validation.with_weights(weights, form)
+    return fisher_information(clip, own.index, classifier(clip, own.prompts), workers=validation.workers)
 
 
 def _scores(scored: dict[str, Scored]) -> Scores:

@@ -22,7 +22,7 @@ from tracer.evaluation.prompts import check_labels
 from tracer.evaluation.retrieval import Ranks, ranks
 from tracer.evaluation.scores import Scored, Scores, score_classes, score_retrieval
 from tracer.evaluation.sets import EvaluationSet
-from tracer.models.clip import Clip, bounded_logit_scale, contrast_of
+from tracer.models.clip import Clip, bounded_logit_scale
 
 TEXTS_AT_ONCE = 256
 PICTURES_AT_ONCE = 256
@@ -187,8 +187,7 @@ def predict(
         UserError: more pictures fail than ``skipped`` allows, or a feature is not finite; the largest logit of a
             row of NaN would be that of the first class.
     """
-    scale, contrast = logit_scale(clip), contrast_of(clip.model)
-    bias = clip.model.logit_bias.float() if contrast == "sigmoid" else 0.0
+    scale, bias, contrast = logit_scale(clip), clip.logit_bias, clip.form.contrast
     choose, truth = _choice(each, weights.device), torch.from_numpy(each.truth)
     parts = []
     for features, rows in _picture_features(clip, each.index, workers, decoded, skipped, precision):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
+from tracer._checks import CONTRASTS
 from tracer.errors import UserError
 from tracer.models.picture_format import PictureFormat
 from tracer.models.registry import registered_model
@@ -29,6 +32,23 @@ WITHOUT_EFFECT = {
 }
 
 
+class Form(NamedTuple):
+    """The form of the contrastive loss of some weights, by which their logits become probabilities.
+
+    Attributes:
+        contrast: ``"softmax"`` over the candidates, or ``"sigmoid"`` of each pair.
+        logit_bias: b of the sigmoid where it is a fixed number; None where it is one of the weights, as in SigLIP
+            models, and for softmaxes, which no bias changes.
+    """
+
+    contrast: str = "softmax"
+    logit_bias: float | None = None
+
+    def __str__(self) -> str:
+        fixed = "" if self.logit_bias is None else f" with a bias of {self.logit_bias:g}"
+        return f"the {self.contrast}{fixed}"
+
+
 @dataclass(frozen=True)
 class Architecture:
     """All that the tensors of a model do not say by themselves.
@@ -37,17 +57,20 @@ class Architecture:
         model: the name of the model.
         config: open_clip's model config of it, as built; None for a registered model that has none.
         picture_format: the format of its pictures.
+        form: of the loss that the weights were trained with; None where nobody said.
     """
 
     model: str
     config: dict[str, Any] | None
     picture_format: PictureFormat
+    form: Form | None = None
 
     def metadata(self) -> dict[str, str]:
         """Return the strings by which the header of a safetensors file describes the architecture.
 
         ``model_cfg`` and ``preprocess_cfg`` are JSON, with the names and the content that they have in open_clip's
-        ``open_clip_config.json``; ``activation`` is ``quick_gelu`` or ``gelu``.
+        ``open_clip_config.json``; ``activation`` is ``quick_gelu`` or ``gelu``; ``contrast`` and ``logit_bias``
+        are those of :class:`Form`.
         """
         described = {
             "format": "pt",
@@ -57,6 +80,10 @@ class Architecture:
         if self.config is not None:
             described["activation"] = "quick_gelu" if self.config.get("quick_gelu") else "gelu"
             described["model_cfg"] = json.dumps(self.config)
+        if self.form is not None:
+            described["contrast"] = self.form.contrast
+            if self.form.logit_bias is not None:
+                described["logit_bias"] = repr(self.form.logit_bias)
         return described
 
 
@@ -73,11 +100,42 @@ def saved_architecture(path: Path) -> Architecture | None:
         pictures = json.loads(metadata["preprocess_cfg"])
         pictures |= {"mean": tuple(pictures["mean"]), "std": tuple(pictures["std"])}
         config = json.loads(metadata["model_cfg"]) if "model_cfg" in metadata else None
-        return Architecture(metadata["model"], config, PictureFormat(**pictures))
+        return Architecture(metadata["model"], config, PictureFormat(**pictures), _form(metadata))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"the header of '{path}' describes no architecture ({error}): write the file again"
         ) from error
+
+
+def one_form(forms: Mapping[str, Form]) -> Form:
+    """Return the form that all weights have whose average is made.
+
+    Args:
+        forms: name of each of the weights → its form.
+
+    Raises:
+        UserError: they have several; names two.
+    """
+    (name, form), *others = forms.items()
+    for other, another in others:
+        if another != form:
+            raise UserError(
+                f"'{name}' was trained with {form} and '{other}' with {another}: their average would be neither: "
+                "average weights of one --contrast and --logit_bias"
+            )
+    return form
+
+
+def _form(metadata: dict[str, str]) -> Form | None:
+    """Return the form that a header names; None for that of an earlier version or of another program."""
+    if "contrast" not in metadata:
+        return None
+    contrast, bias = metadata["contrast"], metadata.get("logit_bias")
+    if contrast not in CONTRASTS:
+        raise ValueError(f"contrast is {contrast!r}")
+    if bias is not None and not math.isfinite(float(bias)):
+        raise ValueError(f"logit_bias is {bias}")
+    return Form(contrast, None if bias is None else float(bias))
 
 
 def refuse_another(path: Path, saved: Architecture, model: str, config: dict[str, Any] | None) -> None:

@@ -19,7 +19,7 @@ from torch import Size, Tensor, nn
 
 from tracer.adapters import Adapter
 from tracer.errors import UserError
-from tracer.models.architecture import Architecture, refuse_another, saved_architecture
+from tracer.models.architecture import Architecture, Form, refuse_another, saved_architecture
 from tracer.models.choice import OWN_WEIGHTS, choose_model
 from tracer.models.picture_format import PictureFormat
 from tracer.models.registry import Tokenizer, registered_model, registered_names
@@ -38,6 +38,7 @@ class Clip:
         tokenizer: maps n strings to int64 tokens [n, context].
         picture_format: size, resizing and normalisation of the pictures.
         config: open_clip's model config, as built; None where it is not known.
+        trained_with: the form of the loss that made the weights; None: the one that the model was made for.
     """
 
     name: str
@@ -45,11 +46,26 @@ class Clip:
     tokenizer: Tokenizer
     picture_format: PictureFormat
     config: dict[str, Any] | None = None
+    trained_with: Form | None = None
 
     @property
     def architecture(self) -> Architecture:
         """Return what a file of the model's weights must say about them."""
-        return Architecture(self.name, self.config, self.picture_format)
+        return Architecture(self.name, self.config, self.picture_format, self.form)
+
+    @property
+    def form(self) -> Form:
+        """Return the form by which the weights' logits become probabilities."""
+        return self.trained_with or Form(contrast_of(self.model))
+
+    @property
+    def logit_bias(self) -> Tensor | float:
+        """Return b of the sigmoid, a fixed number or the model's own; 0 with softmaxes, which none changes."""
+        if self.form.contrast == "softmax":
+            return 0.0
+        if self.form.logit_bias is not None:
+            return self.form.logit_bias
+        return self.model.logit_bias.float()
 
 
 def load_clip(name: str, pretrained: str | None) -> Clip:
@@ -100,7 +116,13 @@ def load_clip(name: str, pretrained: str | None) -> Clip:
     elif file and not registered and not name.startswith(OWN_WEIGHTS):
         wanted = _presumed_format(name, file, wanted)
         _warn_of_an_unknown_activation(name, file)
-    return Clip(name, model, tokenizer, _picture_format(name, wanted), config)
+    form = saved.form if saved else None
+    if file and form == Form("sigmoid") and contrast_of(model) == "softmax":
+        raise UserError(
+            f"the header of '{file}' says that its weights were trained with a sigmoid, but not with which bias, "
+            f"and {name} has none of its own: write the file again, with 'logit_bias' in its header"
+        )
+    return Clip(name, model, tokenizer, _picture_format(name, wanted), config, form)
 
 
 def contrast_of(model: Any) -> str:

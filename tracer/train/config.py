@@ -85,10 +85,10 @@ class MethodSettings:
     """Choose the method: its loss, its teacher and its adapters.
 
     Args:
-        contrast: softmax over the batch (CLIP) or sigmoid of each pair (SigLIP); default: what the model was made
-            for, which is sigmoid for one with a logit bias.
+        contrast: softmax over the batch (CLIP) or sigmoid of each pair (SigLIP); default: what the checkpoint was
+            trained with, and where it does not say so sigmoid for a model with a logit bias.
         logit_bias: b of the sigmoid. A model with a logit bias starts from this value instead of the checkpoint's;
-            for any other it is a fixed number; default: -10.
+            for any other it is a fixed number; default: the checkpoint's, else -10.
         method: tracer (contrastive + distillation from a moving teacher), flyp (contrastive only) or r-adapter
             (contrastive, linear adapters alone).
         teacher: moving average that teaches the student; only for method tracer.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 
 from tracer.errors import UserError
 from tracer.settings import as_paths, check_ranges
-from tracer.train.config import Config
+from tracer.train.config import Config, MethodSettings
 
 NEEDED = ("run.json", "metrics.json", "config.yaml")  # of the folder of a finished run
 
@@ -108,6 +108,7 @@ def fold_again(config: FoldConfig) -> Path:
     from tracer.files import check_output
     from tracer.models.clip import load_clip
     from tracer.models.weights import save_weights
+    from tracer.train.scoring import trained_form, trained_from
 
     about, _, settings = read_run(config.run)
     file = config.run / ("adapters_last.safetensors" if config.last else "adapters.safetensors")
@@ -119,11 +120,14 @@ def fold_again(config: FoldConfig) -> Path:
     check_output(output)
     clip = load_clip(settings["model"], settings["pretrained"])
     _check_start(config.run, about, settings, clip.model.state_dict())
+    method = MethodSettings(contrast=settings["contrast"], logit_bias=settings["logit_bias"])
+    base = trained_from(method, clip.model.state_dict())
     try:
-        state = fold(clip.model.state_dict() | read_adapters(file, clip.name), config.alpha)
+        state = fold(base | read_adapters(file, clip.name), config.alpha)
     except ValueError as error:
         raise UserError(str(error)) from error
-    save_weights(state, output, clip.architecture.metadata())
+    architecture = replace(clip.architecture, form=trained_form(method, clip))
+    save_weights(state, output, architecture.metadata())
     return output
 
 
@@ -140,9 +144,11 @@ def average(config: WiseConfig) -> Path:
     """Write the average of two models' weights, and return the path of the file.
 
     Raises:
-        UserError: the models differ in their architecture.
+        UserError: the models differ in their architecture, or in the form of their loss. A run's own start may
+            have had another: the average is then used as the run's weights are.
     """
     from tracer.files import check_output
+    from tracer.models.architecture import one_form
     from tracer.models.choice import choose_model
     from tracer.models.clip import load_clip
     from tracer.models.soups import interpolate
@@ -157,6 +163,7 @@ def average(config: WiseConfig) -> Path:
         start = load_clip(settings["model"], settings["pretrained"])
     else:
         start = load_clip(choose_model("auto", str(config.b)).model, str(config.a))
+        one_form({str(config.a): start.form, str(config.b): end.form})
     state = interpolate(start.model.state_dict(), end.model.state_dict(), config.alpha)
     save_weights(state, config.output, end.architecture.metadata())
     return config.output

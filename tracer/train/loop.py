@@ -437,9 +437,8 @@ def objective(config: Config, model: nn.Module) -> TracerLoss:
         UserError: settings that have no meaning for the model's form of the contrastive term.
     """
     contrast = config.contrast or contrast_of(model)
-    # What r-adapter publishes for its softmaxes stands in the settings that a run keeps.
-    published = recipes.R_ADAPTER.smoothing if config.method == "r-adapter" else 0.0
-    if contrast == "sigmoid" and config.smoothing not in (None, 0.0, published):
+    # R-Adapter's own ε is for its softmaxes: only one that the user chose has lost its meaning.
+    if contrast == "sigmoid" and config.smoothing:
         raise UserError(
             f"--smoothing {config.smoothing} has no meaning for the sigmoid of each pair: leave it out, or give "
             "--contrast softmax"

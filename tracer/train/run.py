@@ -7,7 +7,7 @@ import socket
 import time
 import warnings
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +54,16 @@ from tracer.train.log import StepLog, read_log
 from tracer.train.loggers import check_loggers
 from tracer.train.loop import Trained, train
 from tracer.train.ranks import Ranks, check_batch_size, check_mesh, join, ranks
-from tracer.train.scoring import BEST, Baseline, Scorer, Weights, trained_from, whole_models
+from tracer.train.scoring import (
+    BEST,
+    Baseline,
+    Scorer,
+    Weights,
+    trained_form,
+    trained_from,
+    whole_models,
+    with_form_of,
+)
 from tracer.train.start import check_compiler, check_shared
 
 
@@ -120,10 +129,11 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
     torch.manual_seed(config.seed)  # for random initial weights, and for adapters of a given rank
     clip = here.leaders_first(lambda: load_clip(config.model, config.pretrained))
     check_prompts(sets, clip.tokenizer)
+    asked, config = config, with_form_of(config, clip)
     start = {name: value.clone() for name, value in clip.model.state_dict().items()}
     prepare(config, clip.model)
     with ExitStack() as stack:
-        own = here.leaders_first(lambda: identity_of(config, index))
+        own = here.leaders_first(lambda: identity_of(asked, index))
         here.once(lambda: _claim(config.output, own, stack))
         first = Identity(**here.once(lambda: asdict(own)))
         here.agree(lambda: _check_alike(own, first, here))
@@ -137,7 +147,7 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
             log.skipped, log.skipped_in_a_row = here.once(lambda: [log.skipped, log.skipped_in_a_row])
             if here.first:
                 announce(index, clip.picture_format, config, compute_device())
-                (folder / "config.yaml").write_text(config.to_yaml())
+                (folder / "config.yaml").write_text(asked.to_yaml())
                 note_start(config, index, sets, here)
             scorer = _scorer(config, sets, start, folder, series) if here.first else None
             title = series.title if series else config.output.name
@@ -146,7 +156,7 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
             return config.output
         began = trained_from(config, start)
         frozen = {n: began[n] for n in _frozen(clip.model)}
-        name, architecture = clip.name, clip.architecture
+        name, architecture = clip.name, replace(clip.architecture, form=trained_form(config, clip))
         del clip  # frees the engine's weights, to which its model is tied
         weights = _export(config, _exact(trained, frozen), start, folder, name, architecture)
         if scorer.best:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,9 +15,11 @@ from tracer.evaluation.scores import Scored, Scores, add_gains, finite
 from tracer.evaluation.sets import EvaluationSet
 from tracer.evaluation.zero_shot import evaluate_sets
 from tracer.machine import compute_device
-from tracer.models.clip import Clip, load_clip
+from tracer.models.architecture import Form
+from tracer.models.clip import Clip, contrast_of, load_clip
 from tracer.models.weights import save_weights
-from tracer.train.config import Config
+from tracer.recipes import SIGLIP_BIAS
+from tracer.train.config import Config, MethodSettings
 
 Weights = dict[str, Tensor]  # a state dict in float32
 
@@ -23,8 +27,26 @@ Baseline = dict[str, Scored]  # the start's scores by set, with what they were m
 
 BEST = "best.safetensors"  # the file of --keep_best
 
+AnySettings = TypeVar("AnySettings", bound=MethodSettings)
 
-def trained_from(config: Config, start: Weights) -> Weights:
+
+def trained_form(settings: MethodSettings, start: Clip) -> Form:
+    """Return the form of the loss with which ``start`` is trained: the settings', else the one it came with."""
+    contrast = settings.contrast or start.form.contrast
+    if contrast == "softmax" or contrast_of(start.model) == "sigmoid":
+        return Form(contrast)
+    fixed = (settings.logit_bias, start.form.logit_bias, SIGLIP_BIAS)
+    return Form(contrast, next(bias for bias in fixed if bias is not None))
+
+
+def with_form_of(settings: AnySettings, start: Clip) -> AnySettings:
+    """Return the settings with the form of the loss that ``start`` came with, in place of what they leave open."""
+    form = trained_form(settings, start)
+    bias = settings.logit_bias if form.logit_bias is None else form.logit_bias
+    return dataclasses.replace(settings, contrast=form.contrast, logit_bias=bias)
+
+
+def trained_from(config: MethodSettings, start: Weights) -> Weights:
     """Return the weights that the training began with: those of the start, and the logit bias of the settings."""
     if config.logit_bias is None or "logit_bias" not in start:
         return start
@@ -71,7 +93,7 @@ class Scorer:
     def baseline(self) -> Baseline:
         """Return the start's scores, measured at the first call."""
         if self._baseline is None:
-            self._baseline = self._measure(self.start)
+            self._baseline = self._measure(self.start, self._loaded().form)
         return self._baseline
 
     def scores(self, weights: dict[str, Weights]) -> dict[str, Scores]:
@@ -80,7 +102,7 @@ class Scorer:
             return {}
         scored = {"zero-shot": self.baseline}
         for name, state in weights.items():
-            scored[name] = self._measure(state)
+            scored[name] = self._measure(state, self._form)
             add_gains(scored[name], self.baseline)
         return {
             model: {of: finite(each.score) for of, each in sets.items()} for model, sets in scored.items()
@@ -91,14 +113,15 @@ class Scorer:
         models = whole_models(self.config, self.start, student, teacher)
         rows: dict[str, float] = {}
         for name, state in models.items():
-            for of, each in self._measure(state).items():
+            for of, each in self._measure(state, self._form).items():
                 measures = dict.fromkeys([each.score["measure"], "accuracy", "ece"])
                 rows |= {f"eval/{name}/{of}/{m}": each.score[m] for m in measures if m in each.score}
         if self.config.keep_best:
             value = rows[self._best_key]
             if self.best is None or value > self.best[1]:
                 self.best = step, value
-                save_weights(models["student"], self.folder / BEST, self._loaded().architecture.metadata())
+                architecture = dataclasses.replace(self._loaded().architecture, form=self._form)
+                save_weights(models["student"], self.folder / BEST, architecture.metadata())
         return rows
 
     def remember(self, rows: list[dict[str, float]]) -> None:
@@ -114,8 +137,13 @@ class Scorer:
         (kept,) = (each for each in self.sets if each.name == self.config.keep_best)
         return f"eval/student/{kept.name}/{kept.measure}"
 
-    def _measure(self, state: Weights) -> Baseline:
-        clip = self._loaded()
+    @property
+    def _form(self) -> Form:
+        """The form of what is trained."""
+        return trained_form(self.config, self._loaded())
+
+    def _measure(self, state: Weights, form: Form) -> Baseline:
+        clip = dataclasses.replace(self._loaded(), trained_with=form)
         clip.model.load_state_dict(state)
         return evaluate_sets(
             clip,
