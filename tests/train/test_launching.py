@@ -54,7 +54,7 @@ def _cluster(*arguments: str) -> str:
     variables = os.environ | {"TRACER_CLUSTER": NAME, "TRACER_NET": f"10.{100 + os.getpid() % 100}.0"}
     done = subprocess.run([CLUSTER, *arguments], env=variables, capture_output=True, text=True, timeout=300)
     if done.returncode:
-        raise RuntimeError(done.stderr)
+        raise RuntimeError(done.stderr or f"{CLUSTER.name} ended with {done.returncode}")
     return done.stdout
 
 
