@@ -199,7 +199,7 @@ def _terms_of(call: Call, ranks: _sigmoid.Ranks | None = None) -> tuple[Tensor, 
         if (
             not options.crossed
         ):  # diagnostics alone, which have no gradient: no backward walk for a gradient of 0
-            inputs = Inputs(*(None if x is None else x.detach() for x in inputs))
+            inputs = Inputs(*(None if x is None else x.detach() for x in inputs))  # type: ignore[arg-type]
     if options.one_way_back:
         inputs, options = transposed(inputs, options)
         ranks = ranks and ranks.transposed()

@@ -43,7 +43,7 @@ def with_form_of(settings: AnySettings, start: Clip) -> AnySettings:
     """Return the settings with the form of the loss that ``start`` came with, in place of what they leave open."""
     form = trained_form(settings, start)
     bias = settings.logit_bias if form.logit_bias is None else form.logit_bias
-    return dataclasses.replace(settings, contrast=form.contrast, logit_bias=bias)
+    return dataclasses.replace(settings, contrast=form.contrast, logit_bias=bias)  # type: ignore[arg-type]
 
 
 def trained_from(config: MethodSettings, start: Weights) -> Weights:
