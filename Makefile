@@ -36,7 +36,7 @@ $(READY): requirements.lock setup.py
 	@echo "Setting up $(VENV): about 6 GB, a few minutes on the first time"
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --no-compile --progress-bar on -r requirements.lock
+	$(BIN)/pip install --quiet --progress-bar on -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $(READY)
 
