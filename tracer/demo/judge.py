@@ -23,6 +23,7 @@ from tracer.evaluation.sets import EvaluationSet
 from tracer.evaluation.zero_shot import classifier, evaluate_sets, predict
 from tracer.machine import compute_device
 from tracer.models.clip import Clip, load_clip
+from tracer.models.heads import load_state, start_head
 from tracer.models.soups import interpolate
 from tracer.train.log import read_log
 from tracer.train.scoring import Baseline
@@ -69,7 +70,7 @@ class Judge:
 
     def scored(self, weights: Weights) -> dict[str, Scored]:
         """Return the scores of the model with these weights, with their gains once the start is scored."""
-        self.clip.model.load_state_dict(weights)
+        load_state(self.clip.model, weights)
         scored = evaluate_sets(
             self.clip, self.sets, workers=self.workers, decoded=self.decoded, max_bad=self.max_bad
         )
@@ -93,7 +94,7 @@ class Judge:
 
     def interpolated(self, folder: Path, alpha: float) -> Weights:
         """Return (1 − α) start + α student of a run (WiSE-FT)."""
-        return interpolate(self.start, load_file(folder / "student.safetensors"), alpha)
+        return interpolate(self.start | start_head(folder), load_file(folder / "student.safetensors"), alpha)
 
     def folded(self, folder: Path, alpha: float, file: str = "adapters") -> Weights:
         """Return the start with a run's adapters folded in, scaled by α."""
@@ -131,7 +132,7 @@ def choose_examples(judge: Judge, runs: dict[str, Path], per_set: int = 4) -> Ro
 
 def _predictions(judge: Judge, state: Weights, samples: list[EvaluationSet]) -> list[list[tuple[str, float]]]:
     """Return the most probable class and its probability, for each picture of each sample."""
-    judge.clip.model.load_state_dict(state)
+    load_state(judge.clip.model, state)
     weights = {id(each.prompts): classifier(judge.clip, each.prompts) for each in samples}
     predictions = []
     for each in samples:

@@ -14,6 +14,7 @@ from tracer.evaluation.sets import EvaluationSet
 from tracer.evaluation.zero_shot import evaluate_sets
 from tracer.machine import compute_device
 from tracer.models.clip import Clip, load_clip
+from tracer.models.heads import load_state
 from tracer.models.weights import save_weights
 from tracer.train.config import Config
 
@@ -116,7 +117,7 @@ class Scorer:
 
     def _measure(self, state: Weights) -> Baseline:
         clip = self._loaded()
-        clip.model.load_state_dict(state)
+        load_state(clip.model, state)
         return evaluate_sets(
             clip,
             self.sets,
