@@ -185,7 +185,9 @@ class Figures:
         for method in self.results.main:
             self._seeds_and_mean(ax, method, shifted)
         ax.margins(0.09)
-        ax.set_xlabel(f"Accuracy in distribution, %\n({home.detail})")  # two lines: a long one would be cut off
+        ax.set_xlabel(
+            f"Accuracy in distribution, %\n({home.detail})"
+        )  # two lines: a long one would be cut off
         ax.set_ylabel(f"Accuracy under shift, %\n({shifted.detail})")
         _legend_below(ax)
         return self.svg(ax, "Accuracy in distribution against accuracy under shift, one marker per method")

@@ -369,13 +369,15 @@ def _domain(content: dict[str, Any]) -> Domain:
 
 
 def _run(content: dict[str, Any]) -> Run:
-    scores = content.get("eval") or {}
+    scores = {str(of): score or {} for of, score in (content.get("eval") or {}).items()}
     return Run(
         reliability={
             of: [_numbers(b) for b in score.get("reliability") or ()] for of, score in scores.items()
         },
         by_class={
-            of: {name: (number(n), number(right)) for name, (n, right) in score.get("by_class", {}).items()}
+            of: {
+                name: (number(n), number(right)) for name, (n, right) in (score.get("by_class") or {}).items()
+            }
             for of, score in scores.items()
         },
         seed=content.get("seed"),
