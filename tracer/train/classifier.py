@@ -42,8 +42,8 @@ def begin_classifier(config: Config, clip: Clip, index: Index, sets: list[Evalua
         set_class_head(clip.model, None)
     elif own is None or own.classes != index.classes:
         set_class_head(clip.model, None)
-        rows = classifier(clip, _prompts(config, index, sets)) * logit_scale(clip)
-        set_class_head(clip.model, ClassHead(rows.detach().float(), index.classes))
+        rows = classifier(clip, _prompts(config, index, sets)).clone()  # it was made in inference mode
+        set_class_head(clip.model, ClassHead(rows * logit_scale(clip).detach(), index.classes))
 
 
 def check_classes(config: Config, index: Index) -> None:
