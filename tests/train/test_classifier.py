@@ -48,7 +48,7 @@ def test_a_classifier_equals_a_plain_torch_loop(config, kind):
     student, log = load_file(folder / "student.safetensors"), read_log(folder)
     clip, index = load_clip(config.model, config.pretrained), read_index(config.train_data)
     start = {name: value.clone() for name, value in clip.model.state_dict().items()}
-    head = zero_shot(clip, index.classes).clone().requires_grad_()
+    head = zero_shot(clip, index.classes).detach().clone().requires_grad_()
     towers = [p for n, p in clip.model.named_parameters() if n.startswith("visual.")]
     decay = config.recipe.weight_decay
     groups = [

@@ -81,7 +81,7 @@ def class_changes(
     if base is None:
         return []
     start = _right_by_class(base, column.domains)
-    found = []
+    table = []
     for method in results.main:
         end = _right_by_class(method, column.domains) if method is not base else {}
         changes = [
@@ -93,8 +93,8 @@ def class_changes(
         falls = [c for c in changes[:most] if c.after < c.before]
         rises = [c for c in changes[::-1][:most] if c.after > c.before]
         if changes:
-            found.append((method, rises, falls))
-    return found
+            table.append((method, rises, falls))
+    return table
 
 
 def _right_by_class(method: Method, domains: tuple[str, ...]) -> dict[str, tuple[float, float]]:

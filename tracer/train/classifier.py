@@ -19,7 +19,7 @@ from tracer.train.config import Config
 from tracer.train.engine import mixed_precision
 
 if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
+    from tracer.train.engine import DeepSpeedEngine
 
 
 def begin_classifier(config: Config, clip: Clip, index: Index, sets: list[EvaluationSet]) -> None:
