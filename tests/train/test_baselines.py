@@ -203,7 +203,7 @@ def test_the_users_own_settings_come_first():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"baseline": "l2sp"}, r"--baseline is 'l2sp': it must be one of flyp, flyp-multi, l2-sp"),
+        ({"baseline": "l2sp"}, r"--baseline is 'l2sp': it must be one of flyp, flyp-multi, linear-probe"),
         ({"l2_sp": -1.0}, "--l2_sp is -1.0: it must be at least 0"),
         ({"ldreg_neighbours": 1}, "--ldreg_neighbours is 1: it must be at least 2"),
         ({"teacher_temperature": 0.0}, "--teacher_temperature is 0.0: it must be above 0"),
