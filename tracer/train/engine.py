@@ -87,8 +87,8 @@ def lr_schedule(config: Config, optimizer: Optimizer) -> LRScheduler:
 def two_stages(config: Config, optimizer: Optimizer) -> LRScheduler:
     """Return LP-FT's learning rates: each half of the steps has its own warm-up and its own cosine to 0.
 
-    The last group of the optimizer is the classifier's. The rate of all others is 0 in the first half. The optimizer
-    is one for both halves: at ZeRO stages 1 and 2 its bias correction has counted the first half's steps too.
+    The last group of the optimizer is the classifier's. The rate of all others is 0 in the first half. Both halves
+    have one optimizer: at ZeRO stages 1 and 2 its bias correction has counted the first half's steps too.
     """
     first, total = config.total_steps // 2, config.total_steps
 
