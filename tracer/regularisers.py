@@ -33,7 +33,8 @@ def local_dimension(features: Tensor, neighbours: int) -> Tensor:
     """Return the local intrinsic dimension of each row, estimated by the method of moments [N].
 
     LID = m / (r_k − m), where r_k is the distance to the k-th nearest other row and m the mean distance to the k
-    nearest (Amsaleg et al. 2018, as LDReg uses it).
+    nearest (Amsaleg et al. 2018, as LDReg uses it). LDReg's published code takes the mean over the k − 1 nearest,
+    and lets no gradient flow to the neighbours; ours does.
 
     Args:
         features: [N, D].
@@ -58,8 +59,9 @@ def local_dimension(features: Tensor, neighbours: int) -> Tensor:
 
 
 def ldreg(features: Tensor, neighbours: int = 64) -> Tensor:
-    """Return −mean log LID, which spreads features over more dimensions (LDReg: Huang et al. 2024, arXiv "
-    "2401.10474).
+    """Return −mean log LID, which spreads features over more dimensions.
+
+    Source: LDReg (Huang et al. 2024, arXiv 2401.10474, equation 1).
 
     This is the paper's L1 form: the negative logarithm of the geometric mean of the local dimensions.
 
@@ -100,7 +102,10 @@ def gradient_distance(
 ) -> Tensor:
     """Return the distance of both models' gradients (gradient distillation of CLIP-KD, arXiv 2307.12732, eq. 8).
 
-    The mean over all entries of (∂L/∂u − ∂L'/∂u')² plus the same for the texts.
+    The mean over all entries of (∂L/∂u − ∂L'/∂u')² plus the same for the texts. The published code differs from
+    the
+    paper: it takes each direction of the loss by itself, and divides the similarities by σ where the loss
+    multiplies them, so its distance is smaller by orders of magnitude, and the same weight counts for less.
 
     Args:
         student: image features, text features, σ.

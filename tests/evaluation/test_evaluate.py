@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tracer.data.build import read_index
 from tracer.errors import UserError
 from tracer.evaluation.config import EvaluateConfig
 from tracer.evaluation.evaluate import evaluate
+from tracer.evaluation.scores import numbers_alone
 from tracer.evaluation.zero_shot import evaluate_zero_shot
 from tracer.models.clip import load_clip
 from tracer.models.imagenet import wnids
@@ -45,7 +47,15 @@ def test_evaluate_writes_what_it_returns(tiny_config, drawings, tmp_path):
     sets = [read_index(path, name) for name, path in config.eval_data.items()]
     clip = load_clip(str(tiny_config), str(start))
     for name, score in evaluate_zero_shot(clip, sets, classes).items():
-        assert scores[name] == pytest.approx(score)
+        assert numbers_alone(scores)[name] == pytest.approx(numbers_alone({name: score})[name])
+        truth = next(index for index in sets if index.name == name).labels
+        counts = scores[name]["by_class"]
+        assert {of: pictures for of, (pictures, _) in counts.items()} == Counter(truth)
+        assert sum(right for _, right in counts.values()) / len(truth) == scores[name]["accuracy"]
+        bins = scores[name]["reliability"]
+        assert sum(b["pictures"] for b in bins) == len(truth)
+        gaps = sum(b["pictures"] * abs(b["accuracy"] - b["confidence"]) for b in bins)
+        assert gaps / len(truth) == pytest.approx(score["ece"], abs=1e-6)
 
 
 def test_the_command_prints_the_scores(tiny_config, drawings, tmp_path, capsys):

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 from report.samples import METHODS, Page, draw_icon, read_page, sample_content
 
 from tracer.errors import UserError
-from tracer.report import page, sentences
+from tracer.report import figures, page, sentences, tables
 from tracer.report.results import NBSP, Results
 
 
@@ -50,6 +51,77 @@ def test_every_table_number_equals_the_results(written: tuple[dict[str, Any], st
     teacher = [run["teacher_eval"]["gnome"]["accuracy"] for run in content["methods"][2]["runs"]]
     assert shown.values["teacher/ema/in-distribution"] == pytest.approx(statistics.fmean(teacher))
     assert "teacher/flyp/in-distribution" not in shown.values, "a method without a teacher has no teacher row"
+
+
+def detailed(folder: Path) -> dict[str, Any]:
+    """Sample results with bins of confidence and counts of classes for the start and one method."""
+    content = sample_content(folder, seeds=2, steps=2)
+    content["methods"] = content["methods"][:2]
+    content.update(curves=[], examples=[])
+    for method, right in zip(content["methods"], (2, 3), strict=True):
+        for run in method["runs"]:
+            run["log"] = []
+            for score in run["eval"].values():
+                score["reliability"] = [
+                    {"pictures": 40, "confidence": 0.25, "accuracy": 0.5},
+                    {"pictures": 60, "confidence": 0.9, "accuracy": 0.1 * right},
+                ]
+                score["by_class"] = {"up": [4, right], "down": [5, 5 - right], "same": [3, 1]}
+    return content
+
+
+def test_reliability_and_classes_are_shown(tmp_path: Path, written: tuple[dict[str, Any], str, Page]) -> None:
+    content = detailed(tmp_path)
+    results = Results.from_json(content)
+    ((method, rises, falls),) = tables.class_changes(results)
+    assert method.key == "flyp"
+    # three shifted sets of 4 and 5 pictures; the start has 2 and 3 of each right, the method 3 and 2
+    assert rises == [tables.ClassChange("up", 12, 0.5, 0.75)]
+    assert falls == [tables.ClassChange("down", 15, pytest.approx(0.6), pytest.approx(0.4))]
+    text = page.render(results, tmp_path)
+    assert "up 50.0 → 75.0" in text
+    assert "down 60.0 → 40.0" in text
+    assert text.count('aria-label="Reliability on ') == len(content["domains"])
+    assert "Reliability on" not in written[1]
+    assert 'id="classes"' not in written[1]
+
+
+def test_a_bin_of_few_pictures_is_left_out(tmp_path: Path) -> None:
+    results = Results.from_json(detailed(tmp_path))
+    for run in results.methods[1].runs:
+        run.reliability["gnome"].append({"pictures": 0.4, "confidence": 0.5, "accuracy": 1.0})
+    lines: list[tuple[list[float], list[float]]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        plot = Axes.plot
+
+        def kept(ax: Axes, x: Any, y: Any, **how: Any) -> Any:
+            lines.append((list(x), list(y)))
+            return plot(ax, x, y, **how)
+
+        patch.setattr(Axes, "plot", kept)
+        figures.Figures(results).reliability(results.domains[0])
+    assert lines[2] == (pytest.approx([25, 90]), pytest.approx([50, 30]))
+
+
+def test_an_incomplete_set_is_marked_in_every_table_and_figure(
+    tmp_path: Path, written: tuple[dict[str, Any], str, Page]
+) -> None:
+    assert "incomplete" not in written[1]
+    content = sample_content(tmp_path, seeds=1, steps=2)
+    content["methods"] = content["methods"][:3]
+    for run in (run for method in content["methods"] for run in method["runs"]):
+        run["log"] = []
+    for domain in content["domains"]:
+        domain["expected"] = domain["pictures"] + (domain["name"] in ("gnome", "papirus"))
+    results = Results.from_json(content)
+    text = page.render(results, tmp_path)
+    tables_shown = re.findall(r"<table>.*?</table>", text, re.DOTALL)
+    with_domains = [t for t in tables_shown if "papirus" in t]
+    assert len(with_domains) >= 4  # accuracy, its teachers, every run, calibration
+    assert all("incomplete: " in t for t in with_domains)
+    assert all("gnome, incomplete" in t or "gnome<small>accuracy, %; incomplete" in t for t in with_domains)
+    assert "papirus (shifted, incomplete)" in text
+    assert "oxygen (shifted)" in text
 
 
 def test_page_tells_where_it_comes_from(written: tuple[dict[str, Any], str, Page]) -> None:

@@ -28,6 +28,15 @@ def test_printed_table_equals_the_results(tmp_path: Path, capsys: pytest.Capture
     assert " ".join(sentences.headline(Results.from_json(content)).split()) in " ".join(out.split())
 
 
+def test_an_incomplete_set_is_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = sample_content(tmp_path, steps=2)
+    content["domains"][2]["expected"] = content["domains"][2]["pictures"] + 1
+    terminal.print_results(Results.from_json(content))
+    head = capsys.readouterr().out.split("Zero-shot")[0]
+    assert re.search(r"mean of 3, some\s+incomplete", head)
+    assert len(re.findall("incomplete", head)) == 2  # the mean and the set itself
+
+
 def test_printed_table_survives_an_ascii_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = sample_content(tmp_path, steps=2)
     content["methods"][1]["name"] = "FLYP 文"

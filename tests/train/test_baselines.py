@@ -13,10 +13,11 @@ from tracer.data.batches import TrainingBatches
 from tracer.data.build import read_index
 from tracer.errors import UserError
 from tracer.models.clip import encode, load_clip
+from tracer.models.heads import Fusion
 from tracer.ops import contrastive_loss
 from tracer.train.baselines import BASELINES
 from tracer.train.config import Config
-from tracer.train.engine import lr_schedule
+from tracer.train.engine import lr_schedule, step_seed
 from tracer.train.log import read_log
 from tracer.train.run import finetune
 
@@ -59,6 +60,80 @@ def plain(config, start, weights, batch, model, teacher):
             far = sum(((x - y) ** 2).mean() for x, y in zip(own, goal, strict=True))
             loss = loss + config.distill_weight * config.gradient * far
     return loss
+
+
+def dropped(tower, images, share):
+    """The features of pictures of which a random share of the patches is left out, from the tower's own parts."""
+    x = tower.conv1(images).flatten(2).transpose(1, 2)
+    token = tower.class_embedding.expand(len(x), 1, -1)
+    x = torch.cat([token, x], 1) + tower.positional_embedding
+    keep = max(1, int((x.shape[1] - 1) * (1 - share)))
+    chosen = torch.randn(len(x), x.shape[1] - 1).topk(keep, dim=-1).indices
+    patches = x[:, 1:].gather(1, chosen[:, :, None].expand(-1, -1, x.shape[2]))
+    x = tower.transformer(tower.ln_pre(torch.cat([x[:, :1], patches], 1)))
+    return tower.ln_post(x[:, 0]) @ tower.proj
+
+
+@pytest.mark.parametrize("kind", ["mask", "augmented"])
+def test_masked_and_augmented_features_equal_a_plain_torch_loop(config, kind):
+    changes = {"mask": 0.75} if kind == "mask" else {"augmented": 2.0}
+    changes |= ALONE | {"relational": 5.0, "clip_grad": 0.0, "lr": 3e-3, "eval_data": {}, "steps": 3}
+    config = dataclasses.replace(config, warmup=1, **changes)
+    start, fusions = load_clip(config.model, config.pretrained), []
+    made = Fusion.__init__
+
+    def remembered(self, width):
+        made(self, width)
+        fusions.append({name: value.clone() for name, value in self.state_dict().items()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fusion, "__init__", remembered)
+        folder = finetune(config)
+    student, log = load_file(folder / "student.safetensors"), read_log(folder)
+    assert student.keys() == start.model.state_dict().keys()
+    assert load_file(folder / "teacher.safetensors").keys() == student.keys()
+    clip, teacher = load_clip(config.model, config.pretrained), start.model.eval()
+    trained = dict(clip.model.named_parameters())
+    if fusions:
+        own = {name: value.clone().requires_grad_() for name, value in fusions[0].items()}
+        trained |= own
+    groups = [{"params": [w for w in trained.values() if w.ndim >= 2]}]
+    groups += [{"params": [w for w in trained.values() if w.ndim < 2], "weight_decay": 0.0}]
+    decay = config.recipe.weight_decay
+    adam = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=decay)
+    rate = lr_schedule(config, adam)
+    options = {"batch_size": 16, "steps": 3, "seed": 0, "crop_scale": config.crop_scale}
+    losses = []
+    for step, batch in enumerate(TrainingBatches(read_index(config.train_data), clip, **options), 1):
+        torch.manual_seed(step_seed(config.seed, step))
+        u, v, scale = encode(clip.model, batch.image, batch.text)
+        if kind == "mask":
+            u = torch.nn.functional.normalize(dropped(clip.model.visual, batch.image, 0.75), dim=1)
+        with torch.no_grad():
+            a, b, other = encode(teacher, batch.image, batch.text)
+        result = contrastive_loss(
+            u, v, scale, labels=batch.label, teacher_image=a, teacher_text=b, teacher_logit_scale=other,
+            relational=1.0, impl="eager",
+        )  # fmt: skip
+        loss = result.terms["contrastive"] + config.distill_weight * 5.0 * result.terms["relational"]
+        if fusions:
+            fused = []
+            for tower, pair in (("image", (u, a)), ("text", (v, b))):
+                x = torch.cat(pair, 1) @ own[f"{tower}.weight"].T + own[f"{tower}.bias"]
+                fused.append(x / x.norm(dim=1, keepdim=True))
+            z = own["log_scale"].exp() * fused[0] @ fused[1].T
+            positive = (batch.label[:, None] == batch.label).float()
+            q = positive / positive.sum(1, keepdim=True)
+            far = -(q * z.log_softmax(1)).sum(1).mean() / 2 - (q * z.T.log_softmax(1)).sum(1).mean() / 2
+            loss = loss + config.distill_weight * 2.0 * far
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        rate.step()
+        losses.append(loss.item())
+    assert [row["loss"] for row in log] == pytest.approx(losses, rel=2e-3)
+    for name, value in clip.model.state_dict().items():
+        torch.testing.assert_close(student[name], value, rtol=2e-3, atol=2e-3)
 
 
 ALONE = {"interactive": 0.0, "cross": 0.0, "feature": 0.0, "projection_product": 0.0, "teacher": "frozen"}
@@ -108,8 +183,13 @@ def test_a_switch_sets_what_its_source_says():
     assert (made["l2-sp"].l2_sp, made["ldreg"].ldreg, made["ldreg"].ldreg_neighbours) == (0.01, 0.01, 64)
     assert [made[name].teacher for name in ("frozen", "ema", "wma")] == ["frozen", "ema", "wma"]
     carot = made["carot"]
-    assert (carot.distill_weight * carot.relational, carot.projection_orthogonal) == (1.5, 0.2)
-    assert (carot.feature, carot.interactive, carot.cross, carot.projection_product) == (0, 0, 0, 0)
+    # 1.5 times the sum of both directions' KL, of which CRD is the mean
+    assert (carot.distill_weight * carot.relational, carot.projection_orthogonal) == (2 * 1.5, 0.2)
+    assert (carot.feature, carot.interactive, carot.cross, carot.projection_product) == (0, 0, 0, 0.05)
+    assert [made[n].classifier for n in ("linear-probe", "cross-entropy", "lp-ft")] == [
+        "probe", "whole", "probe-first",
+    ]  # fmt: skip
+    assert (made["masked-feature"].mask, made["augmented-feature"].augmented) == (0.75, 1.0)
     for config in made.values():
         config.validate()
         assert Config(**vars(config)) == config  # what a run writes down gives the same settings again
@@ -123,10 +203,13 @@ def test_the_users_own_settings_come_first():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"baseline": "l2sp"}, r"--baseline is 'l2sp': it must be one of flyp, flyp-multi, l2-sp"),
+        ({"baseline": "l2sp"}, r"--baseline is 'l2sp': it must be one of flyp, flyp-multi, linear-probe"),
         ({"l2_sp": -1.0}, "--l2_sp is -1.0: it must be at least 0"),
         ({"ldreg_neighbours": 1}, "--ldreg_neighbours is 1: it must be at least 2"),
         ({"teacher_temperature": 0.0}, "--teacher_temperature is 0.0: it must be above 0"),
+        ({"mask": 1.0}, "--mask is 1.0: it must be at least 0 and below 1"),
+        ({"method": "flyp", "augmented": 1.0}, "--augmented 1 needs a teacher, which --method flyp has not"),
+        ({"augmented": 1.0, "micro_batch": 4}, "--augmented needs the whole weights in each pass: leave out"),
         ({"method": "flyp", "gradient": 1.0}, "--gradient 1 needs a teacher, which --method flyp has not"),
         ({"l2_sp": 0.1, "micro_batch": 4}, "--l2_sp needs the whole weights in each pass: leave out"),
         ({"l2_sp": math.nan}, "--l2_sp is nan: it must be at least 0"),

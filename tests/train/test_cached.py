@@ -23,9 +23,9 @@ from tracer.models.clip import encode, load_clip, texts_stand_alone
 from tracer.models.towers import encode_text_first
 from tracer.ops import ContrastiveOutput
 from tracer.train.config import Config
-from tracer.train.engine import full_weights
+from tracer.train.engine import full_weights, step_seed
 from tracer.train.log import read_log
-from tracer.train.loop import Trainer, objective, step_seed
+from tracer.train.loop import Trainer, objective
 from tracer.train.run import adapt, finetune
 
 STEPS = 3

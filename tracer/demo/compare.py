@@ -18,7 +18,7 @@ from tracer.errors import UserError
 from tracer.evaluation.evaluate import refuse_nothing
 from tracer.evaluation.recognise import check_eval_data, read_sets
 from tracer.evaluation.record import digest_of_start, head
-from tracer.evaluation.scores import Scores, finite
+from tracer.evaluation.scores import Scores, finite, numbers_alone
 from tracer.evaluation.sets import EvaluationSet
 from tracer.files import check_folder, claim_folder, whole_file, write_json
 from tracer.machine import machine, versions
@@ -57,25 +57,34 @@ def demo(config: DemoConfig) -> Path:
     methods, curves = score_all(config, runs, judge, start)
     examples = choose_examples(judge, {key: runs[key][0] for key in METHODS})
     clock.lap("evaluation")
-    weights: dict[str, str | None] = {
-        "zero-shot": digest_of_start(config.model, config.pretrained, judge.start)
-    }
-    results = {
-        **head("comparison", judge.clip.name, weights, sets),
-        "title": "Robust fine-tuning, compared",
+    results = {"methods": methods, "curves": curves, "examples": examples}
+    about = described(config, judge, clock, "Robust fine-tuning, compared", command)
+    return report(about | results, config.output)
+
+
+def described(config: DemoConfig, judge: Judge, clock: Clock, title: str, command: str) -> dict[str, Any]:
+    """Return what the results of every comparison say beside their numbers.
+
+    Args:
+        config: settings of the comparison.
+        judge: of its evaluation sets.
+        clock: of its parts.
+        title: of the report.
+        command: that repeats it.
+    """
+    weights = {"zero-shot": digest_of_start(config.model, config.pretrained, judge.start)}
+    return {
+        **head("comparison", judge.clip.name, weights, judge.sets),
+        "title": title,
         "command": command,
         "start": describe_start(config, judge.clip),
-        "domains": describe_domains(config, sets),
-        "methods": methods,
-        "curves": curves,
-        "examples": examples,
-        "notices": cautions_of_sizes(sets),
+        "domains": describe_domains(config, judge.sets),
+        "notices": cautions_of_sizes(judge.sets),
         "settings": config.plain() | config.taken(),
         "versions": versions(),
         "machine": machine(),
         "times": clock.laps | {"total": clock.total()},
     }
-    return report(results, config.output)
 
 
 def command_line(config: DemoConfig) -> str:
@@ -197,7 +206,9 @@ def method_row(key: str, name: str, note: str, runs: Rows, variant_of: str | Non
 def _curve(key: str, name: str, rows: dict[float, Rows]) -> dict[str, Any]:
     """Return points from the start (α = 0) to what was trained, made of α → a row for each seed."""
     points = [
-        {"alpha": alpha, "seed": row["seed"], "eval": row["eval"]} for alpha in rows for row in rows[alpha]
+        {"alpha": alpha, "seed": row["seed"], "eval": numbers_alone(row["eval"])}
+        for alpha in rows
+        for row in rows[alpha]
     ]
     return {"key": key, "name": name, "points": sorted(points, key=lambda p: (p["seed"], p["alpha"]))}
 

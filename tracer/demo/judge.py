@@ -26,6 +26,7 @@ from tracer.machine import compute_device
 from tracer.models.architecture import Form, saved_architecture
 from tracer.models.choice import STUDENT
 from tracer.models.clip import Clip, load_clip
+from tracer.models.heads import load_state, start_head
 from tracer.models.soups import interpolate
 from tracer.train.log import read_log
 from tracer.train.scoring import Baseline, trained_from
@@ -83,7 +84,7 @@ class Judge:
 
     def with_weights(self, weights: Weights, form: Form | None) -> Clip:
         """Return the model with these weights."""
-        self.clip.model.load_state_dict(weights)
+        load_state(self.clip.model, weights)
         return dataclasses.replace(self.clip, trained_with=form or self.clip.form)
 
     def scored(self, weights: Weights, form: Form | None = None) -> dict[str, Scored]:
@@ -115,7 +116,7 @@ class Judge:
 
     def interpolated(self, folder: Path, alpha: float) -> Weights:
         """Return (1 − α) start + α student of a run (WiSE-FT)."""
-        return interpolate(self.start, load_file(folder / STUDENT), alpha)
+        return interpolate(self.start | start_head(folder), load_file(folder / STUDENT), alpha)
 
     def folded(self, folder: Path, alpha: float, file: str = "adapters") -> Weights:
         """Return the start with a run's adapters folded in, scaled by α."""

@@ -15,24 +15,21 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
 
-from tracer.demo.compare import Clock, describe_domains, describe_start, method_row, prepare_data, report
+from tracer.demo.compare import Clock, describe_domains, described, method_row, prepare_data, report
 from tracer.demo.config import SweepConfig
 from tracer.demo.judge import Judge, Weights, finished_run, scored_row
 from tracer.demo.methods import run_once
 from tracer.errors import UserError
 from tracer.evaluation.fisher import fisher_information
 from tracer.evaluation.recognise import read_sets
-from tracer.evaluation.record import digest_of_start, head
-from tracer.evaluation.scores import Scored, Scores, difference, finite
+from tracer.evaluation.scores import Scored, Scores, difference, finite, numbers_alone
 from tracer.evaluation.sets import EvaluationSet
 from tracer.evaluation.zero_shot import classifier
 from tracer.files import check_folder, claim_folder, whole_file, write_json
-from tracer.machine import machine, versions
 from tracer.models.architecture import Form, one_form
 from tracer.models.choice import STUDENT, check_model
 from tracer.models.soups import fisher_weighted, greedy, uniform
 from tracer.train.baselines import BASELINES
-from tracer.train.cautions import cautions_of_sizes
 from tracer.train.config import Config
 from tracer.train.run import training_index
 
@@ -83,22 +80,15 @@ def sweep(config: SweepConfig) -> Path:
     results = Tested(config, judge, seeds).results()
     results |= {"soups": _soups(config, dataclasses.replace(judge, sets=[validation]), judge, choices)}
     clock.lap("evaluation")
-    weights = {"zero-shot": digest_of_start(config.model, config.pretrained, judge.start)}
     results |= {
-        **head("comparison", judge.clip.name, weights, sets),
-        "title": "Robust fine-tuning, each method at its best setting",
-        "command": f"tracer sweep --output {config.output}",
-        "start": describe_start(config, judge.clip),
-        "domains": describe_domains(config, sets),
         "examples": [],
         "choices": {method: _described(choice) for method, choice in choices.items()},
-        "notices": cautions_of_sizes(sets),
-        "settings": config.plain() | config.taken(),
-        "versions": versions(),
-        "machine": machine(),
-        "times": clock.laps | {"total": clock.total()},
     }
-    return report(results, config.output)
+    title, command = (
+        "Robust fine-tuning, each method at its best setting",
+        f"tracer sweep --output {config.output}",
+    )
+    return report(described(config, judge, clock, title, command) | results, config.output)
 
 
 def points(grid: dict[str, list[Any]]) -> list[Point]:
@@ -238,7 +228,7 @@ class Tested:
     def _line(self, method: str) -> dict[str, Any]:
         line = sorted((alpha, scored) for (name, alpha), scored in self._at.items() if name == method)
         points = [
-            {"alpha": alpha, "seed": seed, "eval": _scores(scored)}
+            {"alpha": alpha, "seed": seed, "eval": numbers_alone(_scores(scored))}
             for alpha, each in line
             for seed, scored in enumerate(each)
         ]
@@ -292,7 +282,10 @@ def _soups(
         fishers = [_fisher(validation, model, form) for model in models]
         kinds = {"uniform": uniform(models), "greedy": mixed, "fisher": fisher_weighted(models, fishers)}
         soups[method] = {
-            name: {"validation": validate(weights), "eval": _scores(judge.scored(weights, form))}
+            name: {
+                "validation": validate(weights),
+                "eval": numbers_alone(_scores(judge.scored(weights, form))),
+            }
             for name, weights in kinds.items()
         }
         soups[method]["greedy"]["trials"] = [choice.trials[n].folder.name for n in chosen]

@@ -10,16 +10,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tracer.evaluation.intervals import Interval, Sums, draws, interval, mean_over, sums_of
-from tracer.evaluation.metrics import Predictions, classification, worst_region
+from tracer.evaluation.metrics import (
+    Predictions,
+    classification,
+    per_class,
+    reliability,
+    worst_region,
+)
 from tracer.evaluation.retrieval import RECALLS, Ranks
 from tracer.evaluation.sets import EvaluationSet
 
 # A model's results on one set: every measure as a number, the bounds of its interval under ``measure_low`` and
 # ``measure_high``, the number of pictures, of a published set its name and its true number of pictures, and
-# perhaps gains above another model; see add_gains.
+# perhaps gains above another model; see add_gains. Two details are no numbers: ``reliability``, the bins of the
+# calibration error, and ``by_class``, {class: [pictures, right ones]}.
 Score = dict[str, Any]
 Scores = dict[str, Score]  # by name of the evaluation set
 
+DETAILS = ("reliability", "by_class")
 MEASURES = ("accuracy", "top5", "nll", "macro_f1", "worst_region", "ece")
 RETRIEVAL = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in RECALLS)
 
@@ -62,6 +70,9 @@ class Difference(NamedTuple):
 def score_classes(each: EvaluationSet, predictions: Predictions) -> Scored:
     """Return the score of predictions on a set of classes."""
     score: Score = classification(predictions, len(each.class_ids))
+    names = each.class_ids
+    score["by_class"] = {names[n]: [*counts] for n, counts in per_class(predictions).items()}
+    score["reliability"] = reliability(predictions)
     if each.regions:
         score["worst"], score["worst_region"] = worst_region(predictions.correct, each.regions)
     return _with_intervals(Scored(score | _about(each), each, predictions), MEASURES)
@@ -139,6 +150,11 @@ def incomplete(score: Score) -> str:
     if expected is None or expected == score["pictures"]:
         return ""
     return f"{score['pictures']:,} of {expected:,} pictures"
+
+
+def numbers_alone(scores: Scores) -> Scores:
+    """Return scores without the details of their bins and classes."""
+    return {of: {k: v for k, v in score.items() if k not in DETAILS} for of, score in scores.items()}
 
 
 def finite(score: Score) -> Score:

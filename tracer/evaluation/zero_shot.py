@@ -23,6 +23,7 @@ from tracer.evaluation.retrieval import Ranks, ranks
 from tracer.evaluation.scores import Scored, Scores, score_classes, score_retrieval
 from tracer.evaluation.sets import EvaluationSet
 from tracer.models.clip import Clip, bounded_logit_scale
+from tracer.models.heads import class_head
 
 TEXTS_AT_ONCE = 256
 PICTURES_AT_ONCE = 256
@@ -101,11 +102,15 @@ def classifier(clip: Clip, prompts: dict[str, list[str]], *, precision: str = "f
     """Return zero-shot weights [C, D]: per class the normalised mean of its prompts' normalised features.
 
     This is prompt ensembling in feature space (Radford et al. 2021, arXiv 2103.00020, section 3.1.4). The
-    features of :data:`TEXTS_AT_ONCE` prompts are in memory at a time.
+    features of :data:`TEXTS_AT_ONCE` prompts are in memory at a time. A model with a linear classifier gives the
+    rows of that, divided by the logit scale that the logits are multiplied by.
 
     Raises:
-        UserError: a feature is not finite.
+        UserError: a feature is not finite, or the model's own classifier does not know a class.
     """
+    head = class_head(clip.model)
+    if head is not None:
+        return head.rows(prompts) / logit_scale(clip)
     texts = [text for group in prompts.values() for text in group]
     sizes = torch.tensor([len(group) for group in prompts.values()])
     owner = torch.repeat_interleave(torch.arange(len(prompts)), sizes)

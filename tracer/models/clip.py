@@ -21,6 +21,7 @@ from tracer.adapters import Adapter
 from tracer.errors import UserError
 from tracer.models.architecture import Architecture, Form, refuse_another, saved_architecture
 from tracer.models.choice import OWN_WEIGHTS, choose_model
+from tracer.models.heads import head_in, read_head, set_class_head
 from tracer.models.picture_format import PictureFormat
 from tracer.models.registry import Tokenizer, registered_model, registered_names
 from tracer.models.weights import MAX_LOGIT_SCALE, SUFFIXES, check_finite, readable_by_open_clip
@@ -109,6 +110,7 @@ def load_clip(name: str, pretrained: str | None) -> Clip:
         warnings.warn(f"{name} has random weights: give --pretrained to take trained ones", stacklevel=2)
     load = _load_registered if registered else _load_open_clip
     model, tokenizer = load(name, pretrained)
+    set_class_head(model, head_in(read_head(file)) if file else None)
     check_finite(model.state_dict(), f"'{file or pretrained or name}'")
     wanted = open_clip.get_model_preprocess_cfg(model)
     if saved:
@@ -441,6 +443,12 @@ def encode(
         return BiasedFeatures(u, v, scale, bias[0].float().squeeze())
     bounded = scale + (scale.clamp(max=MAX_LOGIT_SCALE) - scale).detach()
     return Features(u, v, bounded)
+
+
+def encode_images(forward: Callable[..., Any], image: Tensor) -> Tensor:
+    """Return the L2-normalised features of pictures alone [N, D], in float32; see :func:`encode`."""
+    output = forward(image)
+    return _unit(output["image_features"] if isinstance(output, dict) else output[0])
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How the towers of a dual encoder run: in which order, with activations that are computed again, and compiled."""
+"""How the towers of a dual encoder run: in which order, with recomputed activations, masked, compiled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from types import MethodType
 from typing import Any
 
 import open_clip
+from open_clip.transformer import PatchDropout
 from torch import Tensor, nn
+
+from tracer.errors import UserError
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -23,6 +26,23 @@ def checkpoint_activations(model: Any) -> None:
     text: Any = getattr(getattr(model, "text", None), "transformer", None)
     if hasattr(text, "gradient_checkpointing_enable"):  # Hugging Face's, which may choose another kind
         text.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def mask_patches(model: Any, share: float) -> None:
+    """Let the image tower see only 1 − ``share`` of the patches of each picture while it trains.
+
+    Other patches are drawn in each step, as in masked feature distillation (CLIP-KD, arXiv 2307.12732, section
+    3.3) and its code, which drops them before the transformer. In evaluation mode, as a teacher is, all are seen.
+
+    Raises:
+        UserError: the tower is not a vision transformer of open_clip's own.
+    """
+    if not hasattr(model.visual, "patch_dropout"):
+        raise UserError(
+            f"--mask {share:g} needs an image tower that is a vision transformer of open_clip's: leave it out, "
+            "or choose another --model"
+        )
+    model.visual.patch_dropout = PatchDropout(share)
 
 
 def compile_towers(model: Any, **options: Any) -> None:

@@ -39,6 +39,8 @@ PREFIXES = ("module.", "model.")  # what DistributedDataParallel and Lightning p
 # Entries beside the weights: of OpenAI's archives, and of torch's AveragedModel.
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "n_averaged")
 
+CLASS_HEAD = "class_head"  # the module of a linear classifier, of which open_clip knows nothing
+
 
 def save_weights(
     state: Mapping[str, Tensor], path: Path | str, metadata: dict[str, str] | None = None
@@ -76,7 +78,8 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
 
     The file may be a safetensors file or one of ``torch.save``, whatever its suffix, and may hold the state dict
     under a key of ``CONTAINERS``. Wrappers that torch adds to names (``module.``, ``_orig_mod.``) are removed.
-    Only tensors are read: nothing in the file is executed.
+    Only tensors are read: nothing in the file is executed. A classifier beside the towers is left out; see
+    :func:`tracer.models.heads.read_head`.
 
     Raises:
         UserError: the file is damaged, of another kind, or holds no plain weights; names the remedy.
@@ -239,4 +242,4 @@ def _plain_names(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"'{path}' holds adapters alone: fold them first with 'tracer fold {path.parent} --alpha 0.5', or "
             "give the run's student.safetensors, where they are folded in"
         )
-    return plain
+    return {name: tensor for name, tensor in plain.items() if not name.startswith(f"{CLASS_HEAD}.")}

@@ -62,6 +62,8 @@ STYLE = {
     "svg.hashsalt": "tracer",  # the same results give the same file
 }
 
+CALIBRATION_BINS = 15  # of the calibration error, whose bins the results hold
+
 # The loss and its terms, as the trainer logs them, with their titles.
 TERMS = {
     "loss": "Total loss",
@@ -97,6 +99,7 @@ class Drawn:
     gap: Markup | None
     gap_block: int  # measured steps that each point of the gap is the mean of
     bars: list[Markup]
+    reliability: list[Markup]  # one for each set whose bins of confidence were kept
     during: list[Markup]  # accuracy on each evaluation set, where --eval_every measured it
     terms: list[Markup]
     diagnostics: list[Markup]
@@ -127,6 +130,7 @@ class Figures:
             gap=self.over_steps(gap, "Teacher–student KL, nats (log scale)", True, 4.0) if gap else None,
             gap_block=max((curve.block for curve in gap), default=1),
             bars=self.all_bars(),
+            reliability=[self.reliability(d) for d in results.domains if self._with_bins(d)],
             during=self.logged(self.during()),
             terms=self.logged(TERMS),
             diagnostics=self.diagnostics(),
@@ -181,8 +185,10 @@ class Figures:
         for method in self.results.main:
             self._seeds_and_mean(ax, method, shifted)
         ax.margins(0.09)
-        ax.set_xlabel(f"Accuracy in distribution ({home.detail}), %")
-        ax.set_ylabel(f"Accuracy under shift ({shifted.detail}), %")
+        ax.set_xlabel(
+            f"Accuracy in distribution, %\n({home.detail})"
+        )  # two lines: a long one would be cut off
+        ax.set_ylabel(f"Accuracy under shift, %\n({shifted.detail})")
         _legend_below(ax)
         return self.svg(ax, "Accuracy in distribution against accuracy under shift, one marker per method")
 
@@ -260,8 +266,48 @@ class Figures:
         ax.set_xlim(0, 100 * top)
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.set_xlabel("Accuracy, %")
-        ax.set_title(f"{domain.name} ({domain.role.replace('-', ' ')})")
+        mark = ", incomplete" if domain.mark else ""
+        ax.set_title(f"{domain.name} ({domain.role.replace('-', ' ')}{mark})")
         return self.svg(ax, f"Accuracy on {domain.name} by method")
+
+    def _with_bins(self, domain: Domain) -> list[Method]:
+        return [m for m in self.results.main if any(run.reliability.get(domain.name) for run in m.runs)]
+
+    def reliability(self, domain: Domain) -> Markup:
+        """Draw the accuracy of each bin of confidence against its mean confidence, with the pictures of all seeds.
+
+        A bin that holds less than one picture in a hundred is left out: its accuracy says nothing.
+        """
+        ax, methods = self.axes(4.4, 4.4), self._with_bins(domain)
+        ax.plot([0, 100], [0, 100], color=MUTED, linewidth=1, linestyle=":")
+        for m in methods:
+            bins = [b for run in m.runs for b in run.reliability.get(domain.name, ())]
+            total = sum(b["pictures"] for b in bins)
+            points = []
+            for n in range(CALIBRATION_BINS):
+                own = [
+                    b for b in bins if min(int(b["confidence"] * CALIBRATION_BINS), CALIBRATION_BINS - 1) == n
+                ]
+                weight = sum(b["pictures"] for b in own)
+                if weight and weight >= 0.01 * total:
+                    means = (
+                        100 * sum(b["pictures"] * b[key] for b in own) / weight
+                        for key in ("confidence", "accuracy")
+                    )
+                    points.append(tuple(means))
+            ax.plot(
+                *zip(*points, strict=True), color=self.colour(m), marker=self.marker(m), markersize=4.5,
+                linewidth=1.3, label=m.name,
+            )  # fmt: skip
+        ax.set_xlim(0, 100)
+        ax.set_ylim(0, 100)
+        ax.set_xlabel("Confidence, %")
+        ax.set_ylabel("Accuracy, %")
+        ax.set_title(f"{domain.name} ({domain.role.replace('-', ' ')})")
+        _legend_below(ax)
+        return self.svg(
+            ax, f"Reliability on {domain.name}: accuracy against confidence, a line for each method"
+        )
 
     def over_steps(
         self, curves: Sequence[LoggedCurve], title: str, log: bool = False, height: float = 2.7

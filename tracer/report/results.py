@@ -26,13 +26,24 @@ Scores = dict[str, dict[str, float]]  # evaluation set → accuracy and ece, fra
 
 @dataclass(frozen=True)
 class Domain:
-    """An evaluation set. ``role`` is in-distribution, near or shifted; ``chance`` is the accuracy of guessing."""
+    """An evaluation set. ``role`` is in-distribution, near or shifted; ``chance`` is the accuracy of guessing.
+
+    ``expected`` is the number of pictures of the published set; NaN where there is none.
+    """
 
     name: str
     role: str
     pictures: float
     classes: float
     chance: float
+    expected: float = math.nan
+
+    @property
+    def mark(self) -> str:
+        """What tables say of a set of another size than the published one; empty for all others."""
+        if not math.isfinite(self.expected) or self.expected == self.pictures:
+            return ""
+        return f"incomplete: {self.pictures:,.0f} of {self.expected:,.0f}{NBSP}pictures"
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,10 @@ class Run:
     seconds: float
     sizes: dict[str, float]
     notices: tuple[str, ...] = ()
+    reliability: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # by set: bins of confidence
+    by_class: dict[str, dict[str, tuple[float, float]]] = field(
+        default_factory=dict
+    )  # class → pictures, right
 
     def series(self, *keys: str) -> dict[float, float]:
         """Return step → mean of ``keys``, for the steps at which all of them were measured."""
@@ -349,12 +364,22 @@ def _scores(content: dict[str, Any] | None) -> Scores:
 
 
 def _domain(content: dict[str, Any]) -> Domain:
-    sizes = (number(content.get(key)) for key in ("pictures", "classes", "chance"))
+    sizes = (number(content.get(key)) for key in ("pictures", "classes", "chance", "expected"))
     return Domain(str(content["name"]), str(content.get("kind", "shifted")), *sizes)
 
 
 def _run(content: dict[str, Any]) -> Run:
+    scores = {str(of): score or {} for of, score in (content.get("eval") or {}).items()}
     return Run(
+        reliability={
+            of: [_numbers(b) for b in score.get("reliability") or ()] for of, score in scores.items()
+        },
+        by_class={
+            of: {
+                name: (number(n), number(right)) for name, (n, right) in (score.get("by_class") or {}).items()
+            }
+            for of, score in scores.items()
+        },
         seed=content.get("seed"),
         eval=_scores(content.get("eval")),
         teacher_eval=_scores(content.get("teacher_eval")),
@@ -397,13 +422,16 @@ def _example(content: dict[str, Any]) -> Example:
 def domain_column(domain: Domain, group: str) -> Column:
     """Return the column of one domain, under the heading ``group``."""
     sizes = {"pictures": domain.pictures, "classes": domain.classes}
-    detail = ", ".join(f"{size:.0f}{NBSP}{what}" for what, size in sizes.items() if math.isfinite(size))
+    told = [f"{size:.0f}{NBSP}{what}" for what, size in sizes.items() if math.isfinite(size)]
+    detail = ", ".join([domain.mark, *told[1:]] if domain.mark else told)
     return Column(domain.name, group, domain.name, detail, (domain.name,), domain.chance, (domain.pictures,))
 
 
 def _mean_column(domains: list[Domain], key: str, label: str) -> Column:
     names = tuple(d.name for d in domains)
     detail = f"mean of {len(domains)}" if len(domains) > 1 else names[0]
+    if any(d.mark for d in domains):
+        detail += ", incomplete" if len(domains) == 1 else ", some incomplete"
     pictures = tuple(d.pictures for d in domains)
     return Column(key, "Summary", label, detail, names, statistics.fmean(d.chance for d in domains), pictures)
 

@@ -55,6 +55,65 @@ def table_rows(
     return rows
 
 
+@dataclass(frozen=True)
+class ClassChange:
+    """How many of the pictures of a class a method has right, and the baseline, over all its seeds and sets."""
+
+    name: str
+    pictures: float
+    before: float
+    after: float
+
+
+def class_changes(
+    results: Results, most: int = 5
+) -> list[tuple[Method, list[ClassChange], list[ClassChange]]]:
+    """Return for each trained method the classes whose accuracy under shift rose and fell most, with the
+    baseline's.
+
+    The classes of a set without shifted ones are those of the sets in distribution. Accuracies are fractions of
+    the pictures of all these sets together, the means over the seeds.
+
+    Args:
+        most: classes of each kind.
+    """
+    column, base = results.under_shift or results.in_distribution, results.baseline
+    if base is None:
+        return []
+    start = _right_by_class(base, column.domains)
+    table = []
+    for method in results.main:
+        end = _right_by_class(method, column.domains) if method is not base else {}
+        changes = [
+            ClassChange(name, pictures, start[name][1], right)
+            for name, (pictures, right) in end.items()
+            if name in start
+        ]
+        changes.sort(key=lambda c: (c.after - c.before, c.name))
+        falls = [c for c in changes[:most] if c.after < c.before]
+        rises = [c for c in changes[::-1][:most] if c.after > c.before]
+        if changes:
+            table.append((method, rises, falls))
+    return table
+
+
+def _right_by_class(method: Method, domains: tuple[str, ...]) -> dict[str, tuple[float, float]]:
+    """Return {class: (pictures of all these sets, share of them that is right)}, the mean over the runs."""
+    seeds = []
+    for run in method.runs:
+        total: dict[str, tuple[float, float]] = {}
+        for domain in domains:
+            for name, (pictures, right) in run.by_class.get(domain, {}).items():
+                before = total.get(name, (0.0, 0.0))
+                total[name] = before[0] + pictures, before[1] + right
+        seeds.append(total)
+    names = [name for name in seeds[0] if all(name in total for total in seeds)] if seeds else []
+    return {
+        name: (seeds[0][name][0], sum(total[name][1] / total[name][0] for total in seeds) / len(seeds))
+        for name in names
+    }
+
+
 def _paired(
     method: Method, results: Results, column: int, measure: str, teacher: bool, full: Method | None
 ) -> float:

@@ -114,6 +114,8 @@ def _accuracy_table(results: Results, encoding: str) -> Table:
     table.add_column("Accuracy, %", no_wrap=True)
     for c in results.columns:
         detail = c.detail if c.group == "Summary" else c.group.lower()
+        if c.group != "Summary" and "incomplete" in c.detail:
+            detail += "\nincomplete"
         table.add_column(printable(f"{c.label}\n{detail}"), justify="right")
     add(table_rows(results, "accuracy"))
     for full in results.variants:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tracer.errors import UserError
 from tracer.settings import check_ranges
@@ -39,14 +39,36 @@ BASELINES = {
         "the same loss with every pair of equal labels a positive (Khosla et al. 2020, arXiv 2004.11362)",
         {"method": "flyp"},
     ),
+    "linear-probe": Baseline(
+        "Linear probe",
+        "a linear classifier on the frozen image tower (Radford et al. 2021, arXiv 2103.00020, section 3.2). Our "
+        "choice: it begins as the zero-shot classifier, and AdamW trains it, with learning rate 1e-3, in place of "
+        "L-BFGS",
+        {"method": "flyp", "classifier": "probe", "lr": 1e-3},
+    ),
+    "cross-entropy": Baseline(
+        "Cross-entropy, zero-shot head",
+        "WiSE-FT's fine-tuning (Wortsman et al. 2022, arXiv 2109.01903): image tower and classifier, which begins "
+        "as σ times the zero-shot one, train by cross-entropy; 3e-5 is the rate of the published scripts. Ours "
+        "has no bias, which there begins at 0",
+        {"method": "flyp", "classifier": "whole", "lr": 3e-5},
+    ),
+    "lp-ft": Baseline(
+        "LP-FT",
+        "Kumar et al. 2022, arXiv 2202.10054: the linear probe, then cross-entropy from there. Our choice: half "
+        "of the steps for each, so that the pictures seen are those of every method; one learning rate, 3e-5",
+        {"method": "flyp", "classifier": "probe-first", "lr": 3e-5},
+    ),
     "l2-sp": Baseline(
         "L2-SP",
-        "Li et al. 2018, arXiv 1802.01483: FLYP's loss + α/2 ‖θ − θ₀‖², α 0.01 as published",
+        "Li et al. 2018, arXiv 1802.01483: FLYP's loss + α/2 ‖θ − θ₀‖². The paper chooses α for each task; 0.01 "
+        "is our choice",
         {"method": "flyp", "l2_sp": 0.01},
     ),
     "ldreg": Baseline(
         "LDReg",
-        "Huang et al. 2024, arXiv 2401.10474: FLYP's loss − β mean log LID of the image features, β 0.01, k 64",
+        "Huang et al. 2024, arXiv 2401.10474: FLYP's loss − β mean log LID of the image features. β 0.01 and k 64 "
+        "are those of the published code for SimCLR's pretraining; none is published for CLIP",
         {"method": "flyp", "ldreg": 0.01},
     ),
     "frozen": Baseline(
@@ -62,17 +84,30 @@ BASELINES = {
     ),
     "carot": Baseline(
         "CaRot",
-        "Oh et al. 2024, arXiv 2311.01723: FLYP's loss + 1.5 CRD from an EMA teacher + λ_O 0.2 of the image "
-        "projection; ours takes ‖WvᵀWv − I‖_F where the paper squares it",
+        "Oh et al. 2024, arXiv 2311.01723, with the settings of the published carot.sh: FLYP's loss + 1.5 (KL of "
+        "rows + KL of columns, that is 2 CRD) from an EMA teacher + 0.2 ‖WvᵀWv − I‖_F + 0.05 ‖Wv Wtᵀ‖_F",
         {"teacher": "ema", "positives": False, "distill_weight": 1.0, "projection_orthogonal": 0.2}
         | NO_DISTILLATION
-        | {"relational": 1.5},
+        | {"relational": 3.0, "projection_product": 0.05},
     ),
     "r-adapter": Baseline("R-Adapter", "Kim et al. 2024, arXiv 2408.05749", {"method": "r-adapter"}),
     "gradient": Baseline(
         "TRACER, WMA, gradient term",
-        "the gradient distillation of CLIP-KD (arXiv 2307.12732) beside TRACER's terms, as in the published code",
+        "the gradient distillation of CLIP-KD (arXiv 2307.12732) beside TRACER's terms. 1e8 is the weight of "
+        "CLIP-KD's code, whose distance is another: see tracer.regularisers.gradient_distance",
         {"teacher": "wma", "gradient": 1e8},
+    ),
+    "masked-feature": Baseline(
+        "TRACER, WMA, masked features",
+        "the masked feature distillation of CLIP-KD (arXiv 2307.12732): the student sees a quarter of the "
+        "patches, the teacher all; mask 0.75 as in its code",
+        {"teacher": "wma", "mask": 0.75},
+    ),
+    "augmented-feature": Baseline(
+        "TRACER, WMA, augmented features",
+        "the augmented feature distillation of CLIP-KD (arXiv 2307.12732): the contrastive loss of linear maps of "
+        "both models' features, beside TRACER's terms. Weight 1 is our choice: the script of its code sets none",
+        {"teacher": "wma", "augmented": 1.0},
     ),
     "temperature": Baseline(
         "TRACER, WMA, T 2",
@@ -88,19 +123,29 @@ class BaselineSettings:
 
     Args:
         baseline: what --method and the weights of its terms are, for those that you do not set yourself: flyp,
-            flyp-multi, l2-sp, ldreg, frozen, ema, wma, carot, r-adapter, gradient or temperature.
+            flyp-multi, linear-probe, cross-entropy, lp-ft, l2-sp, ldreg, frozen, ema, wma, carot, r-adapter,
+            gradient, masked-feature, augmented-feature or temperature.
+        classifier: train a linear classifier, which begins as the zero-shot one, by cross-entropy in place of the
+            contrastive loss: probe, it alone; whole, with the image tower; probe-first, alone in the first half of
+            the steps.
         l2_sp: weight α of ½ ‖θ − θ₀‖², which draws the weights to their start.
         ldreg: weight β of −mean log LID, which spreads the image features over more dimensions.
         ldreg_neighbours: k nearest rows of the batch from which LID is estimated.
         gradient: weight, times λ, of the distance between the gradients of student and teacher; needs a teacher.
+        mask: share of the patches of a picture that the student does not see in training.
+        augmented: weight, times λ, of the contrastive loss of features fused from student and teacher; needs a
+            teacher.
         teacher_temperature: T that divides the teacher's logits.
     """
 
     baseline: str | None = None
+    classifier: Literal["none", "probe", "whole", "probe-first"] = "none"
     l2_sp: float = 0.0
     ldreg: float = 0.0
     ldreg_neighbours: int = 64
     gradient: float = 0.0
+    mask: float = 0.0
+    augmented: float = 0.0
     teacher_temperature: float = 1.0
 
     def __post_init__(self) -> None:
@@ -119,6 +164,17 @@ class BaselineSettings:
             raise UserError(
                 f"--baseline is '{self.baseline}': it must be one of {', '.join(BASELINES)}, or left out"
             )
-        check_ranges(self, {"at least 0": "l2_sp ldreg gradient", "above 0": "teacher_temperature"})
+        ranges = {
+            "at least 0": "l2_sp ldreg gradient augmented",
+            "at least 0 and below 1": "mask",
+            "above 0": "teacher_temperature",
+        }
+        check_ranges(self, ranges)
+        given: Any = self
+        if self.classifier != "none" and (given.method != "flyp" or given.adapters):
+            raise UserError(
+                f"--classifier {self.classifier} takes the place of the contrastive loss, and has neither teacher "
+                "nor adapters: give --method flyp"
+            )
         if self.ldreg_neighbours < 2:
             raise UserError(f"--ldreg_neighbours is {self.ldreg_neighbours}: it must be at least 2")

@@ -59,6 +59,8 @@ def _idle(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             yield OF_PENALTIES, "where adapters train, which leave the projections as they are"
     if not config.adapted:
         yield OF_ADAPTERS, "without adapters: add --adapters true, or choose --method r-adapter"
+    if config.classifier != "none":
+        yield ("positives", "margin", "smoothing"), f"with --classifier {config.classifier}"
     if not config.ldreg:
         yield ("ldreg_neighbours",), "without --ldreg"
     if not config.eval_data:

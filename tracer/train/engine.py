@@ -9,16 +9,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
 from tracer.machine import resolve_precision
 from tracer.models.clip import contrast_of, projections
-from tracer.models.weights import MAX_LOGIT_SCALE
+from tracer.models.weights import CLASS_HEAD, MAX_LOGIT_SCALE
 from tracer.train.config import Config
 from tracer.train.deepspeed_file import merged
 from tracer.train.ranks import join
@@ -28,15 +29,20 @@ if TYPE_CHECKING:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's two groups of the parameters that train: weight decay falls on matrices alone.
+    """Return AdamW's groups of the parameters that train: weight decay falls on matrices alone.
 
-    Gains, biases and the logit scale, all of fewer than two dimensions, are not decayed.
+    Gains, biases and the logit scale, all of fewer than two dimensions, are not decayed. A classifier beside the
+    towers is a group by itself, the last.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    head = [p for name, p in trained.items() if name.startswith(f"{CLASS_HEAD}.")]
+    towers = [p for name, p in trained.items() if not name.startswith(f"{CLASS_HEAD}.")]
+    groups = [
+        {"params": [p for p in towers if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in towers if p.ndim < 2], "weight_decay": 0.0},
+        {"params": head, "weight_decay": weight_decay},
     ]
+    return [group for group in groups if group["params"]]
 
 
 class CheckedAdamW(AdamW):
@@ -68,13 +74,44 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, kind: type[AdamW] = 
 
 
 def lr_schedule(config: Config, optimizer: Optimizer) -> LRScheduler:
-    """Return a linear warm-up over ``config.warmup_steps``, then a cosine to 0 at ``config.total_steps``."""
+    """Return a linear warm-up over ``config.warmup_steps``, then a cosine to 0 at ``config.total_steps``.
+
+    LP-FT has two of them; see :func:`two_stages`.
+    """
+    if config.classifier == "probe-first":
+        return two_stages(config, optimizer)
     warmup = config.warmup_steps
     cosine = CosineAnnealingLR(optimizer, max(1, config.total_steps - warmup))
     if not warmup:
         return cosine
     rise = LinearLR(optimizer, 1 / warmup, 1.0, total_iters=warmup)
     return SequentialLR(optimizer, [rise, cosine], [warmup])
+
+
+def two_stages(config: Config, optimizer: Optimizer) -> LRScheduler:
+    """Return LP-FT's learning rates: each half of the steps has its own warm-up and its own cosine to 0.
+
+    The last group of the optimizer is the classifier's. The rate of all others is 0 in the first half. Both halves
+    have one optimizer: at ZeRO stages 1 and 2 its bias correction has counted the first half's steps too.
+    """
+    first, total = config.total_steps // 2, config.total_steps
+
+    def factor(step: int, head: bool) -> float:
+        probing = step < first
+        if probing and not head:
+            return 0.0
+        done, steps = (step, first) if probing else (step - first, total - first)
+        warmup = min(config.warmup_steps, steps // 4)
+        if done < warmup:
+            return 1 / warmup + (1 - 1 / warmup) * done / warmup
+        turn = math.pi * (done - warmup) / max(1, steps - warmup)
+        return 0.5 * (1 + math.cos(turn))
+
+    def of(head: bool) -> Any:
+        return lambda step: factor(step, head)
+
+    count = len(optimizer.param_groups)
+    return LambdaLR(optimizer, [of(n == count - 1) for n in range(count)])
 
 
 @contextmanager
@@ -89,6 +126,16 @@ def mixed_precision(device: torch.device, precision: str) -> Iterator[None]:
             if device.type == "cpu":
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Return the seed of the random numbers that a training step draws, on every rank."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+
+
+def or_nan(loss: Tensor) -> Tensor:
+    """Return a loss whose gradients are all NaN where it is not finite: the optimizer's own check then sees it."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 def start_engine(config: Config, model: nn.Module) -> DeepSpeedEngine:

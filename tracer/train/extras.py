@@ -1,4 +1,4 @@
-"""The terms of the baselines that stand beside the objective in a training step."""
+"""What the baselines add to a training step: modules beside the towers, and terms beside the objective."""
 
 from __future__ import annotations
 
@@ -7,9 +7,36 @@ from typing import Any
 from torch import Tensor, nn
 
 from tracer.errors import UserError
-from tracer.models.clip import BiasedFeatures, Features, contrast_of
+from tracer.models.clip import BiasedFeatures, Features, contrast_of, projections
+from tracer.models.heads import FUSION, Fusion
+from tracer.models.towers import mask_patches
+from tracer.ops import contrastive_loss
 from tracer.regularisers import gradient_distance, l2_sp, ldreg
+from tracer.train.classifier import freeze_for_classifier
 from tracer.train.ranks import ranks
+
+
+def add_baseline(config: Any, model: nn.Module) -> None:
+    """Freeze what a classifier does not train, and add the masks and the fusion encoders of the settings.
+
+    Args:
+        config: settings of a run.
+        model: open_clip model, changed in place.
+
+    Raises:
+        UserError: the model has no patches to mask, or no projections whose width is known.
+    """
+    if config.classifier != "none":
+        freeze_for_classifier(config, model)
+    if config.mask:
+        mask_patches(model, config.mask)
+    if config.augmented and config.method == "tracer":
+        matrices = projections(model)
+        if matrices is None:
+            raise UserError(
+                "--augmented needs towers that end with a linear projection: choose another --model"
+            )
+        setattr(model, FUSION, Fusion(matrices[0].shape[1]))
 
 
 class Extras:
@@ -27,21 +54,8 @@ class Extras:
         self._settings = settings
         self._weights = [p for p in model.parameters() if p.requires_grad] if settings.l2_sp else []
         self._start = [p.detach().float().clone() for p in self._weights]
-        distilled = settings.gradient if settings.method == "tracer" else 0.0
-        if settings.gradient and settings.method != "tracer":
-            raise UserError(
-                f"--gradient {settings.gradient:g} needs a teacher, which --method {settings.method} has not"
-            )
-        if distilled and (settings.contrast or contrast_of(model)) == "sigmoid":
-            raise UserError(
-                "--gradient has no meaning for the sigmoid of each pair: leave it out, or give --contrast softmax"
-            )
-        if settings.l2_sp and (settings.micro_batch or settings.zero_stage == 3):
-            raise UserError(
-                "--l2_sp needs the whole weights in each pass: leave out --micro_batch and --zero_stage 3"
-            )
-        if (settings.ldreg or distilled) and ranks().size > 1:
-            raise UserError("--ldreg and --gradient see the pairs of one rank alone: run them in one process")
+        self._fusion: Fusion | None = getattr(model, FUSION, None)
+        _check(settings, model)
 
     def terms(
         self,
@@ -58,4 +72,37 @@ class Extras:
         if settings.gradient and teacher is not None:
             weight = settings.gradient * settings.distill_weight
             terms["gradient"] = weight, gradient_distance(student[:3], teacher[:3], labels)
+        if self._fusion is not None and teacher is not None:
+            fused = self._fusion(student[:2], teacher[:2])
+            weight = settings.augmented * settings.distill_weight
+            terms["augmented"] = weight, contrastive_loss(*fused, labels=labels).loss
         return terms
+
+
+def _check(settings: Any, model: nn.Module) -> None:
+    """Refuse terms that the other settings do not allow."""
+    need_teacher = {"gradient": settings.gradient, "augmented": settings.augmented}
+    for name, weight in need_teacher.items():
+        if weight and settings.method != "tracer":
+            raise UserError(f"--{name} {weight:g} needs a teacher, which --method {settings.method} has not")
+        if weight and (settings.contrast or contrast_of(model)) == "sigmoid":
+            raise UserError(
+                f"--{name} has no meaning for the sigmoid of each pair: leave it out, or give --contrast softmax"
+            )
+    whole = {"l2_sp": settings.l2_sp, "augmented": settings.augmented}
+    whole["classifier"] = settings.classifier != "none"
+    for name, on in whole.items():
+        if on and (settings.micro_batch or settings.zero_stage == 3):
+            raise UserError(
+                f"--{name} needs the whole weights in each pass: leave out --micro_batch and --zero_stage 3"
+            )
+    if (any(need_teacher.values()) or settings.ldreg or whole["classifier"]) and ranks().size > 1:
+        raise UserError(
+            "--ldreg, --gradient, --augmented and --classifier see the pairs of one rank alone: run them in one "
+            "process"
+        )
+    if whole["classifier"] and contrast_of(model) == "sigmoid":
+        raise UserError(
+            f"--classifier {settings.classifier} takes a softmax over classes, and the model's probabilities are "
+            "sigmoids: choose a --model without a logit bias"
+        )

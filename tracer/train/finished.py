@@ -151,6 +151,7 @@ def average(config: WiseConfig) -> Path:
     from tracer.models.architecture import one_form
     from tracer.models.choice import choose_model
     from tracer.models.clip import load_clip
+    from tracer.models.heads import head_state, start_head
     from tracer.models.soups import interpolate
     from tracer.models.weights import save_weights
 
@@ -164,7 +165,15 @@ def average(config: WiseConfig) -> Path:
     else:
         start = load_clip(choose_model("auto", str(config.b)).model, str(config.a))
         one_form({str(config.a): start.form, str(config.b): end.form})
-    state = interpolate(start.model.state_dict(), end.model.state_dict(), config.alpha)
+    begin, last = start.model.state_dict(), end.model.state_dict()
+    if str(config.a) == "start":
+        begin |= start_head(config.b if config.b.is_dir() else config.b.parent)
+    if head_state(last) and head_state(begin).keys() != head_state(last).keys():
+        raise UserError(
+            f"'{config.b}' has a classifier beside its towers, and '{config.a}' has none: average it with its "
+            "start, as 'tracer wise start RUN' does"
+        )
+    state = interpolate(begin, last, config.alpha)
     save_weights(state, config.output, end.architecture.metadata())
     return config.output
 

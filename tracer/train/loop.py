@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from tracer.losses import TracerLoss
 from tracer.machine import resolve_precision
 from tracer.models.clip import BiasedFeatures, Clip, Features, contrast_of, texts_stand_alone
 from tracer.models.freezing import trained_batchnorm
+from tracer.models.heads import without_fusion
 from tracer.models.prefix import SharedPrefix
 from tracer.models.towers import compile_towers, encode_text_first
 from tracer.ops import Ahead, contrastive_loss
@@ -40,13 +40,16 @@ from tracer.train.cached import (
     refuse_batch_statistics,
 )
 from tracer.train.checkpoint import Checkpoints
+from tracer.train.classifier import class_loss
 from tracer.train.config import Config
 from tracer.train.engine import (
     LogitScaleBound,
     full_weights,
     mixed_precision,
     optimizer_sizes,
+    or_nan,
     start_engine,
+    step_seed,
 )
 from tracer.train.extras import Extras
 from tracer.train.log import Shown, StepLog
@@ -100,6 +103,7 @@ class Trainer:
         self.loss = objective(config, model)
         self._compares_teacher = self.loss.compares_teacher
         self.extras = Extras(config, self.engine.module)
+        self.classifies = config.classifier != "none"
         self.bound_logit_scale = LogitScaleBound(self.engine)
         self.precision = resolve_precision(config.precision)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
@@ -140,7 +144,7 @@ class Trainer:
         over the batches, and the gap to the teacher on the last batch are added.
         """
         config, engine, teacher = self.config, self.engine, self.averages.teacher
-        started, lr = time.perf_counter(), engine.get_lr()[0]
+        started, lr = time.perf_counter(), max(engine.get_lr())
         torch.manual_seed(step_seed(config.seed, step))  # dropout: the same on every rank
         measured: list[dict[str, Tensor | float]] = []  # of each batch
         self.pictures, self._features = [], []
@@ -154,7 +158,8 @@ class Trainer:
             self.pictures += batch.index.tolist()
             set_drops(engine.module, adapter_draws(self.adapters, config.seed, number))
             parts = micro_batches(batch, self.micro_batches, self.dtype, self.distinct)
-            measured.append(self._add_gradient(parts, batch.label, measure))
+            add = self._add_class_gradient if self.classifies else self._add_gradient
+            measured.append(add(parts, batch.label, measure, step))
             idle = time.perf_counter()
         watch.own_work(self._own_seconds)
         self.bound_logit_scale()
@@ -184,7 +189,7 @@ class Trainer:
         return scalars
 
     def _add_gradient(
-        self, parts: Sequence[MicroBatch], label: Tensor, measure: bool
+        self, parts: Sequence[MicroBatch], label: Tensor, measure: bool, _step: int
     ) -> dict[str, Tensor | float]:
         """Add a batch to the step's gradient, and return its loss, terms, diagnostics and logit scale.
 
@@ -217,11 +222,20 @@ class Trainer:
         if isinstance(bias, Tensor):
             logged["logit_bias"] = bias.detach().clone()  # the step moves the weight itself
         self._features.append((student.features.image.detach(), student.features.text.detach()))
-        # A NaN in all gradients: the optimizer's own check then sees a loss that is not finite too.
-        finite = torch.where(loss.detach().isfinite(), 1.0, math.nan)
         self._point()
-        student.backward(loss * finite / config.accumulation)
+        student.backward(or_nan(loss) / config.accumulation)
         return {"loss": loss.detach(), **terms} | diagnostics | logged
+
+    def _add_class_gradient(
+        self, parts: Sequence[MicroBatch], label: Tensor, _measure: bool, step: int
+    ) -> dict[str, Tensor | float]:
+        """Add the cross-entropy of a batch's classes to the step's gradient, and return it; no text is encoded."""
+        loss, features = class_loss(self.config, self.engine, self.precision, parts[0].image, label, step)
+        self._features.append((features, features))
+        self._point()
+        self.engine.backward(or_nan(loss) / self.config.accumulation, scale_wrt_gas=False)
+        self.engine.step()
+        return {"loss": loss.detach()}
 
     def _teacher_output(
         self, parts: Sequence[MicroBatch], measure: bool, ahead: Ahead
@@ -250,11 +264,6 @@ class Trainer:
         if self.config.zero_stage < 3:  # there the forward pass waits for the weights of other ranks
             self._own_seconds += time.perf_counter() - started - (ahead.waited - waited)
         return student
-
-
-def step_seed(seed: int, step: int) -> int:
-    """Return the seed of the random numbers that a training step draws, on every rank."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
 
 
 def means(measured: Sequence[Mapping[str, Tensor | float]]) -> dict[str, Tensor | float]:
@@ -365,9 +374,9 @@ def _batches(
 
 def gathered(engine: DeepSpeedEngine, averages: Averages) -> tuple[Weights, Weights, Weights | None]:
     """Return the last step's weights, the student's to keep, and the teacher's; call it on every rank."""
-    last = full_weights(engine)
+    last = without_fusion(full_weights(engine))
     student = averages.student.gather() if averages.student else last
-    return last, student, averages.teacher.gather() if averages.teacher else None
+    return last, student, without_fusion(averages.teacher.gather()) if averages.teacher else None
 
 
 def evaluate_now(

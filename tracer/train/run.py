@@ -37,18 +37,22 @@ from tracer.files import (
     whole_file,
     whole_folder,
     write_json,
+    write_tensors,
 )
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.architecture import Architecture
 from tracer.models.choice import check_model
 from tracer.models.clip import contrast_of, load_clip
 from tracer.models.freezing import freeze, lock_batchnorm, locked_buffers, trained_batchnorm
+from tracer.models.heads import START_HEAD, head_state
 from tracer.models.towers import checkpoint_activations
 from tracer.models.weights import first_not_finite, save_weights
 from tracer.train.cautions import cautions_of_sizes, idle_options, resting_averages
 from tracer.train.checkpoint import WHOLE, Checkpoints
+from tracer.train.classifier import begin_classifier, check_classes
 from tracer.train.config import Config
 from tracer.train.engine import deepspeed_settings
+from tracer.train.extras import add_baseline
 from tracer.train.identity import IDENTITY, INDEX, Identity, differences_from, identity_of, training_index
 from tracer.train.log import StepLog, read_log
 from tracer.train.loggers import check_loggers
@@ -122,6 +126,7 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
     choose(config, compute_device())  # refuses a loader that is missing
     # The data first: most mistakes are made there. One rank builds an index, the others find it in the cache.
     index = here.leaders_first(lambda: training_index(config))
+    check_classes(config, index)
     sets = here.agree(lambda: _read_evaluation(config, index) if here.first else [])
     here.agree(lambda: deepspeed_settings(config))
     config = config.resolve(len(index))
@@ -129,6 +134,7 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
     torch.manual_seed(config.seed)  # for random initial weights, and for adapters of a given rank
     clip = here.leaders_first(lambda: load_clip(config.model, config.pretrained))
     check_prompts(sets, clip.tokenizer)
+    begin_classifier(config, clip, index, sets)
     asked, config = config, with_form_of(config, clip)
     start = {name: value.clone() for name, value in clip.model.state_dict().items()}
     prepare(config, clip.model)
@@ -268,6 +274,7 @@ def prepare(config: Config, model: nn.Module) -> None:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         share = Share(trained, sum(p.numel() for p in model.parameters()))
         tqdm.write(str(share))
+    add_baseline(config, model)
     lock_batchnorm(model, all_layers=config.lock_batchnorm)
     layer = trained_batchnorm(model)
     if layer is not None and ranks().size > 1:
@@ -334,6 +341,8 @@ def _export(
     if config.adapted:
         save_adapters(trained.student, folder / "adapters.safetensors", model)
         save_adapters(trained.last, folder / "adapters_last.safetensors", model)
+    if head := head_state(start):
+        write_tensors(folder / START_HEAD, head)
     for name, state in weights.items():
         save_weights(state, folder / f"{name}.safetensors", architecture.metadata())
     return weights

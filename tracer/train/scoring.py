@@ -17,6 +17,7 @@ from tracer.evaluation.zero_shot import evaluate_sets
 from tracer.machine import compute_device
 from tracer.models.architecture import Form
 from tracer.models.clip import Clip, contrast_of, load_clip
+from tracer.models.heads import load_state
 from tracer.models.weights import save_weights
 from tracer.recipes import SIGLIP_BIAS
 from tracer.train.config import Config, MethodSettings
@@ -144,7 +145,7 @@ class Scorer:
 
     def _measure(self, state: Weights, form: Form) -> Baseline:
         clip = dataclasses.replace(self._loaded(), trained_with=form)
-        clip.model.load_state_dict(state)
+        load_state(clip.model, state)
         return evaluate_sets(
             clip,
             self.sets,
