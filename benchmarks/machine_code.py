@@ -1,5 +1,7 @@
 """Every shipped configuration of the kernels, compiled ahead of time for four architectures: its machine code.
 
+The file has over 500 lines: kernels, their variants and the estimates are one part of the results.
+
     python -m benchmarks.machine_code
     python -m benchmarks.machine_code --architectures '[sm_90]' --full_table true
 
@@ -332,11 +334,13 @@ def sources() -> str:
 def _code(readline: Any) -> str:
     """Return the code of a file, one statement a line."""
     layout = (tokenize.ENCODING, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    kept, before = [], tokenize.ENCODING
+    kept, before, docstring = [], tokenize.ENCODING, False
     for token in tokenize.tokenize(readline):
         if token.type in (tokenize.COMMENT, tokenize.NL):
             continue
-        if not (token.type == tokenize.STRING and before in layout):  # a docstring
+        ends_docstring = docstring and token.type == tokenize.NEWLINE
+        docstring = token.type == tokenize.STRING and before in layout
+        if not (docstring or ends_docstring):
             kept.append("\n" if token.type == tokenize.NEWLINE else token.string.strip())
         before = token.type
     return " ".join(kept)

@@ -1,5 +1,7 @@
 """The Triton kernels of other packages beside TRACER's, without a GPU: counted, compiled and estimated.
 
+The file has over 500 lines: the packages that it counts need adapters of their own.
+
     python -m benchmarks.others
 
 The packages are Inf-CL and memeff, which compute the CLIP loss, and siglip-kernel, whose loss is another one: a

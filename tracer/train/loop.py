@@ -1,4 +1,7 @@
-"""The training loop: student, teacher and loss of each step, in the order of the paper's algorithm."""
+"""The training loop: student, teacher and loss of each step, in the order of the paper's algorithm.
+
+The file has over 500 lines: a step and what it makes of the settings are read together.
+"""
 
 from __future__ import annotations
 
