@@ -123,6 +123,7 @@ class Clock:
 def test_long_waiting_is_said_once_an_epoch_and_at_the_end(drawings, clip, monkeypatch, capsys, world_size):
     """32 pictures are 4 batches of all ranks together, whatever the share of one rank is."""
     clock, index = Clock(monkeypatch), read_index(drawings / "train.csv")
+    batches.note.cache_clear()  # another test may have waited as long
 
     def load(plan):
         for number in plan.numbers:  # the first wait, and those of the second epoch, are no news

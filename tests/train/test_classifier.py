@@ -121,7 +121,9 @@ def test_a_run_begins_with_the_zero_shot_scores_and_evaluate_repeats_its_own(pro
     del options
     from tracer.data.decoded import DecodedPictures
 
-    ((images, _),) = DecodedPictures(0).batches(index, clip.picture_format, len(index), 1, torch.device("cpu"))
+    ((images, _),) = DecodedPictures(0).batches(
+        index, clip.picture_format, len(index), 1, torch.device("cpu")
+    )
     with torch.no_grad():
         logits = F.normalize(clip.model.eval().encode_image(images), dim=1) @ head.weight.T
     truth = torch.from_numpy(index.label_numbers)
