@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import tracer.demo.small_clip  # noqa: F401 (registers the model tracer-demo)
 from tracer.cli import main
 from tracer.train.accounts import Accounts
 from tracer.train.config import Config
@@ -52,6 +53,11 @@ def test_a_dry_run_counts_what_two_real_ranks_allocate_and_send(settings, tmp_pa
     assert sum(dry.at_rest.values()) == pytest.approx(real["rest"], rel=0.05)
     assert sum(dry.at_peak.values()) == pytest.approx(real["peak"], rel=0.05)
     assert [[name, list(group), list(sent)] for (name, group), sent in dry.sent.items()] == real["sent"]
+
+
+def test_a_model_with_weights_of_its_own_is_counted_without_them(tmp_path):
+    counts = dry_run(Config(train_data=tmp_path, model="tracer-demo", batch_size=64, precision="fp32"), 8)
+    assert counts.at_rest["parameters"] >= 4 * counts.parameters
 
 
 def test_parts_of_the_memory_of_a_thousand_ranks(tmp_path):

@@ -7,11 +7,14 @@ keeps in memory and what it sends is counted by ``accounts.py``.
 from __future__ import annotations
 
 import dataclasses
+import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,7 +32,8 @@ from tracer.kernels import _blocked_tile, contrastive_triton
 from tracer.kernels._triton import planning_for, recording
 from tracer.machine import resolve_precision
 from tracer.models.choice import choose_model
-from tracer.models.clip import load_clip
+from tracer.models.clip import Clip, load_clip
+from tracer.models.registry import registered_model
 from tracer.ops import contrastive_loss
 from tracer.train import loop
 from tracer.train.accounts import Accounts, Group, Sent
@@ -177,9 +181,20 @@ def loss_memory(
         return sum(accounts.at_peak.values()) - own
 
 
+def _without_weights(name: str) -> Clip:
+    """Return a model without its weights: one that is registered would read its own."""
+    registered = registered_model(name)
+    if registered is None or registered.config is None:
+        return load_clip(name, None)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.json"
+        path.write_text(json.dumps(registered.config))
+        return load_clip(str(path), None)
+
+
 def _model_and_batch(config: Config, size: int) -> tuple[nn.Module, Callable[[], Batch]]:
     """Return the model without its weights, and what makes a rank's batch."""
-    clip = load_clip(choose_model(config.model, config.pretrained).model, None)
+    clip = _without_weights(choose_model(config.model, config.pretrained).model)
     prepare(config, clip.model)
     precision = resolve_precision(config.precision)
     if precision in ("bf16", "fp16"):
