@@ -54,7 +54,8 @@ def rank_main(rank: int, size: int, port: int, config: Config, results: Path) ->
         trainer = Trainer(config, clip.model)
         trainer.distinct = False
         trainer.step(1, [batch(config, rank, size)], measure=False)
-        gc.collect()  # whatever of the first step lies in circles
+        gc.collect()  # whatever of the first step lies in reference cycles
+        gc.disable()  # else what was allocated before decides when those of this step go, as in the dry run
         began = time.time_ns()
         with accounts:
             trainer.step(2, [batch(config, rank, size)], measure=False)

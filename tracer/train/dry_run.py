@@ -7,6 +7,7 @@ keeps in memory and what it sends is counted by ``accounts.py``.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import tempfile
 import time
@@ -124,7 +125,10 @@ def dry_run(config: Config, size: int, impl: Impl = "triton", ranks_per_host: in
             trainer = Trainer(config, model)
         trainer.distinct = False  # which captions are equal, only the data knows: count all of them
         with by_kind(accounts, trainer):
+            gc.disable()  # whatever this process did before would decide when reference cycles go
+            stack.callback(gc.enable)
             for step in (1, 2):  # the first makes the optimizer's moments
+                gc.collect()
                 at_rest = sort_out(accounts, trainer)
                 accounts.restart()
                 with accounts.kind(BATCH):
