@@ -186,7 +186,7 @@ class OptimisationSettings:
         batch_size: pairs that the loss sees together, on all ranks; each rank encodes an equal part of them.
         accumulation: batches of batch_size, each with its own loss, accumulated into one optimizer step.
         micro_batch: the most pairs that a rank encodes at a time; the loss still sees the whole batch, and its
-            gradient is the same. A step takes up to 1.4 times as long; its activations are those of a micro-batch.
+            gradient is the same. A step takes a second forward pass; its activations are those of a micro-batch.
             Default: the whole batch at once.
         lr: peak learning rate of AdamW; default: 5e-4 where adapters train, else 1e-5.
         weight_decay: weight decay of AdamW, not applied to gains, biases and the logit scale; default: 0 where
