@@ -201,6 +201,8 @@ R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pret
             [*R_ADAPTER, "--adapters", "false"],
             "r-adapter trains adapters, which --adapters false excludes",
         ),
+        (["finetune", "--log-every", "10"], "and needs none: log.jsonl has a line for each step"),
+        (["finetune", "--resume", "latest"], "and needs none: the same command goes on"),
         (["demo", "--kinds.v1.5", "near"], "--kinds.v1.5: the name of a set holds no dots"),
         (["demo", "--seeds", "0"], "--seeds is 0: it must be at least 1"),
         (["demo", "--wise_alpha", "7"], "--wise_alpha is 7.0: it must be from 0 to 1"),

@@ -38,6 +38,20 @@ SYNONYMS = {
     "alpha": "a weight lambda wise_alpha",
 }
 
+# Options of other trainers that need no counterpart here, and why.
+UNNEEDED = {
+    "log_every log_steps logging_steps log_freq log_frequency log_interval log_every_n_steps": (
+        "log.jsonl has a line for each step"
+    ),
+    "resume auto_resume resume_from_checkpoint continue": (
+        "the same command goes on with a run that was interrupted"
+    ),
+    "local_loss gather_with_grad": "on several ranks the loss always sees the pairs of all, each computed once",
+    "local_rank nproc nproc_per_node num_gpus gpus devices nnodes world_size": (
+        "torchrun --nproc-per-node N -m tracer … starts several ranks"
+    ),
+}
+
 
 def normalised(argv: list[str]) -> list[str]:
     """Return the arguments with underscores in the names of options, and ``--config`` before what overrides it.
@@ -98,6 +112,10 @@ def check_options(command: str, argv: Iterable[str], known: Collection[str]) -> 
 def unknown(command: str, name: str, known: Collection[str], dashes: str) -> UserError:
     """Return the error about an option that a command does not have; with no ``dashes`` a setting of a file."""
     what = "option" if dashes else "setting"
+    plain = name.lower().replace("-", "_")
+    why = next((reason for words, reason in UNNEEDED.items() if plain in words.split()), None)
+    if why:
+        return UserError(f"tracer {command} has no {what} {dashes}{name} and needs none: {why}")
     likely = likely_meant(name, known)
     shown = [f"{option}.NAME" if dashes and option in NAMED else option for option in likely]
     return UserError(

@@ -318,12 +318,11 @@ def _refuse_a_logit_bias(name: str, file: Path, shapes: dict[str, Size]) -> None
 
 
 def _not_loadable(name: str, pretrained: str | None, error: Exception) -> UserError:
+    which = f"model '{name}' with weights '{pretrained}'" if pretrained else f"model '{name}'"
     if isinstance(error, UserError):  # it names the remedy
-        return UserError(f"model '{name}' with weights '{pretrained}' cannot be loaded: {error}")
+        return UserError(f"{which} cannot be loaded: {error}")
     reason = textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
-    return UserError(
-        f"model '{name}' with weights '{pretrained}' cannot be loaded: {reason}: check --model and --pretrained"
-    )
+    return UserError(f"{which} cannot be loaded: {reason}: check --model and --pretrained")
 
 
 def _presumed_format(name: str, file: Path, default: dict[str, Any]) -> dict[str, Any]:

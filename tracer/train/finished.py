@@ -12,7 +12,8 @@ import yaml
 
 from tracer.errors import UserError
 from tracer.settings import as_paths, check_ranges
-from tracer.train.config import Config, MethodSettings
+from tracer.train.config import Config
+from tracer.train.sections import MethodSettings
 
 NEEDED = ("run.json", "metrics.json", "config.yaml")  # of the folder of a finished run
 

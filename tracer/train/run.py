@@ -69,6 +69,7 @@ from tracer.train.scoring import (
     with_form_of,
 )
 from tracer.train.start import check_compiler, check_shared
+from tracer.words import counted
 
 
 @dataclass
@@ -369,14 +370,15 @@ def _head(
 
 def note_start(config: Config, index: Index, sets: list[EvaluationSet], here: Ranks) -> None:
     """Print what is about to be trained, on what, and for how long."""
-    classes = f"{len(index.classes)} classes, " if index.classes else ""
+    classes = f"{counted(len(index.classes), 'class', 'classes')}, " if index.classes else ""
     captions = len(index.columns.captions)
     pairs = config.total_steps * config.batch_size * config.accumulation
     method = config.method + (f" with a {config.teacher} teacher" if config.method == "tracer" else "")
     ranks_ = f" on {here.size} ranks" if here.size > 1 else ""
     tqdm.write(
-        f"{method}: {len(index)} pictures, {classes}{captions or 'no'} captions; {config.total_steps} steps of "
-        f"{config.batch_size * config.accumulation} pairs, {pairs / len(index):.3g} epochs; "
+        f"{method}: {counted(len(index), 'picture')}, {classes}"
+        f"{counted(captions, 'caption') if captions else 'no captions'}; {counted(config.total_steps, 'step')} of "
+        f"{counted(config.batch_size * config.accumulation, 'pair')}, {counted(pairs / len(index), 'epoch')}; "
         f"{compute_device().type}{ranks_}, {resolve_precision(config.precision)}"
     )
     for text in sentences(sets):

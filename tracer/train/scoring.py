@@ -20,7 +20,8 @@ from tracer.models.clip import Clip, contrast_of, load_clip
 from tracer.models.heads import load_state
 from tracer.models.weights import save_weights
 from tracer.recipes import SIGLIP_BIAS
-from tracer.train.config import Config, MethodSettings
+from tracer.train.config import Config
+from tracer.train.sections import MethodSettings
 
 Weights = dict[str, Tensor]  # a state dict in float32
 
