@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -30,9 +31,11 @@ from spoiled_sets import silent
 from tracer.data.batches import TrainingBatches
 from tracer.errors import Refused, Stopped, UserError
 from tracer.files import aside
+from tracer.losses import TracerLoss
 from tracer.models.clip import load_clip
 from tracer.models.weights import save_weights
 from tracer.train import checkpoint, loop
+from tracer.train.checkpoint import newest
 from tracer.train.config import Config
 from tracer.train.engine import LogitScaleBound, full_weights, start_engine
 from tracer.train.log import read_log
@@ -173,6 +176,29 @@ def damaged_on_one_rank() -> None:
     dist.barrier()
     run = finetune(config)
     whole = finetune(dataclasses.replace(config, output=folder() / "undamaged", save_every=500))
+    dist.barrier()
+    for file in run.glob("*.safetensors"):
+        assert file.read_bytes() == (whole / file.name).read_bytes(), file.name
+
+
+def signalled_within_a_step() -> None:
+    """One rank alone has the signal, between micro-batches; all stop at one point, and go on from there."""
+    config = dataclasses.replace(settings(), output=folder() / "within", zero_stage=2, micro_batch=4)
+    forward, calls = TracerLoss.forward, iter(range(10**6))
+
+    def signalled(*args: Any, **options: Any) -> Any:
+        if next(calls) == 1 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*args, **options)
+
+    with mock.patch.object(TracerLoss, "forward", signalled), pytest.raises(Stopped) as e:
+        finetune(config)
+    assert e.value.code == 0
+    dist.barrier()
+    assert newest(aside(config.output)) is not None
+    dist.barrier()
+    run = finetune(config)
+    whole = finetune(dataclasses.replace(config, output=folder() / "not-signalled"))
     dist.barrier()
     for file in run.glob("*.safetensors"):
         assert file.read_bytes() == (whole / file.name).read_bytes(), file.name
@@ -360,5 +386,6 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
         table[f"masters-{precision}-stage{stage}"] = partial(masters, precision, stage)
     table |= {"other-numbers-of-ranks": on_other_numbers_of_ranks, "disagreeing": disagreeing}
     table["spoiled-on-other-numbers-of-ranks"] = spoiled_on_other_numbers_of_ranks
-    table |= {"damaged-on-one-rank": damaged_on_one_rank, "signalled-late": signalled_after_the_last_point}
+    table |= {"damaged-on-one-rank": damaged_on_one_rank, "signalled-within-a-step": signalled_within_a_step}
+    table |= {"signalled-late": signalled_after_the_last_point}
     return table | {"refused": refused}

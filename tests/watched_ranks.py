@@ -29,7 +29,8 @@ STEPS = 10**6
 def rank_main(
     rank: int, size: int, port: int, folder: Path, heartbeat: float, fault: str, hosts: bool
 ) -> None:
-    """Work as a rank that writes its step to ``folder``; ``fault`` says what befalls rank 1 in step 5.
+    """Work as a rank that writes its step to ``folder``; ``fault`` says what befalls rank 1 in step 5,
+    or rank 0 if it begins with "first".
 
     With ``hosts`` each rank takes itself to be alone on its host.
     """
@@ -43,14 +44,14 @@ def rank_main(
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     store = dist.PrefixStore("test", dist.distributed_c10d._get_default_store())
     here = Ranks(rank, size, 0 if hosts else rank, store)
-    code, last = 0, 0
+    code, last, victim = 0, 0, 0 if fault.startswith("first ") else 1
     try:
         with here.watched(heartbeat), stop_requests(True, rank, size) as request:
             here.watch.request = request
             for step in range(1, STEPS):
                 here.watch.at(step, "loads its pictures")
-                if rank == 1 and step == 5:
-                    befall(fault)
+                if rank == victim and step == 5:
+                    befall(fault.removeprefix("first "))
                 if fault == "refused by all" and step == 5:
                     time.sleep(0 if rank == 1 else 2)
                     raise UserError("--lr is too large")
@@ -64,6 +65,8 @@ def rank_main(
                 (folder / f"{rank}.step").write_text(str(step))
     except Stopped as stopped:
         code = stopped.code
+    except KeyboardInterrupt:
+        code = 130
     except Exception:
         code = 3
     (folder / f"{rank}.end").write_text(json.dumps({"step": last, "code": code}))
@@ -74,7 +77,7 @@ def pass_point(request: StopRequest) -> None:
     try:
         request.point()
     except StopHere:
-        raise Stopped("stopped", request.signal or 0, saved=True) from None
+        raise Stopped("stopped", request.signal or 0, saved=True, together=True) from None
 
 
 def befall(fault: str) -> None:
@@ -85,6 +88,10 @@ def befall(fault: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     if fault == "fails":
         raise MemoryError("no memory for a batch\nand more lines")
+    if fault == "is asked to stop":
+        raise Stopped("stopped by SIGTERM", signal.SIGTERM)
+    if fault == "is interrupted":
+        raise KeyboardInterrupt
     if fault == "slow":
         time.sleep(4)
 

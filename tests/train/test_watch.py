@@ -99,6 +99,20 @@ def test_what_all_ranks_refuse_each_of_them_refuses_itself(tmp_path):
     assert not said(tmp_path)  # the command line speaks
 
 
+@pytest.mark.parametrize(
+    ("fault", "codes"),
+    [
+        ("is asked to stop", [1, 143, 1]),
+        ("is interrupted", [1, 130, 1]),
+        ("first is asked to stop", [143, 1, 1]),
+    ],
+)
+def test_a_rank_that_is_stopped_by_itself_ends_the_others(tmp_path, fault, codes):
+    """Before the training, where ranks do not agree. Regression: the others waited for it in a collective."""
+    assert all_end(watched_ranks.start(3, tmp_path, 20.0, fault), within=60) == codes
+    assert not said(tmp_path)  # the command line speaks
+
+
 def wait_for_step(folder: Path, step: int) -> None:
     patience = time.monotonic() + 120
     while time.monotonic() < patience:

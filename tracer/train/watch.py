@@ -29,7 +29,7 @@ from tracer.train.stop import StopRequest
 TICK = 0.25  # seconds between two looks at the store
 BEAT = 1.0  # seconds between two signs of life
 SUSPECTED = 6.0  # seconds without a sign of life that will do where a connection has just been lost
-LINGER = 5.0  # seconds that a rank waits at most for the others to read the last word
+LINGER = 5.0  # seconds that a rank gives the others to read the last word, or to say the same
 SLOW_FACTOR, SLOW_LEAST = 1.5, 0.05  # a step's own work: times the median of all, and seconds beyond it
 SLOW_STEPS = 10  # steps over which that is measured
 REPORT_EVERY = 300.0  # seconds between two reports of the same kind about a rank
@@ -128,8 +128,9 @@ class Watch:
         if error is not None:
             self._give_way_to_a_lost_rank(error)
             reason = f"{type(error).__name__}: {_first_line(error)}"
-            line = self._lose(self.rank, reason, spoken=True, refusal=isinstance(error, UserError))
-            if line and not isinstance(error, UserError):  # which the command line prints
+            asked = isinstance(error, (UserError, Stopped, KeyboardInterrupt))  # the command line speaks of these
+            line = self._lose(self.rank, reason, spoken=True, refusal=asked)
+            if line and not asked:
                 self._say(line)
         self._close()
         with suppress(Exception):  # the store may be gone with the rank that held it
@@ -198,7 +199,7 @@ class Watch:
         """End with the others, once any rank has found one to be lost."""
         if self._store.check(["lost"]):
             lost = json.loads(self._store.get("lost"))
-            if lost["refusal"] and self._over.wait(LINGER):  # this rank was about to refuse the same
+            if lost["refusal"] and self._over.wait(LINGER):  # this rank was about to end by the same
                 return
             speaks = not lost["spoken"] and self._store.add("last word", 1) == 1
             self._end_if_stopped(lost["rank"])
@@ -233,7 +234,8 @@ class Watch:
     def _lose(self, other: int, reason: str, spoken: bool = False, refusal: bool = False) -> str:
         """Say that a rank is lost, so that all end; returns the line that says so, "" if another was faster.
 
-        ``spoken``: the rank says so itself. ``refusal``: of what the user gave, which the others may refuse too.
+        ``spoken``: the rank says so itself. ``refusal``: of what the user gave, or at his signal, which may end the
+        others too.
         """
         with suppress(Exception):  # without a store each host ends by itself
             # The ranks go in step, so this rank's is newer than the lost one's last sign of life.
@@ -250,7 +252,7 @@ class Watch:
         """Let the others read why all end, before this rank takes the store with it."""
         self._store.set(f"left {self.rank}", "")
         keys = [f"left {rank}" for rank in range(self.size) if rank != without]
-        patience = time.monotonic() + LINGER
+        patience = time.monotonic() + 2 * LINGER  # another may linger itself before it leaves
         while self.rank == 0 and time.monotonic() < patience and not self._store.check(keys):
             time.sleep(TICK)
 
