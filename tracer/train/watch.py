@@ -234,8 +234,8 @@ class Watch:
     def _lose(self, other: int, reason: str, spoken: bool = False, refusal: bool = False) -> str:
         """Say that a rank is lost, so that all end; returns the line that says so, "" if another was faster.
 
-        ``spoken``: the rank says so itself. ``refusal``: of what the user gave, or at his signal, which may end the
-        others too.
+        ``spoken``: the rank says so itself. ``refusal``: it ends by what the user gave or by a signal, and the others
+        may be about to end by the same.
         """
         with suppress(Exception):  # without a store each host ends by itself
             # The ranks go in step, so this rank's is newer than the lost one's last sign of life.
