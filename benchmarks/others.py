@@ -328,7 +328,8 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
 
     Args:
         quick: count N 256, D 64 with sm_90's tiles, and compile for sm_80 in 16 bits; without it count N 1024,
-            D 512 with sm_80's and sm_90's tiles too, all but Inf-CL, and compile for all architectures, in float32 too.
+            D 512 with sm_80's and sm_90's tiles too, all but Inf-CL, and compile for all architectures, in float32
+            too.
 
     Raises:
         SystemExit: Triton is interpreting.

@@ -28,10 +28,11 @@ def report(results: dict[str, Any]) -> str:
             "leave out what torch's matrix products load again; torch's bytes hold each operand of an operation "
             "once.",
             _work_table(results["work"]),
-            f"Inf-CL is counted at N {INF_CL_ROWS} alone: for N {LARGEST[0]}, half an hour of the interpreter is not "
-            f"enough. **By formula**, from the loops of its kernels, it takes {_both(by_formula, 'units', '.2f')} "
-            f"products there, and its kernels move {_both(by_formula, 'bytes', '.1f', 1e6)} MB. At N {INF_CL_ROWS} "
-            "the formula gives what is counted, to the byte.",
+            f"Inf-CL is counted at N {INF_CL_ROWS} alone: for N {LARGEST[0]}, half an hour of the interpreter is "
+            "not enough. **By formula**, from the loops of its kernels, it takes "
+            f"{_both(by_formula, 'units', '.2f')} products there, and its kernels move "
+            f"{_both(by_formula, 'bytes', '.1f', 1e6)} MB. At N {INF_CL_ROWS} the formula gives what is counted, "
+            "to the byte.",
             f"**Counted** bytes alive at once beyond the inputs, bfloat16, N {N}, D {D}, gradients included, "
             "beside one tower of features:",
             _memory_table(results["memory"]),

@@ -94,8 +94,8 @@ def inf_cl_work(N: int, D: int) -> InfClWork:
     """Return the work of :func:`inf_cl_loss` by the loops of its kernels, for N a multiple of 64.
 
     A tile is 64×64, and all operands are float32. For each tile of each direction the forward kernel loads rows of
-    both sides. Backward, one kernel for each gradient loads them twice, the second time beside the sum that it loads
-    and stores, and the texts' loads the statistics of 64 rows anew. torch multiplies the positives.
+    both sides. Backward, one kernel for each gradient loads them twice, the second time beside the sum that it
+    loads and stores, and the texts' loads the statistics of 64 rows anew. torch multiplies the positives.
     """
     tiles, operand = (N // 64) ** 2, 64 * D * 4
     forward = 2 * (tiles * 2 * operand + 4 * N)
@@ -174,9 +174,7 @@ class Package(NamedTuple):
 
 PACKAGES = {
     INF_CL: Package("inf-cl", inf_cl_loss, published.clip_loss, True),
-    MEMEFF: Package(
-        "memeff", lambda x, y, _: memeff_loss(x, y, 1 / SCALE), published.clip_loss, False
-    ),
+    MEMEFF: Package("memeff", lambda x, y, _: memeff_loss(x, y, 1 / SCALE), published.clip_loss, False),
     SIGLIP_KERNEL: Package("siglip-kernel", siglip_kernel_loss, published.siglip_loss, True),
 }
 

@@ -157,7 +157,12 @@ def cut_link(size: int, folder: Path, heartbeat: float) -> Iterator[tuple[list[B
 
 
 def start(
-    size: int, folder: Path, heartbeat: float, fault: str = "", hosts: bool = False, ports: list[int] | None = None
+    size: int,
+    folder: Path,
+    heartbeat: float,
+    fault: str = "",
+    hosts: bool = False,
+    ports: list[int] | None = None,
 ) -> list[BaseProcess]:
     """Start the ranks; ``folder`` gets what they say."""
     ports = ports or [free_port()] * size

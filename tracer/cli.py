@@ -81,7 +81,9 @@ def _dry_run(config: Config, ranks: int) -> None:
         print("\n".join(report(config, dry_run(config, ranks))))
     except (KeyboardInterrupt, Stopped) as stopped:
         number = signal.SIGTERM if isinstance(stopped, Stopped) else signal.SIGINT
-        raise Stopped("the dry run was stopped before it had counts; it leaves nothing behind", number) from None
+        raise Stopped(
+            "the dry run was stopped before it had counts; it leaves nothing behind", number
+        ) from None
 
 
 def _evaluate(config: EvaluateConfig) -> None:

@@ -16,7 +16,7 @@ class Stopped(BaseException):
         message: what was saved, and how to go on.
         signal: number of the signal.
         saved: whether the work so far was saved on its account.
-        together: whether all ranks of the run have agreed to stop here; otherwise this one alone has been asked to.
+        together: whether all ranks of the run have agreed to stop here; otherwise this one alone was asked to.
 
     Attributes:
         together: as given.

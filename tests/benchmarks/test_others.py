@@ -69,7 +69,7 @@ def test_inf_cl_takes_ten_products(counted):
 
 @pytest.mark.parametrize("size", [(256, 64), (128, 512)], ids=str)
 def test_the_formula_of_inf_cls_work_gives_what_is_counted(counted, size):
-    """With one and with two parts of the width. The page gives its numbers where the interpreter takes too long."""
+    """With one and with two parts of the width. The page has its numbers where the interpreter takes too long."""
     theirs = counted[INF_CL]
     if size != (theirs["rows"], theirs["width"]):
         with packages.as_if_on("sm_90", others.PLACES):
@@ -116,7 +116,14 @@ def test_what_is_published_stands_beside_estimates(results):
         < 2 * sigmoid["estimate_their_products"]
     )
     page = others.report(results)
-    for words in ("**Counted**", "**Compiled**", "**Published**", "**estimates**", " 5.00 ", "2.00 + 8.00 products"):
+    for words in (
+        "**Counted**",
+        "**Compiled**",
+        "**Published**",
+        "**estimates**",
+        " 5.00 ",
+        "2.00 + 8.00 products",
+    ):
         assert words in page
     assert others.highlights(results)[0][1:] == ("4.00 N²D", "5.00 N²D (memeff 0.3.1)", "1.25×")
 

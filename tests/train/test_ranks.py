@@ -129,7 +129,9 @@ def test_a_rank_that_was_started_otherwise_is_named(changes, says):
     _check_alike(first, first, Ranks(3, 4))
     with pytest.raises(UserError) as e:
         _check_alike(dataclasses.replace(first, **changes), first, Ranks(3, 4))
-    assert re.fullmatch(rf"rank 3 on host \S+ differs from rank 0 in {re.escape(says)}: start all .*", str(e.value))
+    assert re.fullmatch(
+        rf"rank 3 on host \S+ differs from rank 0 in {re.escape(says)}: start all .*", str(e.value)
+    )
 
 
 def test_other_commands_run_in_one_process(monkeypatch, capsys, tmp_path):

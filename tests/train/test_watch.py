@@ -69,7 +69,9 @@ def test_the_rank_that_holds_the_store_may_be_stopped_too(tmp_path):
     os.kill(ranks[0].pid, signal.SIGSTOP)
     assert all_end(ranks, within=60) == [-signal.SIGKILL, 1, 1]
     (line,) = said(tmp_path)
-    assert re.fullmatch(LINE.format(0, r"\d+", r"no contact for 3 s: its process is stopped \(says rank 1 on .*\)"), line)
+    assert re.fullmatch(
+        LINE.format(0, r"\d+", r"no contact for 3 s: its process is stopped \(says rank 1 on .*\)"), line
+    )
 
 
 def test_a_rank_that_is_stopped_alone_on_its_host_ends_too(tmp_path):

@@ -1,7 +1,7 @@
 """A process beside a rank that is alone on its host: it ends the rank where nobody else could.
 
-A stopped process obeys SIGKILL alone, and only a process of the same host can send it. Elsewhere the other ranks of
-the host do so. This file is run by itself, without the project, so that it costs a few megabytes.
+A stopped process obeys SIGKILL alone, and only a process of the same host can send it. Where a host has several
+ranks, the others do so. This file is run by itself, without the project, so that it costs a few megabytes.
 """
 
 from __future__ import annotations

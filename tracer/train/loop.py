@@ -396,7 +396,9 @@ def _stopped(number: int | None, done: int, total: int) -> Stopped:
     what = (
         f"after step {done} of {total}, which is saved" if done else "in the first step; nothing is saved yet"
     )
-    return Stopped(f"stopped {what}; the same command goes on from there", number, saved=done > 0, together=True)
+    return Stopped(
+        f"stopped {what}; the same command goes on from there", number, saved=done > 0, together=True
+    )
 
 
 def _end_not_finite(trainer: Trainer, step: int, skipped: int, index: Index) -> None:

@@ -128,7 +128,9 @@ class Watch:
         if error is not None:
             self._give_way_to_a_lost_rank(error)
             reason = f"{type(error).__name__}: {_first_line(error)}"
-            asked = isinstance(error, (UserError, Stopped, KeyboardInterrupt))  # the command line speaks of these
+            asked = isinstance(
+                error, (UserError, Stopped, KeyboardInterrupt)
+            )  # the command line speaks of these
             line = self._lose(self.rank, reason, spoken=True, refusal=asked)
             if line and not asked:
                 self._say(line)
@@ -234,8 +236,8 @@ class Watch:
     def _lose(self, other: int, reason: str, spoken: bool = False, refusal: bool = False) -> str:
         """Say that a rank is lost, so that all end; returns the line that says so, "" if another was faster.
 
-        ``spoken``: the rank says so itself. ``refusal``: it ends by what the user gave or by a signal, and the others
-        may be about to end by the same.
+        ``spoken``: the rank says so itself. ``refusal``: it ends by what the user gave or by a signal, and the
+        others may be about to end by the same.
         """
         with suppress(Exception):  # without a store each host ends by itself
             # The ranks go in step, so this rank's is newer than the lost one's last sign of life.
