@@ -206,7 +206,7 @@ def signalled_within_a_step() -> None:
 
 def signalled_after_the_last_point() -> None:
     """All ranks stop, though one alone has heard of it; without that the others would wait for it for ever."""
-    config = dataclasses.replace(settings(), output=folder() / "signalled", steps=2)
+    config = dataclasses.replace(settings(), output=folder() / "signalled", steps=2, warmup=0)
     requests = loop.stop_requests
 
     @contextmanager
