@@ -101,7 +101,7 @@ def _exchange(mine: Sequence[int], group: Any) -> list[list[int]]:
 
 
 def _same_everywhere(ints: list[int]) -> None:
-    """Send as DeepSpeed's check at stage 3 does, which compares the order of the layers, and find no difference."""
+    """Send as DeepSpeed's check of the layers' order at stage 3 does, and find no difference."""
     for sent in (len(ints), ints):
         dist.broadcast(torch.tensor(sent), src=0)
 
