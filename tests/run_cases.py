@@ -220,7 +220,9 @@ def signalled_after_the_last_point() -> None:
     assert e.value.code == 0
     assert "stopped after step 2 of 2, which is saved" in str(e.value)
     dist.barrier()
-    assert len(read_log(finetune(config))) == 2
+    run = finetune(config)
+    dist.barrier()
+    assert len(read_log(run)) == 2
 
 
 def in_a_process_of_its_own(part: str, configs: list[Config]) -> None:
