@@ -36,7 +36,7 @@ setup(
     package_dir={"tracer.kernels": "kernels"},
     package_data={"tracer": ["py.typed"], "tracer.demo": ["assets/*"], "tracer.report": ["page.html.j2"]},
     # 2.10 is the first torch whose addmm adds a product of 16-bit matrices to a float32 sum (pytorch#167931), 2.12
-    # the first whose Triton (3.7) compiles every kernel: docs/gpu.md, "The oldest torch".
+    # the first whose Triton (3.7) compiles every kernel, two with a small spill: docs/gpu.md, "The oldest torch".
     install_requires=["torch>=2.12", "numpy>=1.26", "safetensors>=0.4.3"],
     extras_require={
         "train": TRAIN,

@@ -1,7 +1,5 @@
 """Every shipped configuration of the kernels, compiled ahead of time for four architectures: its machine code.
 
-The file has over 500 lines: kernels, their variants and the estimates are one part of the results.
-
     python -m benchmarks.machine_code
     python -m benchmarks.machine_code --architectures '[sm_90]' --full_table true
 
@@ -19,7 +17,8 @@ those whose width is not a multiple of a block, and compiles the combine kernel 
 products, exact or in TF32, only where their tile is not one that the same kernel has in sm_90's column, and the
 one-way and sigmoid forms in 16 bits with sm_90's largest tiles alone.
 
-Roofline estimates come from these tiles, counted work and data sheets; see ``benchmarks/roofline.py``.
+Roofline estimates come from these tiles, counted work and data sheets; see ``benchmarks/roofline.py``. The tables
+are in ``machine_code_page.py``.
 """
 
 from __future__ import annotations
@@ -42,13 +41,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from benchmarks import disassembly, roofline
-from benchmarks.harness import Highlight, command_line, progress, table
+from benchmarks.harness import command_line, progress
+from benchmarks.machine_code_page import AVERAGE, every, exact, highlights, report
 from benchmarks.work import ARCHITECTURES, OBJECTIVES, Architecture
 from tracer.kernels import average_triton, contrastive_triton, sigmoid_triton
 from tracer.kernels._tiles import COMBINE, LIKE, MERGE, TABLES, Tile, tiles_of
 from tracer.kernels._triton import Launch, planning_for, recording
 from tracer.kernels.contrastive import Biases, Inputs, Needs, Options, Saved, Statistics
 from tracer.kernels.sigmoid import PairNeeds
+
+__all__ = ["exact", "highlights", "measure", "report"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -57,7 +59,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 FULL = OBJECTIVES["full objective"].options
-AVERAGE = "moving average"
 # A call of one direction that measures diagnostics walks in both, with weights of its own.
 ONE_WAY, MEASURED, SIGMOID = (
     "one direction, rows left out",
@@ -440,149 +441,8 @@ def measure(
 def refuse_spills(rows: list[dict[str, Any]]) -> None:
     """Show the kernels that spill, and raise SystemExit if there are any."""
     if spilling := [row for row in rows if row["spilled"]]:
-        progress(_every(spilling))
+        progress(every(spilling))
         raise SystemExit(f"{len(spilling)} kernels spill registers to memory: give them smaller tiles")
-
-
-def report(results: dict[str, Any]) -> str:
-    """Return the tables as Markdown: the worst of each kind, and roofline estimates."""
-    parts = [
-        f"Compiled with Triton {results['triton']}, not run. The worst of each kind of kernel; registers are per "
-        "thread, spilled bytes are registers that went to memory, resident warps are what a multiprocessor holds:",
-        _summary(results["kernels"]),
-        "Compiled variants of a run whose sizes, margin, smoothing, scales and temperature change: "
-        + ", ".join(f"{count} of `{name}`" for name, count in results["variants"].items())
-        + ".",
-        "### Roofline: estimate, not measured",
-        "The least time by data sheet that bfloat16 inputs allow, and what sets it: counted products on tensor "
-        "cores, counted elementwise operations and exponentials, or bytes of memory. In brackets: if every visit "
-        "of a tile read its operands from memory; otherwise caches keep them within a launch. Perfect overlap, "
-        "no cost of launches. Products: the matrix products that finish the backward pass.",
-        _estimates(results["estimates"]),
-        f"Moving average, {roofline.AVERAGE_BYTES} bytes per parameter at the memory's bandwidth: estimate, not "
-        "measured.",
-        _average_estimates(results["average_estimates"]),
-    ]
-    if results["full_table"]:
-        parts += ["### Every configuration", _every(results["kernels"])]
-    return "\n\n".join(parts)
-
-
-def _kind(row: dict[str, Any]) -> tuple[str, str, str]:
-    """Return the row of the summary that a kernel belongs to: architecture, kernel, operands."""
-    name, operands = row["kernel"], "16 bits"
-    if name == AVERAGE or name.startswith(("combine", "merge")):
-        name, operands = name.split(" of ")[0], ""
-    elif row["bits"] == 16:
-        name += f", {row['products']} product{'' if row['products'] == 'one' else 's'}"
-    else:
-        name, operands = "all of these", "float32, TF32" if row["bits"] == 19 else "float32, exact"
-    return row["architecture"], name, operands
-
-
-def _summary(rows: list[dict[str, Any]]) -> str:
-    kinds: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        kinds.setdefault(_kind(row), []).append(row)
-    header = ["architecture", "kernel", "operands", "configurations", "most registers", "spilled bytes"]
-    header += ["most shared KiB", "fewest tensor-core instructions", "fewest resident warps"]
-    lines = []
-    for kind, same in sorted(
-        kinds.items(), key=lambda item: (ARCHITECTURES.index(item[0][0]), item[0][2] != "16 bits")
-    ):
-        most = {name: max(row[name] for row in same) for name in ("registers", "spilled", "shared")}
-        fewest = {name: min(row[name] for row in same) for name in ("tensor_core", "resident_warps")}
-        lines.append(
-            [
-                *kind,
-                str(len(same)),
-                str(most["registers"]),
-                str(most["spilled"]),
-                f"{most['shared'] / 1024:.0f}",
-                str(fewest["tensor_core"]),
-                str(fewest["resident_warps"]),
-            ]
-        )
-    return table(header, lines)
-
-
-def _every(rows: list[dict[str, Any]]) -> str:
-    header = ["architecture", "kernel", "products", "bits", "options", "D", "tile", "warps", "stages"]
-    header += ["registers", "spilled bytes", "shared KiB", "tensor-core instructions", "resident warps"]
-    return table(
-        header,
-        [
-            [
-                row["architecture"],
-                row["kernel"],
-                row["products"],
-                str(row["bits"]),
-                row["options"],
-                str(row["width"] or "any"),
-                "×".join(map(str, row["tile"])),
-                str(row["warps"]),
-                str(row["stages"]),
-                str(row["registers"]),
-                str(row["spilled"]),
-                f"{row['shared'] / 1024:.0f}",
-                str(row["tensor_core"]),
-                str(row["resident_warps"]),
-            ]
-            for row in rows
-        ],
-    )
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}"
-
-
-def _estimates(rows: list[dict[str, Any]]) -> str:
-    header = ["estimate for", "objective", "N", "D", "forward ms", "backward ms", "products ms", "sum ms"]
-    lines = []
-    for row in rows:
-        seconds, bound = row["estimate_seconds"], row["estimate_bound_by"]
-        uncached = row["estimate_seconds_if_nothing_were_cached"]
-        cells = [
-            f"{_milliseconds(seconds[when])}, {bound[when]}"
-            + (f" ({_milliseconds(uncached[when])})" if when in uncached else "")
-            for when in seconds
-        ]
-        where = f"{row['card']} ({row['architecture']})"
-        sum_ = _milliseconds(sum(seconds.values()))
-        lines.append([where, row["objective"], str(row["rows"]), str(row["width"]), *cells, sum_])
-    return table(header, lines)
-
-
-def _average_estimates(rows: list[dict[str, Any]]) -> str:
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    cards: dict[str, list[str]] = {}
-    for row in rows:
-        where = f"{row['card']} ({row['architecture']})"
-        cards.setdefault(where, [where]).append(_milliseconds(row["estimate_seconds"]))
-    return table(["estimate for", *(f"{model}, ms" for model in models)], list(cards.values()))
-
-
-def highlights(results: dict[str, Any]) -> list[Highlight]:
-    """Return the number of spilled bytes over all kernels."""
-    rows = results["kernels"]
-    architectures = sorted({row["architecture"] for row in rows})
-    what = f"registers spilled by {len(rows)} compiled kernels ({', '.join(architectures)})"
-    return [Highlight(what, f"{sum(row['spilled'] for row in rows)} bytes", "", "")]
-
-
-def exact(results: dict[str, Any]) -> dict[str, float]:
-    """Return registers, spills and shared memory of every kernel: a compiler of one version repeats them."""
-    numbers: dict[str, float] = {}
-    for row in results["kernels"]:
-        name = (
-            f"machine code {row['architecture']} {row['kernel']}, {row['products']}, {row['bits']} bits, "
-            f"{'x'.join(map(str, row['tile']))}, {row['warps']} warps, {row['stages']} stages, "
-            f"options {row['options']}, D {row['width']}:"
-        )
-        for what in ("registers", "spilled", "shared"):
-            numbers[f"{name} {what}"] = row[what]
-    return numbers | {f"compiled variants of {name}": count for name, count in results["variants"].items()}
 
 
 if __name__ == "__main__":

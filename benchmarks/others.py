@@ -1,7 +1,5 @@
 """The Triton kernels of other packages beside TRACER's, without a GPU: counted, compiled and estimated.
 
-The file has over 500 lines: the packages that it counts need adapters of their own.
-
     python -m benchmarks.others
 
 The packages are Inf-CL and memeff, which compute the CLIP loss, and siglip-kernel, whose loss is another one: a
@@ -14,16 +12,18 @@ torch included; bytes that the kernels load and store; bytes that torch's own op
 products included, each operand once; atomic additions; launches; bytes allocated at once beyond the inputs.
 **Compiled** for the architectures of ``machine_code``: registers, spills, shared memory. **Estimated** is what the
 data sheet of a card allows, beside the times that the packages publish. No time here was measured by us.
+
+The packages are in ``packages.py``, the tables in ``others_page.py``.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -37,9 +37,19 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import disassembly, machine_code, packages, published, roofline, work
 from benchmarks.counting import Allocated, Traffic, Work, counting
-from benchmarks.harness import Highlight, command_line, progress, table
+from benchmarks.harness import command_line, progress
 from benchmarks.measure import require_close
-from benchmarks.packages import INF_CL, MEMEFF, SIGLIP_KERNEL
+from benchmarks.others_page import LARGEST, OUR_SIGMOID, OURS, exact, highlights, report
+from benchmarks.packages import (
+    INF_CL,
+    INF_CL_ROWS,
+    PACKAGES,
+    PUBLISHED,
+    SCALE,
+    SIGLIP_KERNEL,
+    Package,
+    Published,
+)  # fmt: skip
 from benchmarks.work import ARCHITECTURES, PASSES
 from tracer.kernels import contrastive_triton, sigmoid_triton
 from tracer.kernels._tiles import TABLES, tiles_of
@@ -47,49 +57,13 @@ from tracer.kernels._triton import planning_for, recording
 from tracer.kernels.contrastive import Biases, Inputs, Needs, Options
 from tracer.kernels.sigmoid import PairNeeds
 
-OURS, OUR_SIGMOID = "TRACER", "TRACER, sigmoid"
-SCALE, PLACES = 20.0, 132  # the logit scale, and the multiprocessors of the GPU that grids are for
+__all__ = ["exact", "highlights", "measure", "report"]
+
+PLACES = 132  # multiprocessors of the GPU that grids are for
 MEMORY_SIZE = (16384, 512)
+EVERYONE = (OURS, OUR_SIGMOID, *PACKAGES)
 Leaves = tuple[Tensor, Tensor, Tensor]
 Grads = tuple[Tensor | None, ...]
-
-
-class Package(NamedTuple):
-    """A package: its loss of image, text and scale, and the definition of that loss."""
-
-    name: str  # on the package index
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
-    defined: Callable[[Tensor, Tensor, Tensor], Tensor]
-    has_scale: bool  # whether the scale gets a gradient
-
-
-PACKAGES = {
-    INF_CL: Package("inf-cl", packages.inf_cl_loss, published.clip_loss, True),
-    MEMEFF: Package(
-        "memeff", lambda x, y, _: packages.memeff_loss(x, y, 1 / SCALE), published.clip_loss, False
-    ),
-    SIGLIP_KERNEL: Package("siglip-kernel", packages.siglip_kernel_loss, published.siglip_loss, True),
-}
-
-
-EVERYONE = (OURS, OUR_SIGMOID, *PACKAGES)
-
-
-class Published(NamedTuple):
-    """A time of forward and backward in bfloat16 that a package publishes in its description."""
-
-    who: str
-    card: str
-    architecture: str
-    pairs: int
-    width: int
-    seconds: float
-
-
-PUBLISHED = (
-    Published(MEMEFF, "A100", "sm_80", 65536, 512, 0.201),
-    Published(SIGLIP_KERNEL, "GH200", "sm_90", 65536, 768, 0.0469),
-)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -97,9 +71,13 @@ PUBLISHED = (
 
 
 def count(architecture: str, N: int, D: int) -> list[dict[str, Any]]:
-    """Return the work of everyone for N pairs of width D in float16, ours first, in a process that interprets."""
+    """Return the work for N pairs of width D in float16, ours first, in a process that interprets.
+
+    Inf-CL is left out where N is large.
+    """
+    everyone = [who for who in EVERYONE if who != INF_CL or N <= INF_CL_ROWS]
     with packages.as_if_on(architecture, PLACES), planning_for(architecture, PLACES):
-        return [_count(who, architecture, N, D) for who in EVERYONE]
+        return [_count(who, architecture, N, D) for who in everyone]
 
 
 def _count(who: str, architecture: str, N: int, D: int) -> dict[str, Any]:
@@ -350,7 +328,8 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
 
     Args:
         quick: count N 256, D 64 with sm_90's tiles, and compile for sm_80 in 16 bits; without it count N 1024,
-            D 512 with sm_80's and sm_90's tiles too, and compile for all architectures, in float32 too.
+            D 512 with sm_80's and sm_90's tiles too, all but Inf-CL, and compile for all architectures, in float32
+            too.
 
     Raises:
         SystemExit: Triton is interpreting.
@@ -358,7 +337,7 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
     """
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: unset it, kernels can only be compiled or interpreted")
-    sizes = [("sm_90", 256, 64), *([] if quick else [("sm_80", 1024, 512), ("sm_90", 1024, 512)])]
+    sizes = [("sm_90", INF_CL_ROWS, 64), *([] if quick else [("sm_80", *LARGEST), ("sm_90", *LARGEST)])]
     chosen = ("sm_80",) if quick else ARCHITECTURES
     progress("others: counting and compiling")
     spawn = multiprocessing.get_context("spawn")
@@ -376,147 +355,6 @@ def measure(*, quick: bool = False) -> dict[str, Any]:
             **counted.result(),
             "kernels": kernels,
         }
-
-
-def report(results: dict[str, Any]) -> str:
-    """Return the tables as Markdown."""
-    named = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    N, D = MEMORY_SIZE
-    return "\n\n".join(
-        [
-            f"{named}. **Counted** in Triton's interpreter, float16, forward + backward, once loss and gradients "
-            "agree with the definition. Inf-CL works in float32 whatever the features are. memeff gives no "
-            "gradient of the scale; it takes five products where it makes each tower's gradient in a walk of "
-            "its own, for D up to 512 on sm_100 and up to 1024 elsewhere, and above that four, adding all "
-            "gradients with atomics. Both sigmoids make all gradients in the forward pass. The kernels' bytes "
-            "leave out what torch's matrix products load again; torch's bytes hold each operand of an operation "
-            "once.",
-            _work_table(results["work"]),
-            f"**Counted** bytes alive at once beyond the inputs, bfloat16, N {N}, D {D}, gradients included, "
-            "beside one tower of features:",
-            _memory_table(results["memory"]),
-            f"**Compiled** with Triton {results['triton']}, not run; N 1024, D 512. A kernel with 0 resident "
-            "warps cannot start on that architecture, because one program needs more shared memory than a "
-            "multiprocessor has. Inf-CL's kernels hold an instruction of NVIDIA's and do not compile for gfx942.",
-            _code_table(results["kernels"]),
-            "**Published** by the packages, as they measured it, beside **estimates**: the least time by the "
-            "data sheet that TRACER's form of the same loss needs with everything overlapped, and that the "
-            "package's counted products alone need. A time that was measured cannot be divided by an estimate.",
-            _estimate_table(results["estimates"]),
-        ]
-    )
-
-
-def _both(row: dict[str, Any], what: str, form: str, unit: float = 1) -> str:
-    return " + ".join(format(row[what][name] / unit, form) for name in PASSES)
-
-
-def _work_table(rows: list[dict[str, Any]]) -> str:
-    header = [
-        "kernels of",
-        "tiles of",
-        "N",
-        "D",
-        "products",
-        "sum",
-        "MB of the kernels",
-        "sum",
-        "MB of torch",
-    ]
-    lines = [
-        [
-            row["who"],
-            row["architecture"],
-            str(row["rows"]),
-            str(row["width"]),
-            _both(row, "units", ".2f"),
-            f"{sum(row['units'].values()):.2f}",
-            _both(row, "bytes", ".1f", 1e6),
-            f"{sum(row['bytes'].values()) / 1e6:.1f}",
-            _both(row, "torch_bytes", ".1f", 1e6),
-            _both(row, "atomics", ".0f"),
-            _both(row, "launches", ".0f"),
-        ]
-        for row in rows
-    ]
-    return table([*header, "atomic additions", "launches"], lines)
-
-
-def _memory_table(rows: list[dict[str, Any]]) -> str:
-    lines = []
-    for row in rows:
-        tower = 2 * row["rows"] * row["width"]
-        cells = (f"{row[name] / 2**20:.1f} ({row[name] / tower:.1f} towers)" for name in PASSES)
-        lines.append([row["who"], *cells])
-    return table(["kernels of", "MiB forward", "MiB backward"], lines)
-
-
-def _code_table(rows: list[dict[str, Any]]) -> str:
-    header = ["architecture", "kernels of", "kernel", "bits", "warps", "stages", "registers", "spilled bytes"]
-    header += ["shared KiB", "tensor-core instructions", "resident warps"]
-    columns = ("architecture", "who", "kernel", "bits", "warps", "stages", "registers", "spilled")
-    return table(
-        header,
-        [
-            [
-                *(str(row[name]) for name in columns),
-                f"{row['shared'] / 1024:.0f}",
-                str(row["tensor_core"]),
-                str(row["resident_warps"]),
-            ]
-            for row in rows
-        ],
-    )
-
-
-def _estimate_table(rows: list[dict[str, Any]]) -> str:
-    header = ["package", "card", "N"]
-    header += ["D", "published ms", "beside it", "estimated ms", "their products, estimated ms"]
-    lines = []
-    for row in rows:
-        times = (row[name] for name in ("seconds", "estimate_ours", "estimate_their_products"))
-        published_ms, *estimated = (f"{1e3 * seconds:.3g}" for seconds in times)
-        known = (str(row[name]) for name in ("who", "card", "pairs", "width"))
-        lines.append([*known, published_ms, row["ours"], *estimated])
-    return table(header, lines)
-
-
-def highlights(results: dict[str, Any]) -> list[Highlight]:
-    """Return the products of both losses beside the packages', at the largest size counted."""
-    largest = max(row["rows"] for row in results["work"])
-    units = {row["who"]: sum(row["units"].values()) for row in results["work"] if row["rows"] == largest}
-    return [
-        Highlight(
-            f"products of the {loss}, counted, N {largest}",
-            f"{units[ours]:.2f} N²D",
-            f"{units[package]:.2f} N²D ({PACKAGES[package].name} {results['versions'][PACKAGES[package].name]})",
-            f"{units[package] / units[ours]:.2f}×",
-        )
-        for loss, ours, package in (("CLIP loss", OURS, MEMEFF), ("SigLIP loss", OUR_SIGMOID, SIGLIP_KERNEL))
-    ]
-
-
-def exact(results: dict[str, Any]) -> dict[str, float]:
-    """Return every count, and registers, spills and shared memory of every kernel, by name."""
-    numbers: dict[str, float] = {}
-    for row in results["work"]:
-        name = f"work {row['who']} {row['architecture']} {row['rows']}x{row['width']}"
-        for what in ("units", "bytes", "torch_bytes", "atomics", "launches"):
-            for when, value in row[what].items():
-                numbers[f"{name} {what.replace('_', ' ')} {when}"] = value
-    for row in results["memory"]:
-        for when in PASSES:
-            numbers[f"memory {row['who']} {row['rows']}x{row['width']} {when}"] = row[when]
-    for row in results["kernels"]:
-        order = sum(name.startswith(_code_name(row)) for name in numbers) // 3
-        for what in ("registers", "spilled", "shared"):
-            numbers[f"{_code_name(row)} {order}: {what}"] = row[what]
-    return numbers
-
-
-def _code_name(row: dict[str, Any]) -> str:
-    columns = ("architecture", "who", "kernel", "bits", "warps", "stages")
-    return "machine code " + ", ".join(str(row[name]) for name in columns)
 
 
 if __name__ == "__main__":

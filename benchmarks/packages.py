@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+
+from benchmarks import published
 
 INF_CL, MEMEFF, SIGLIP_KERNEL = "Inf-CL", "memeff", "siglip-kernel"
 # By competitor, the module that it is imported as and the command that installs it.
@@ -24,6 +26,8 @@ INSTALL = {
     MEMEFF: ("memeff", "pip install memeff"),
     SIGLIP_KERNEL: ("siglip_kernel", "pip install siglip-kernel"),
 }
+INF_CL_ROWS = 256  # N up to which Inf-CL is counted: the interpreter takes more than half an hour for 1024
+SCALE = 20.0  # the logit scale with which they are counted
 CAPABILITIES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0), "gfx942": (9, 4)}
 
 
@@ -77,6 +81,27 @@ def siglip_kernel_loss(
 def _rounded(feature: Tensor) -> Tensor:
     kind = feature.device.type
     return feature.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else feature
+
+
+class InfClWork(NamedTuple):
+    """Products in units of 2·N²·D, and bytes that kernels load and store, of each pass."""
+
+    units: dict[str, float]
+    bytes: dict[str, int]
+
+
+def inf_cl_work(N: int, D: int) -> InfClWork:
+    """Return the work of :func:`inf_cl_loss` by the loops of its kernels, for N a multiple of 64.
+
+    A tile is 64×64, and all operands are float32. For each tile of each direction the forward kernel loads rows of
+    both sides. Backward, one kernel for each gradient loads them twice, the second time beside the sum that it
+    loads and stores, and the texts' loads the statistics of 64 rows anew. torch multiplies the positives.
+    """
+    tiles, operand = (N // 64) ** 2, 64 * D * 4
+    forward = 2 * (tiles * 2 * operand + 4 * N)
+    backward = 2 * (tiles * (2 * 6 * operand + 2 * 64 * 4) + 2 * 4 * N)
+    units = {"forward": 2 + 2 / N, "backward": 8 + 4 / N}
+    return InfClWork(units, {"forward": forward, "backward": backward})
 
 
 @contextmanager
@@ -136,3 +161,36 @@ def _round_to_tf32(self: Any, asm: str, constraints: str, values: list[Any], *op
     (x,) = values
     bits = x.data.view("uint32")
     return _Rounded(type(x)(((bits + 0x1000) & 0xFFFFE000).astype("uint32").view("float32"), x.dtype))
+
+
+class Package(NamedTuple):
+    """A package: its loss of image, text and scale, and the definition of that loss."""
+
+    name: str  # on the package index
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    defined: Callable[[Tensor, Tensor, Tensor], Tensor]
+    has_scale: bool  # whether the scale gets a gradient
+
+
+PACKAGES = {
+    INF_CL: Package("inf-cl", inf_cl_loss, published.clip_loss, True),
+    MEMEFF: Package("memeff", lambda x, y, _: memeff_loss(x, y, 1 / SCALE), published.clip_loss, False),
+    SIGLIP_KERNEL: Package("siglip-kernel", siglip_kernel_loss, published.siglip_loss, True),
+}
+
+
+class Published(NamedTuple):
+    """A time of forward and backward in bfloat16 that a package publishes in its description."""
+
+    who: str
+    card: str
+    architecture: str
+    pairs: int
+    width: int
+    seconds: float
+
+
+PUBLISHED = (
+    Published(MEMEFF, "A100", "sm_80", 65536, 512, 0.201),
+    Published(SIGLIP_KERNEL, "GH200", "sm_90", 65536, 768, 0.0469),
+)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import alone_runs
@@ -24,10 +29,13 @@ from safetensors.torch import load_file
 from spoiled_sets import silent
 
 from tracer.data.batches import TrainingBatches
-from tracer.errors import Refused, UserError
+from tracer.errors import Refused, Stopped, UserError
 from tracer.files import aside
+from tracer.losses import TracerLoss
 from tracer.models.clip import load_clip
 from tracer.models.weights import save_weights
+from tracer.train import checkpoint, loop
+from tracer.train.checkpoint import newest
 from tracer.train.config import Config
 from tracer.train.engine import LogitScaleBound, full_weights, start_engine
 from tracer.train.log import read_log
@@ -143,6 +151,78 @@ def cut_and_resumed(name: str, changes: dict[str, object]) -> None:
         assert file.read_bytes() == (other / file.name).read_bytes(), file.name
     assert [row["loss"] for row in read_log(run)] == [row["loss"] for row in read_log(other)]
     assert not list(run.glob("checkpoint*"))
+
+
+def damaged_on_one_rank() -> None:
+    """A part that is changed, then a part that one rank cannot write: the checkpoint before both is used."""
+    changes = {"steps": 4, "save_every": 1, "zero_stage": 2}
+    config = dataclasses.replace(settings(), output=folder() / "damaged", **changes)
+    cut_off(config, 3)
+    part = aside(config.output) / "checkpoint-3/rank-1.safetensors"
+    if dist.get_rank() == 0:
+        turned = bytearray(part.read_bytes())
+        turned[-1] ^= 255
+        part.write_bytes(turned)
+    dist.barrier()
+    full = OSError(errno.ENOSPC, "No space left on device")
+    disk = mock.patch.object(checkpoint, "write_part", side_effect=full) if dist.get_rank() else nullcontext()
+    said = pytest.warns(UserWarning, match="'rank-1.safetensors' has been changed; the checkpoint before")
+    with disk, nullcontext() if dist.get_rank() else said, pytest.raises(UserError) as e:
+        finetune(config)
+    dist.barrier()
+    says = "checkpoint-3' could not be written (No space left on device): free some space there"
+    assert says in str(e.value) if dist.get_rank() else isinstance(e.value, Refused)
+    assert [path.name for path in aside(config.output).glob("checkpoint-*")] == ["checkpoint-2"]
+    dist.barrier()
+    run = finetune(config)
+    whole = finetune(dataclasses.replace(config, output=folder() / "undamaged", save_every=500))
+    dist.barrier()
+    for file in run.glob("*.safetensors"):
+        assert file.read_bytes() == (whole / file.name).read_bytes(), file.name
+
+
+def signalled_within_a_step() -> None:
+    """One rank alone has the signal, between micro-batches; all stop at one point, and go on from there."""
+    config = dataclasses.replace(settings(), output=folder() / "within", zero_stage=2, micro_batch=4)
+    forward, calls = TracerLoss.forward, iter(range(10**6))
+
+    def signalled(*args: Any, **options: Any) -> Any:
+        if next(calls) == 1 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*args, **options)
+
+    with mock.patch.object(TracerLoss, "forward", signalled), pytest.raises(Stopped) as e:
+        finetune(config)
+    assert e.value.code == 0
+    dist.barrier()
+    assert newest(aside(config.output)) is not None
+    dist.barrier()
+    run = finetune(config)
+    whole = finetune(dataclasses.replace(config, output=folder() / "not-signalled"))
+    dist.barrier()
+    for file in run.glob("*.safetensors"):
+        assert file.read_bytes() == (whole / file.name).read_bytes(), file.name
+
+
+def signalled_after_the_last_point() -> None:
+    """All ranks stop, though one alone has heard of it; without that the others would wait for it for ever."""
+    config = dataclasses.replace(settings(), output=folder() / "signalled", steps=2, warmup=0)
+    requests = loop.stop_requests
+
+    @contextmanager
+    def late(quiet: bool, rank: int, size: int) -> Iterator[Any]:
+        with requests(quiet, rank, size) as request:
+            yield request
+        request.signal = signal.SIGTERM if rank else None
+
+    with mock.patch.object(loop, "stop_requests", late), pytest.raises(Stopped) as e:
+        finetune(config)
+    assert e.value.code == 0
+    assert "stopped after step 2 of 2, which is saved" in str(e.value)
+    dist.barrier()
+    run = finetune(config)
+    dist.barrier()
+    assert len(read_log(run)) == 2
 
 
 def in_a_process_of_its_own(part: str, configs: list[Config]) -> None:
@@ -308,4 +388,6 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
         table[f"masters-{precision}-stage{stage}"] = partial(masters, precision, stage)
     table |= {"other-numbers-of-ranks": on_other_numbers_of_ranks, "disagreeing": disagreeing}
     table["spoiled-on-other-numbers-of-ranks"] = spoiled_on_other_numbers_of_ranks
+    table |= {"damaged-on-one-rank": damaged_on_one_rank, "signalled-within-a-step": signalled_within_a_step}
+    table |= {"signalled-late": signalled_after_the_last_point}
     return table | {"refused": refused}

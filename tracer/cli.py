@@ -71,11 +71,19 @@ def _finetune(config: Config) -> None:
 
 
 def _dry_run(config: Config, ranks: int) -> None:
-    from tracer.train.dry_report import report
-    from tracer.train.dry_run import dry_run
-
     config.validate()
-    print("\n".join(report(config, dry_run(config, ranks))))
+    what = f"dry run of {config.model} on {ranks:,} ranks"
+    print(f"{what}: counting one step of one of them; a large model takes minutes", flush=True)
+    try:
+        from tracer.train.dry_report import report
+        from tracer.train.dry_run import dry_run
+
+        print("\n".join(report(config, dry_run(config, ranks))))
+    except (KeyboardInterrupt, Stopped) as stopped:
+        number = signal.SIGTERM if isinstance(stopped, Stopped) else signal.SIGINT
+        raise Stopped(
+            "the dry run was stopped before it had counts; it leaves nothing behind", number
+        ) from None
 
 
 def _evaluate(config: EvaluateConfig) -> None:

@@ -16,14 +16,17 @@ class Stopped(BaseException):
         message: what was saved, and how to go on.
         signal: number of the signal.
         saved: whether the work so far was saved on its account.
+        together: whether all ranks of the run have agreed to stop here; otherwise this one alone was asked to.
 
     Attributes:
+        together: as given.
         code: the exit code: 0 where SIGTERM was obeyed and the work saved, since the system that sent it did what
             it should; else 128 + the signal's number, as shells have it.
     """
 
-    def __init__(self, message: str, signal: int, saved: bool = False) -> None:
+    def __init__(self, message: str, signal: int, saved: bool = False, together: bool = False) -> None:
         super().__init__(message)
+        self.together = together
         self.code = 0 if saved and signal == SIGTERM else 128 + signal
 
 

@@ -67,6 +67,18 @@ def test_inf_cl_takes_ten_products(counted):
     assert total(theirs, "bytes") > 5 * total(counted[others.OURS], "bytes")  # float32, tiles read again
 
 
+@pytest.mark.parametrize("size", [(256, 64), (128, 512)], ids=str)
+def test_the_formula_of_inf_cls_work_gives_what_is_counted(counted, size):
+    """With one and with two parts of the width. The page has its numbers where the interpreter takes too long."""
+    theirs = counted[INF_CL]
+    if size != (theirs["rows"], theirs["width"]):
+        with packages.as_if_on("sm_90", others.PLACES):
+            theirs = others._count(INF_CL, "sm_90", *size)
+    by_formula = packages.inf_cl_work(*size)
+    assert theirs["units"] == by_formula.units
+    assert theirs["bytes"] == by_formula.bytes
+
+
 def test_the_interpreter_rounds_as_inf_cls_instruction_does():
     x = torch.tensor([1.0, 1 + 2**-11, 1 + 2**-12, -(1 + 3 * 2**-11), 3e38], dtype=torch.float32)
     want = [1.0, 1 + 2**-10, 1.0, -(1 + 2**-9), 3e38]
@@ -104,7 +116,14 @@ def test_what_is_published_stands_beside_estimates(results):
         < 2 * sigmoid["estimate_their_products"]
     )
     page = others.report(results)
-    for words in ("**Counted**", "**Compiled**", "**Published**", "**estimates**", " 5.00 "):
+    for words in (
+        "**Counted**",
+        "**Compiled**",
+        "**Published**",
+        "**estimates**",
+        " 5.00 ",
+        "2.00 + 8.00 products",
+    ):
         assert words in page
     assert others.highlights(results)[0][1:] == ("4.00 N²D", "5.00 N²D (memeff 0.3.1)", "1.25×")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from functools import partial
 from pathlib import Path
 
 import dry_ranks
@@ -14,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tracer.demo.small_clip  # noqa: F401 (registers the model tracer-demo)
 from tracer.cli import main
+from tracer.errors import Stopped
 from tracer.train.accounts import Accounts
 from tracer.train.config import Config
 from tracer.train.dry_report import memeff, received
@@ -43,8 +46,9 @@ def config(folder: Path, **settings) -> Config:
     [
         {"zero_stage": 2, "micro_batch": 8},
         {"zero_stage": 1, "precision": "bf16", "grad_checkpointing": True},
+        {"zero_stage": 0},
     ],
-    ids=["cached gradients", "recomputed activations"],
+    ids=["cached gradients", "recomputed activations", "stage 0"],
 )
 def test_a_dry_run_counts_what_two_real_ranks_allocate_and_send(settings, tmp_path):
     run = config(tmp_path, **settings)
@@ -52,6 +56,14 @@ def test_a_dry_run_counts_what_two_real_ranks_allocate_and_send(settings, tmp_pa
     dry = dry_run(run, 2, impl="blocked")
     assert sum(dry.at_rest.values()) == pytest.approx(real["rest"], rel=0.05)
     assert sum(dry.at_peak.values()) == pytest.approx(real["peak"], rel=0.05)
+    assert [[name, list(group), list(sent)] for (name, group), sent in dry.sent.items()] == real["sent"]
+
+
+def test_a_dry_run_at_stage_3_counts_what_two_real_ranks_send(tmp_path):
+    """Regression: DeepSpeed compares the order of the layers of all ranks, which it reads from tensors."""
+    run = config(tmp_path, zero_stage=3)
+    real = dry_ranks.count(run, 2, tmp_path / "results.json")
+    dry = dry_run(run, 2, impl="blocked")
     assert [[name, list(group), list(sent)] for (name, group), sent in dry.sent.items()] == real["sent"]
 
 
@@ -118,6 +130,27 @@ def test_the_command_prints_a_table_and_writes_nothing(tmp_path, monkeypatch, ca
     for word in ("parameters", "optimizer", "averages, teacher", "loss", "memeff", "model, not measured"):
         assert word in said
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [(KeyboardInterrupt, 130), (partial(Stopped, "as SIGTERM has it", signal.SIGTERM), 143)],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_a_dry_run_that_is_stopped_says_so(tmp_path, monkeypatch, capsys, stop, code):
+    """Regression: it spoke of checkpoints."""
+
+    def stopped(*_: object) -> None:
+        raise stop()
+
+    monkeypatch.setattr("tracer.train.dry_run.dry_run", stopped)
+    file = tmp_path / "run.yaml"
+    file.write_text(config(tmp_path, dry_run=1024).to_yaml())
+    assert main(["finetune", "--config", str(file)]) == code
+    said = capsys.readouterr()
+    assert said.out.startswith("dry run of ")
+    assert "on 1,024 ranks: counting one step of one of them; a large model takes minutes" in said.out
+    assert said.err == "tracer: the dry run was stopped before it had counts; it leaves nothing behind\n"
 
 
 def test_a_dry_run_under_a_launcher_is_refused(tmp_path, monkeypatch, capsys):

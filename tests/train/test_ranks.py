@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import subprocess
 import sys
 import threading
@@ -15,7 +17,9 @@ import torch.distributed as dist
 
 from tracer.cli import main
 from tracer.errors import Refused, UserError
+from tracer.train.identity import Identity
 from tracer.train.ranks import Ranks, check_batch_size
+from tracer.train.run import _check_alike
 
 
 def together(size: int, work: Callable[[Ranks], Any], per_host: int = 8) -> list[Any]:
@@ -109,6 +113,25 @@ def test_a_batch_is_shared_equally():
         check_batch_size(14, 4)
     with pytest.raises(UserError, match=r"equally: give 4, or start"):
         check_batch_size(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"settings": {"lr": 2.0}}, r"--lr (on rank 0 1.0, here 2.0)"),
+        ({"files": {"--train_data": "another digest"}}, "--train_data (its content)"),
+        ({"versions": {"torch": "3.0"}}, "torch (on rank 0 2.14, here 3.0)"),
+    ],
+    ids=["settings", "data", "versions"],
+)
+def test_a_rank_that_was_started_otherwise_is_named(changes, says):
+    first = Identity(settings={"lr": 1.0}, files={"--train_data": "a digest"}, versions={"torch": "2.14"})
+    _check_alike(first, first, Ranks(3, 4))
+    with pytest.raises(UserError) as e:
+        _check_alike(dataclasses.replace(first, **changes), first, Ranks(3, 4))
+    assert re.fullmatch(
+        rf"rank 3 on host \S+ differs from rank 0 in {re.escape(says)}: start all .*", str(e.value)
+    )
 
 
 def test_other_commands_run_in_one_process(monkeypatch, capsys, tmp_path):

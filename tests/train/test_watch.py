@@ -62,9 +62,56 @@ def test_the_rank_that_holds_the_store_may_be_lost_too(tmp_path):
     assert re.fullmatch(LINE.format(0, r"\d+", rf"{KILLED}( \(says rank 1 on host \S+\))?"), line)
 
 
+def test_the_rank_that_holds_the_store_may_be_stopped_too(tmp_path):
+    """Regression: all others ended, and it stayed for ever."""
+    ranks = watched_ranks.start(3, tmp_path, 3.0)
+    wait_for_step(tmp_path, 3)
+    os.kill(ranks[0].pid, signal.SIGSTOP)
+    assert all_end(ranks, within=60) == [-signal.SIGKILL, 1, 1]
+    (line,) = said(tmp_path)
+    assert re.fullmatch(
+        LINE.format(0, r"\d+", r"no contact for 3 s: its process is stopped \(says rank 1 on .*\)"), line
+    )
+
+
+def test_a_rank_that_is_stopped_alone_on_its_host_ends_too(tmp_path):
+    """Regression: no process of another host can end it, and it stayed for ever."""
+    ranks = watched_ranks.start(3, tmp_path, 3.0, "stopped", hosts=True)
+    assert all_end(ranks, within=60) == [1, -signal.SIGKILL, 1]
+    (line,) = said(tmp_path)
+    reason = r"no sign of life for \d+ s: its process is stopped, or its host or network is down"
+    assert re.fullmatch(LINE.format(1, 5, reason), line)
+
+
+def test_both_sides_of_a_cut_link_end_and_say_so(tmp_path):
+    with watched_ranks.cut_link(3, tmp_path, 3.0) as (ranks, link):
+        wait_for_step(tmp_path, 3)
+        link.cut()
+        assert all_end(ranks, within=60) == [1, 1, 1]
+    here, there = said(tmp_path)
+    reason = r"no sign of life for \d+ s: its process is stopped, or its host or network is down"
+    assert re.fullmatch(LINE.format(2, r"\d+", reason), here)
+    reason = r"no contact for 3 s: the network is cut, or its host is down \(says rank 2 on host \S+\)"
+    assert re.fullmatch(LINE.format(0, r"\d+", reason), there)
+
+
 def test_what_all_ranks_refuse_each_of_them_refuses_itself(tmp_path):
     """Regression: the first to refuse ended the others, which were seconds behind on a busy machine."""
     assert all_end(watched_ranks.start(3, tmp_path, 20.0, "refused by all"), within=120) == [3, 3, 3]
+    assert not said(tmp_path)  # the command line speaks
+
+
+@pytest.mark.parametrize(
+    ("fault", "codes"),
+    [
+        ("is asked to stop", [1, 143, 1]),
+        ("is interrupted", [1, 130, 1]),
+        ("first is asked to stop", [143, 1, 1]),
+    ],
+)
+def test_a_rank_that_is_stopped_by_itself_ends_the_others(tmp_path, fault, codes):
+    """Before the training, where ranks do not agree. Regression: the others waited for it in a collective."""
+    assert all_end(watched_ranks.start(3, tmp_path, 20.0, fault), within=60) == codes
     assert not said(tmp_path)  # the command line speaks
 
 

@@ -77,7 +77,7 @@ def fake_ranks(size: int, ranks_per_host: int) -> Iterator[None]:
 
 def _replacements(size: int, ranks_per_host: int) -> list[tuple[Any, str, Any]]:
     """Return what reads numbers or addresses, and what stands for it."""
-    from deepspeed.runtime.zero import stage3, stage_1_and_2
+    from deepspeed.runtime.zero import partitioned_param_coordinator, stage3, stage_1_and_2
 
     def finite(*_: Any) -> bool:
         return False
@@ -88,6 +88,7 @@ def _replacements(size: int, ranks_per_host: int) -> list[tuple[Any, str, Any]]:
         (_tensor_lists, "_check_memory", lambda _: None),  # compares addresses
         *((nn.Module, name, _itself) for name in ("to", "bfloat16", "half", "float")),
         *((module, "is_invalid_grad_norm", finite) for module in (stage_1_and_2, stage3)),
+        (partitioned_param_coordinator, "assert_ints_same_as_other_ranks", _same_everywhere),
     ]
 
 
@@ -97,6 +98,12 @@ def _exchange(mine: Sequence[int], group: Any) -> list[list[int]]:
     table = torch.empty((size, len(mine)), dtype=torch.int64)
     dist.all_gather(list(table.unbind()), torch.empty(len(mine), dtype=torch.int64), group=group)
     return [list(mine)] * size
+
+
+def _same_everywhere(ints: list[int]) -> None:
+    """Send as DeepSpeed's check of the layers' order at stage 3 does, and find no difference."""
+    for sent in (len(ints), ints):
+        dist.broadcast(torch.tensor(sent), src=0)
 
 
 def _itself(module: nn.Module, *_: Any, **__: Any) -> nn.Module:

@@ -58,7 +58,7 @@ from tracer.train.extras import Extras
 from tracer.train.log import Shown, StepLog
 from tracer.train.ranks import ranks
 from tracer.train.scoring import Scorer, Weights
-from tracer.train.stop import StopHere, StopRequest, stop_requests
+from tracer.train.stop import StopHere, stop_requests
 
 if TYPE_CHECKING:
     from tracer.train.engine import DeepSpeedEngine
@@ -336,9 +336,10 @@ def train(
         except StopHere:
             if done > checkpoints.step:
                 save(done)
-            raise _stopped(request, done, total) from None
-    if request.signal is not None:  # it came after the last point
-        raise _stopped(request, done, total)
+            raise _stopped(request.signal, done, total) from None
+    signals = [number for number in here.everyones(request.signal) if number]
+    if signals:  # after the last point, and perhaps to one rank alone: the others would wait for it
+        raise _stopped(signals[0], done, total)
     if log.skipped == total:
         _end_not_finite(trainer, total, total, index)
     last, student, teacher = gathered(engine, averages)
@@ -390,12 +391,14 @@ def evaluate_now(
     return ranks().once(lambda: scorer.during(step, student, teacher) if scorer else {})
 
 
-def _stopped(request: StopRequest, done: int, total: int) -> Stopped:
-    assert request.signal is not None  # it asked
+def _stopped(number: int | None, done: int, total: int) -> Stopped:
+    assert number is not None  # the signal that asked for it
     what = (
         f"after step {done} of {total}, which is saved" if done else "in the first step; nothing is saved yet"
     )
-    return Stopped(f"stopped {what}; the same command goes on from there", request.signal, saved=done > 0)
+    return Stopped(
+        f"stopped {what}; the same command goes on from there", number, saved=done > 0, together=True
+    )
 
 
 def _end_not_finite(trainer: Trainer, step: int, skipped: int, index: Index) -> None:

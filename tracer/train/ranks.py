@@ -160,7 +160,8 @@ class Ranks:
         try:
             yield
         except BaseException as error:
-            together = self._ended_together or isinstance(error, (Refused, Stopped))
+            stopped = isinstance(error, Stopped) and error.together
+            together = self._ended_together or stopped or isinstance(error, Refused)
             self.watch.leave(error, together)
             if isinstance(error, Refused):
                 time.sleep(

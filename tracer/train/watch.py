@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -22,16 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from tracer.errors import Stopped, UserError
+from tracer.train.guard import guard
 from tracer.train.stop import StopRequest
 
 TICK = 0.25  # seconds between two looks at the store
 BEAT = 1.0  # seconds between two signs of life
 SUSPECTED = 6.0  # seconds without a sign of life that will do where a connection has just been lost
-LINGER = 5.0  # seconds that a rank waits at most for the others to read the last word
+LINGER = 5.0  # seconds that a rank gives the others to read the last word, or to say the same
 SLOW_FACTOR, SLOW_LEAST = 1.5, 0.05  # a step's own work: times the median of all, and seconds beyond it
 SLOW_STEPS = 10  # steps over which that is measured
 REPORT_EVERY = 300.0  # seconds between two reports of the same kind about a rank
 KILLED = "its process has ended without a word: it was killed, perhaps for want of memory"
+STOPPED = "its process is stopped"
 PHASES = ("starts", "loads its pictures", "computes", "evaluates", "saves")
 
 
@@ -75,6 +78,7 @@ class Watch:
         self._left: set[int] = set()
         self._reported: dict[tuple[int, str], float] = {}
         self.request: StopRequest | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
 
     # --- what the training loop says
 
@@ -98,6 +102,8 @@ class Watch:
         }
         self._store.set(f"about {self.rank}", json.dumps(about))
         self._beat()
+        if not self._neighbours:
+            self._guard = guard(os.getpid(), self._limit)
         for other in {*self._neighbours, (self.rank + 1) % self.size, 0}:
             self._meet(other)
         for work in (self._run, self._mind_the_contact):
@@ -122,8 +128,11 @@ class Watch:
         if error is not None:
             self._give_way_to_a_lost_rank(error)
             reason = f"{type(error).__name__}: {_first_line(error)}"
-            line = self._lose(self.rank, reason, spoken=True, refusal=isinstance(error, UserError))
-            if line and not isinstance(error, UserError):  # which the command line prints
+            asked = isinstance(
+                error, (UserError, Stopped, KeyboardInterrupt)
+            )  # the command line speaks of these
+            line = self._lose(self.rank, reason, spoken=True, refusal=asked)
+            if line and not asked:
                 self._say(line)
         self._close()
         with suppress(Exception):  # the store may be gone with the rank that held it
@@ -134,6 +143,9 @@ class Watch:
         self._over.set()
         for thread in self._threads:
             thread.join(2.0)
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.wait()
 
     def _give_way_to_a_lost_rank(self, error: BaseException) -> None:
         """Wait while another rank may turn out to have been lost, of which ``error`` is then the consequence."""
@@ -189,13 +201,10 @@ class Watch:
         """End with the others, once any rank has found one to be lost."""
         if self._store.check(["lost"]):
             lost = json.loads(self._store.get("lost"))
-            if lost["refusal"] and self._over.wait(LINGER):  # this rank was about to refuse the same
+            if lost["refusal"] and self._over.wait(LINGER):  # this rank was about to end by the same
                 return
             speaks = not lost["spoken"] and self._store.add("last word", 1) == 1
-            if self._is_neighbour(lost["rank"]) and _state(pid := self._about[lost["rank"]]["pid"]) in "Tt":
-                os.kill(
-                    pid, signal.SIGKILL
-                )  # a stopped process obeys nothing else, and launchers wait for it
+            self._end_if_stopped(lost["rank"])
             if speaks:
                 self._say(lost["line"])
             self._wait_for_others(lost["rank"])
@@ -204,9 +213,7 @@ class Watch:
     def _mind_the_neighbours(self) -> None:
         for other in self._neighbours:
             if other not in self._left and self._is_gone(other) and not self._has_left(other):
-                self._lose(
-                    other, "its process has ended without a word: it was killed, perhaps for want of memory"
-                )
+                self._lose(other, KILLED)
 
     def _mind_the_next(self) -> None:
         """Look at the next rank of the ring that has not left."""
@@ -223,18 +230,14 @@ class Watch:
         age = time.monotonic() - since
         limit = min(self._limit, SUSPECTED) if self._suspicious else self._limit
         if age > limit:
-            stopped = self._is_neighbour(other) and _state(self._about[other]["pid"]) in "Tt"
-            why = (
-                "its process is stopped"
-                if stopped
-                else "its process is stopped, or its host or network is down"
-            )
+            why = STOPPED if self._is_stopped(other) else f"{STOPPED}, or its host or network is down"
             self._lose(other, f"no sign of life for {age:.0f} s: {why}")
 
     def _lose(self, other: int, reason: str, spoken: bool = False, refusal: bool = False) -> str:
         """Say that a rank is lost, so that all end; returns the line that says so, "" if another was faster.
 
-        ``spoken``: the rank says so itself. ``refusal``: of what the user gave, which the others may refuse too.
+        ``spoken``: the rank says so itself. ``refusal``: it ends by what the user gave or by a signal, and the
+        others may be about to end by the same.
         """
         with suppress(Exception):  # without a store each host ends by itself
             # The ranks go in step, so this rank's is newer than the lost one's last sign of life.
@@ -251,7 +254,7 @@ class Watch:
         """Let the others read why all end, before this rank takes the store with it."""
         self._store.set(f"left {self.rank}", "")
         keys = [f"left {rank}" for rank in range(self.size) if rank != without]
-        patience = time.monotonic() + LINGER
+        patience = time.monotonic() + 2 * LINGER  # another may linger itself before it leaves
         while self.rank == 0 and time.monotonic() < patience and not self._store.check(keys):
             time.sleep(TICK)
 
@@ -265,11 +268,14 @@ class Watch:
         host = self._about.get(0, {}).get("host", "?")
         if 0 in self._neighbours and self._is_gone(0):
             reason = KILLED
+        elif 0 in self._neighbours and self._is_stopped(0):
+            reason = f"no contact for {self._limit:g} s: {STOPPED}"
         line = _line(
             0, host, self._where[0], reason, seen_by=f"rank {self.rank} on host {socket.gethostname()}"
         )
         if self.rank <= min(alive, default=self.rank):
             self._say(line)
+            self._end_if_stopped(0)
             time.sleep(LINGER)  # the others of this host are silent as long as this rank lives
         self._finish()
 
@@ -295,6 +301,14 @@ class Watch:
             return False
         pid = self._about[other]["pid"]
         return _state(pid) in "ZX" or _born(pid) != self._about[other]["born"]
+
+    def _is_stopped(self, other: int) -> bool:
+        return self._is_neighbour(other) and _state(self._about[other]["pid"]) in "Tt"
+
+    def _end_if_stopped(self, other: int) -> None:
+        """End a lost rank of this host that is stopped: it obeys nothing else, and launchers wait for it."""
+        if self._is_stopped(other):
+            os.kill(self._about[other]["pid"], signal.SIGKILL)
 
     # --- slow ranks
 
