@@ -8,6 +8,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import pandas
 import pytest
 import spoiled_sets
 import torch
@@ -250,7 +251,13 @@ def spoiled(index, clip, loader, numbers=range(20), skipped=(), **options):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_every_source_gives_the_same_batches(tmp_path, served, clip, loader):
     """Spoiled in ten ways, from files and over HTTP; and on one rank, then on two, and on one again."""
-    sources = spoiled_sets.write(tmp_path) | {
+    sources = spoiled_sets.write(tmp_path)
+    table = pandas.read_csv(sources["table"], sep="\t")
+    table.to_csv(tmp_path / "table.csv", index=False)
+    table.to_parquet(tmp_path / "table.parquet")
+    sources |= {
+        "csv": tmp_path / "table.csv",
+        "parquet": tmp_path / "table.parquet",
         "braces": tmp_path / "shards/{0..2}.tar",
         "http": Path(f"{served}/{{0..2}}.tar"),
         "fsspec": Path(f"file://{tmp_path}/shards/{{0..2}}.tar"),
