@@ -146,6 +146,18 @@ def test_a_folders_index_is_built_anew_when_a_file_comes_or_is_repaired(tmp_path
     assert read().classes == ["a", "b", "c"]
 
 
+def test_a_repair_is_seen_however_many_faults_there_are(tmp_path, drawings, monkeypatch):
+    monkeypatch.setattr("tracer.data.columns.MOST_FAULTS", 1)
+    (tmp_path / "set.csv").write_text("image,label\n" + "".join(f"{n}.png,x\n" for n in range(4)))
+    good = sorted(drawings.glob("*.png"))[0].read_bytes()
+    for n in range(4):
+        (tmp_path / f"{n}.png").write_bytes(good if n < 2 else good[:80])
+    read = partial(read_index, tmp_path / "set.csv", None, settings(tmp_path, max_bad=0.5))
+    assert len(read()) == 2
+    (tmp_path / "3.png").write_bytes(good)  # which is not the fault that is kept by name
+    assert len(read()) == 3
+
+
 def test_decoding_everything_is_remembered(tmp_path, drawings, monkeypatch):
     looked = []
     look = build.look_at_file

@@ -16,7 +16,7 @@ from tracer.data.sample import Fault, Sample
 from tracer.data.strings import Strings, StringsBuilder
 
 T = TypeVar("T")
-MOST_FAULTS = 1000  # that are kept by name
+MOST_FAULTS = 100_000  # that are kept by name
 
 
 class Rows(Sequence[T]):
