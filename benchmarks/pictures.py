@@ -11,7 +11,8 @@ import open_clip
 import torch
 from PIL import Image
 
-from tracer.data.build import collect
+from tracer.data.build import index_samples
+from tracer.data.config import LoadingSettings
 from tracer.data.index import Index
 from tracer.data.sample import Sample
 from tracer.demo.config import ICONS
@@ -33,7 +34,8 @@ class Source(NamedTuple):
     @property
     def pictures(self) -> Index:
         """The pictures of an epoch, which repeat the files in turn."""
-        once = collect(self.name, (Sample(str(file), "picture", ("a picture",)) for file in self.files))
+        samples = (Sample(str(file), "picture", ("a picture",)) for file in self.files)
+        once = index_samples(self.name, samples, LoadingSettings())
         return once.take(np.arange(self.batch * self.batches) % len(self.files))
 
     @property
