@@ -232,6 +232,23 @@ def test_rows_of_one_picture_are_one_sample_in_any_order(tmp_path, drawings, mon
         assert index.labels == ["even" if n % 2 == 0 else None for n in range(10)]
 
 
+def test_a_batch_draws_the_captions_that_single_pictures_have():
+    """Their own, those of templates, and none twice as often as another."""
+    builder, names = Builder(lambda _: io.BytesIO()), ["one", "two"]
+    for n in range(30):
+        builder.add(Sample(f"{n}.png", str(n % 2), [f"text {n % 7} {c}" for c in range(n % 4)]))
+    index = Index(
+        "set", builder.columns()[0], About(classes=["0", "1"], names=names), templates=["a {}", "{}s"]
+    )
+    rows, choice = np.random.default_rng(0).permutation(30), np.random.default_rng(1).random(30)
+    expected = [
+        index.captions[row][int(drawn * index.caption_count(row))]
+        for row, drawn in zip(rows.tolist(), choice.tolist(), strict=True)
+    ]
+    assert index.drawn(rows, choice) == expected
+    assert {"a one", "ones"} <= set(expected)
+
+
 def test_a_sample_takes_less_than_100_bytes_beside_its_text(tmp_path, drawings):
     builder = Builder(lambda _: io.BytesIO())
     for n in range(1000):

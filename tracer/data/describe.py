@@ -52,10 +52,10 @@ def _captions(index: Index) -> str:
     own = int(has.sum())
     if not own:
         return f"none; made from {made}"
-    edges = np.zeros(len(columns.captions) + 1, np.int32)  # the captions of what is left out lie between them
+    edges = np.zeros(len(columns.captions) + 1, np.int8)  # the captions of what is left out lie between them
     np.add.at(edges, columns.first[has], 1)
     np.add.at(edges, columns.first[has] + columns.count[has], -1)
     distinct = np.zeros(len(columns.texts), bool)
-    distinct[columns.captions[edges.cumsum()[:-1] > 0]] = True
+    distinct[columns.captions[edges.cumsum(dtype=np.int8)[:-1] > 0]] = True
     said = f"{int(columns.count.sum())} of {own} pictures, {int(distinct.sum())} distinct"
     return said if own == len(index) else f"{said}; made from {made} for the others"

@@ -82,6 +82,20 @@ class Index:
             return self.columns.texts[int(self.columns.captions[int(self.columns.first[row]) + number])]
         return self.templates[number].replace("{}", self.about.names[int(self.columns.label[row])])
 
+    def drawn(self, rows: np.ndarray, choice: np.ndarray) -> list[str]:
+        """Return one caption of each of some pictures [n], chosen by ``choice`` [n] from 0 to below 1.
+
+        It does for a batch what :meth:`caption` does, with fewer steps of the interpreter.
+        """
+        columns = self.columns
+        own = columns.count[rows]
+        number = (choice * np.where(own > 0, own, len(self.templates))).astype(np.int64)
+        text = np.full(len(rows), -1, np.int64)
+        text[own > 0] = columns.captions[(columns.first[rows] + number)[own > 0]]
+        known = {n: columns.texts[n] for n in set(text.tolist()) if n >= 0}
+        drawn = zip(text.tolist(), number.tolist(), rows.tolist(), strict=True)
+        return [known[n] if n >= 0 else self.caption(row, template) for n, template, row in drawn]
+
     @cached_property
     def label_numbers(self) -> np.ndarray:
         """The class number of each picture [N] int64; one without a label has a number of its own."""
