@@ -250,8 +250,8 @@ def _about_classes(source: Path, shards: Shards | None) -> Iterator[Path | None]
         return
     with tempfile.TemporaryDirectory() as folder:
         places = [where for where in (parent, parent.rpartition("/")[0]) if "://" in where]
-        found = any(copy_there(where, ABOUT_CLASSES, Path(folder)) for where in places)
-        yield Path(folder) if found else None
+        has_files = any(copy_there(where, ABOUT_CLASSES, Path(folder)) for where in places)
+        yield Path(folder) if has_files else None
 
 
 def _items(

@@ -133,15 +133,15 @@ def copy_there(address: str, names: Iterable[str], folder: Path) -> bool:
     Raises:
         UserError: the server fails, so that nobody knows whether they are there.
     """
-    found = False
+    copied = 0
     for name in names:
         content = io.BytesIO()
         with suppress(MissingError):
             fetch(f"{address}/{name}", content)
             if content.getvalue().lstrip()[:1] != b"<":  # a page that says that there is nothing
                 (folder / name).write_bytes(content.getvalue())
-                found = True
-    return found
+                copied += 1
+    return copied > 0
 
 
 def download(address: str, file: BinaryIO) -> None:
