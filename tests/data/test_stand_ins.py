@@ -126,6 +126,18 @@ def test_a_resumed_run_sees_what_an_unbroken_one_sees(data, clip, loader, first)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
+def test_a_picture_is_shown_until_the_batch_in_which_it_failed(data, clip, loader):
+    """Threads work on later batches meanwhile, and what they note must not change the earlier ones."""
+    index = read_index(data / "train.csv")
+    whole = list(batches(index, clip, loader))
+    row = int(whole[2].index[3])
+    noted = Skipped(len(index), 0.1, [{"batch": 3, "row": row, "picture": index.id(row), "reason": "gone"}])
+    seen = list(batches(index, clip, loader, skipped=noted))
+    assert same(seen[:4], whole[:4])
+    assert [row in batch.index.tolist() for batch in seen].count(True) == 1
+
+
+@pytest.mark.parametrize("loader", LOADERS)
 def test_too_many_failures_stop_the_run_with_a_report(data, clip, loader):
     index = read_index(data / "train.csv")
     for path in list(index.images)[:4]:
