@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ import open_clip
 import torch
 from PIL import Image
 
-from tracer.data.build import collect
+from tracer.data.build import index_samples
+from tracer.data.config import LoadingSettings
 from tracer.data.index import Index
 from tracer.data.sample import Sample
 from tracer.demo.config import ICONS
@@ -33,7 +35,7 @@ class Source(NamedTuple):
     @property
     def pictures(self) -> Index:
         """The pictures of an epoch, which repeat the files in turn."""
-        once = collect(self.name, (Sample(str(file), "picture", ("a picture",)) for file in self.files))
+        once = indexed(self.name, tuple(self.files))
         return once.take(np.arange(self.batch * self.batches) % len(self.files))
 
     @property
@@ -42,6 +44,13 @@ class Source(NamedTuple):
         mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
         wanted = PictureFormat(self.side, mean, std)
         return Clip(self.name, None, lambda captions: torch.zeros(len(captions), 1), wanted)
+
+
+@lru_cache
+def indexed(name: str, files: tuple[Path, ...]) -> Index:
+    """Return the index of files, looked at once, as that of a data set is kept."""
+    samples = (Sample(str(file), "picture", ("a picture",)) for file in files)
+    return index_samples(name, samples, LoadingSettings())
 
 
 def sources(folder: Path, quick: bool) -> list[Source]:

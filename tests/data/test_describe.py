@@ -31,13 +31,13 @@ def test_counts_formats_sizes_and_faults_are_printed(tmp_path, index):
     (tmp_path / "d.png").write_text("<html>")
     (tmp_path / "classes.json").write_text('{"x": "crane", "y": "crane"}')
     (tmp_path / "set.csv").write_text(
-        "image,label,captions\na.jpg,x,one|two\nb.webp,y,one\nc.png,x,\nd.png,x,\ngone.png,y,\n"
+        "image,label,captions\na.jpg,x,one|two\nb.webp,y,one\nc.png,x,\nd.png,x,a lost text|one\ngone.png,y,\n"
     )
     size = sum((tmp_path / name).stat().st_size for name in ("a.jpg", "b.webp", "c.png"))
     assert index(tmp_path / "set.csv") == [
-        f"set: 3 pictures in 5 files, {size / 1e6:.1f} MB",
+        f"set: 3 pictures in 3 files, {size / 1e6:.1f} MB",
         "classes: 2, 3 pictures with a label",
-        "captions: 3 of 2 pictures, 2 distinct; 1 templates for the others",
+        "captions: 3 of 2 pictures, 2 distinct; made from 1 template for the others",
         "formats: 1 JPEG, 1 PNG, 1 WEBP",
         "with an EXIF rotation: 1; of 16 bits a channel: 1",
         "faults: 2 of 5",
@@ -50,16 +50,20 @@ def test_counts_formats_sizes_and_faults_are_printed(tmp_path, index):
         (tmp_path / "folder" / name).mkdir(parents=True)
         picture.save(tmp_path / "folder" / name / "a.png")
     (tmp_path / "folder/classes.json").write_text('{"x": "crane", "y": "crane"}')
-    assert "classes: 2, 2 pictures with a label; names of several classes: crane" in index(
-        tmp_path / "folder"
-    )
+    lines = index(tmp_path / "folder")
+    assert "classes: 2, 2 pictures with a label; names of several classes: crane" in lines
+    assert "captions: none; made from 1 template" in lines
+    (tmp_path / "folder/zeroshot_classification_templates.txt").write_text("a {}\nthe {}\n")
+    assert "captions: none; made from 2 templates" in index(tmp_path / "folder")
+    (tmp_path / "all.csv").write_text("image,captions\na.jpg,one|two\n")
+    assert "captions: 2 of 1 pictures, 2 distinct" in index(tmp_path / "all.csv")
 
 
 def test_decoding_everything_finds_what_the_first_sight_does_not(tmp_path, index):
     """Many faults are counted by their reason, and the first ones named."""
     sources = spoiled_sets.write(tmp_path)
     lines = index(sources["folder"])
-    assert lines[0].startswith("folder: 294 pictures in 300 files, ")
+    assert lines[0].startswith("folder: 294 pictures in 294 files, ")
     assert "faults: 6 of 300" in lines
     decoded = index(sources["folder"], "--decode")
     assert "faults: 7 of 300" in decoded

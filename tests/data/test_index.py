@@ -146,6 +146,18 @@ def test_a_folders_index_is_built_anew_when_a_file_comes_or_is_repaired(tmp_path
     assert read().classes == ["a", "b", "c"]
 
 
+def test_a_repair_is_seen_however_many_faults_there_are(tmp_path, drawings, monkeypatch):
+    monkeypatch.setattr("tracer.data.columns.MOST_FAULTS", 1)
+    (tmp_path / "set.csv").write_text("image,label\n" + "".join(f"{n}.png,x\n" for n in range(4)))
+    good = sorted(drawings.glob("*.png"))[0].read_bytes()
+    for n in range(4):
+        (tmp_path / f"{n}.png").write_bytes(good if n < 2 else good[:80])
+    read = partial(read_index, tmp_path / "set.csv", None, settings(tmp_path, max_bad=0.5))
+    assert len(read()) == 2
+    (tmp_path / "3.png").write_bytes(good)  # which is not the fault that is kept by name
+    assert len(read()) == 3
+
+
 def test_decoding_everything_is_remembered(tmp_path, drawings, monkeypatch):
     looked = []
     look = build.look_at_file
@@ -218,6 +230,23 @@ def test_rows_of_one_picture_are_one_sample_in_any_order(tmp_path, drawings, mon
             sorted({"same", *(f"{n % 3} {c}" for c in range(4))}) for n in range(10)
         ]
         assert index.labels == ["even" if n % 2 == 0 else None for n in range(10)]
+
+
+def test_a_batch_draws_the_captions_that_single_pictures_have():
+    """Their own, those of templates, and none twice as often as another."""
+    builder, names = Builder(lambda _: io.BytesIO()), ["one", "two"]
+    for n in range(30):
+        builder.add(Sample(f"{n}.png", str(n % 2), [f"text {n % 7} {c}" for c in range(n % 4)]))
+    index = Index(
+        "set", builder.columns()[0], About(classes=["0", "1"], names=names), templates=["a {}", "{}s"]
+    )
+    rows, choice = np.random.default_rng(0).permutation(30), np.random.default_rng(1).random(30)
+    expected = [
+        index.captions[row][int(drawn * index.caption_count(row))]
+        for row, drawn in zip(rows.tolist(), choice.tolist(), strict=True)
+    ]
+    assert index.drawn(rows, choice) == expected
+    assert {"a one", "ones"} <= set(expected)
 
 
 def test_a_sample_takes_less_than_100_bytes_beside_its_text(tmp_path, drawings):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.pictures import drawing
-from tracer.data.png import SMALL, quickly
+from tracer.data.png import SMALL, inflated, unfiltered
 
 WIDTH, HEIGHT = 37, 29  # rows that end within a byte
 
@@ -22,11 +22,13 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(bits: int, colour: int, parts: int = 1, interlaced: int = 0, more: bytes = b"") -> bytes:
-    """A PNG of random levels, whose rows have all five filters in turn."""
+def png(
+    bits: int, colour: int, parts: int = 1, interlaced: int = 0, more: bytes = b"", seed: int = 0
+) -> bytes:
+    """A PNG of random levels, whose rows have all five filters in turn, beginning with that of ``seed``."""
     random = np.random.default_rng(10 * bits + colour)
     length = (WIDTH * bits * (3 if colour == 2 else 1) + 7) // 8
-    rows = b"".join(bytes([n % 5]) + random.bytes(length) for n in range(HEIGHT))
+    rows = b"".join(bytes([(n + seed) % 5]) + random.bytes(length) for n in range(HEIGHT))
     whole, palette = zlib.compress(rows), chunk(b"PLTE", random.bytes(3 * 2**bits)) if colour == 3 else b""
     step = -(-len(whole) // parts)
     return b"".join(
@@ -54,18 +56,32 @@ PLAIN = [
 def test_every_plain_layout_has_the_pixels_of_pil(bits, colour):
     text = chunk(b"tEXt", b"Software\0pencil")
     for content in (png(bits, colour), png(bits, colour, parts=3, more=text)):
-        image = quickly(content)
-        assert image is not None
-        assert np.array_equal(np.array(image.convert("RGB")), by_pil(content))
+        small = inflated(content)
+        assert small is not None
+        assert np.array_equal(unfiltered([small])[0], by_pil(content))
+
+
+def test_pictures_of_every_kind_are_unfiltered_together():
+    """Each as if it were alone: filters look at the row above, and above the first row there is none."""
+    contents = [png(bits, colour, seed=seed) for seed in range(8) for bits, colour in PLAIN]
+    for side in (64, 64, 147, 147, 147, 30):  # of which three together are longer than a block
+        file = io.BytesIO()
+        drawing(side + len(contents), side, side).save(file, "PNG")
+        contents.append(file.getvalue())
+    small = [each for content in contents if (each := inflated(content)) is not None]
+    assert len(small) == len(contents)
+    for content, levels in zip(contents, unfiltered(small), strict=True):
+        assert np.array_equal(levels, by_pil(content))
+    assert unfiltered([]) == []
 
 
 def test_drawings_are_decoded_quickly_up_to_a_size():
     for side in (2, 64, 147, 148):
         file = io.BytesIO()
         drawing(side, side, side).save(file, "PNG")
-        image = quickly(file.getvalue())
-        assert (image is None) == (side * (1 + 3 * side) > SMALL) == (side == 148)
-        assert image is None or np.array_equal(np.array(image), by_pil(file.getvalue()))
+        small = inflated(file.getvalue())
+        assert (small is None) == (side * (1 + 3 * side) > SMALL) == (side == 148)
+        assert small is None or np.array_equal(unfiltered([small])[0], by_pil(file.getvalue()))
 
 
 def changed(place: int, new: bytes) -> Callable[[bytes], bytes]:
@@ -102,4 +118,4 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("what", UNUSUAL)
 def test_an_unusual_file_is_left_to_pil(what):
-    assert quickly(UNUSUAL[what]) is None
+    assert inflated(UNUSUAL[what]) is None

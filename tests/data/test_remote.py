@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.server
 import io
 import os
@@ -139,6 +140,45 @@ def test_what_a_killed_process_left_half_fetched_is_removed(server, tmp_path):
     read(ShardCache(tmp_path, 1000), f"{server}/400")
     assert sorted(path.stat().st_size for path in tmp_path.iterdir()) == [400, 5000]
     assert new.exists()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_args) -> None:
+        pass
+
+
+@pytest.fixture
+def served(tmp_path):
+    """Serve ``tmp_path`` over loopback HTTP; return the address."""
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("protocol", ["file", "http"])
+@pytest.mark.parametrize("where", ["beside", "above"])
+def test_names_and_templates_of_shards_at_an_address_are_fetched_too(tmp_path, served, protocol, where):
+    """CLIP_benchmark's layout has them in the folder above; without them a class would be called "0"."""
+    (tmp_path / "set/test").mkdir(parents=True)
+    for n in range(2):
+        with tarfile.open(tmp_path / f"set/test/{n}.tar", "w") as tar:
+            for name, data in ((f"{n}.ppm", b"P6 2 2 255\n" + bytes(12)), (f"{n}.cls", str(n).encode())):
+                about = tarfile.TarInfo(name)
+                about.size = len(data)
+                tar.addfile(about, io.BytesIO(data))
+    root = f"file://{tmp_path}" if protocol == "file" else served
+    source = Path(f"{root}/set/test/{{0..1}}.tar")
+    assert list(read_index(source, None, LoadingSettings(cache=tmp_path / "a")).names.values()) == ["0", "1"]
+    folder = tmp_path / "set/test" if where == "beside" else tmp_path / "set"
+    (folder / "classnames.txt").write_text("missile\nmissile\n")
+    (folder / "zeroshot_classification_templates.txt").write_text("the {c}\n")
+    (folder / "classes.json").write_text("<html>no such page</html>")
+    index = read_index(source, None, LoadingSettings(cache=tmp_path / "b"))
+    assert index.names == {"0": "missile", "1": "missile"}
+    assert index.captions[1] == ["the missile"]
 
 
 def test_shards_are_indexed_and_read_through_a_cache_that_holds_one(tmp_path):

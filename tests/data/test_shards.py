@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -150,8 +152,14 @@ def test_an_index_of_wds2idx_is_used(tmp_path, read):
         lines.replace(" 2.png", " renamed.png").replace(" 2.txt", " renamed.txt")
     )
     assert samples(read(path))[2][0] == "renamed"
-    path.with_suffix(".idx").write_text("anything else")
+    shifted = path.with_suffix(".idx").read_text()
+    os.utime(path, ns=(time.time_ns() + 10**9,) * 2)  # the shard was written again, and its index was not
     assert samples(read(path)) == expected
+    os.utime(path, (0, 0))
+    assert samples(read(path))[2][0] == "renamed"
+    for broken in ("anything else", shifted.replace(" 512 ", " -512 ")):
+        path.with_suffix(".idx").write_text(broken)
+        assert samples(read(path)) == expected
 
 
 GOOD = {f"{n}.{s}": c for n in range(9) for s, c in (("png", picture(n)), ("txt", f"text {n}"))}

@@ -8,6 +8,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import pandas
 import pytest
 import spoiled_sets
 import torch
@@ -122,6 +123,18 @@ def test_a_resumed_run_sees_what_an_unbroken_one_sees(data, clip, loader, first)
         path.write_bytes(content)
     kept = Skipped(len(index), 0.1, run.skipped.rows(first))
     assert same(list(batches(index, clip, loader, first, kept)), unbroken[first:])
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_picture_is_shown_until_the_batch_in_which_it_failed(data, clip, loader):
+    """Threads work on later batches meanwhile, and what they note must not change the earlier ones."""
+    index = read_index(data / "train.csv")
+    whole = list(batches(index, clip, loader))
+    row = int(whole[2].index[3])
+    noted = Skipped(len(index), 0.1, [{"batch": 3, "row": row, "picture": index.id(row), "reason": "gone"}])
+    seen = list(batches(index, clip, loader, skipped=noted))
+    assert same(seen[:4], whole[:4])
+    assert [row in batch.index.tolist() for batch in seen].count(True) == 1
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -250,7 +263,13 @@ def spoiled(index, clip, loader, numbers=range(20), skipped=(), **options):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_every_source_gives_the_same_batches(tmp_path, served, clip, loader):
     """Spoiled in ten ways, from files and over HTTP; and on one rank, then on two, and on one again."""
-    sources = spoiled_sets.write(tmp_path) | {
+    sources = spoiled_sets.write(tmp_path)
+    table = pandas.read_csv(sources["table"], sep="\t")
+    table.to_csv(tmp_path / "table.csv", index=False)
+    table.to_parquet(tmp_path / "table.parquet")
+    sources |= {
+        "csv": tmp_path / "table.csv",
+        "parquet": tmp_path / "table.parquet",
         "braces": tmp_path / "shards/{0..2}.tar",
         "http": Path(f"{served}/{{0..2}}.tar"),
         "fsspec": Path(f"file://{tmp_path}/shards/{{0..2}}.tar"),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pandas
+import pyarrow.parquet
 import pytest
 
 from tracer.data.sample import Fault, Sample
@@ -120,6 +121,39 @@ def test_what_is_not_parquet_is_named(tmp_path, monkeypatch):
     path = parquet(tmp_path / "b.parquet", image=["a.png"], label=[["x", "y"]])
     with pytest.raises(UserError, match=r"b.parquet' line 1: a picture and a label are one text each"):
         list(read_table(path))
+    parquet(path, image=[f"{n}.png" for n in range(999)], title=["x"] * 999)
+    content = bytearray(path.read_bytes())
+    content[4:400] = bytes(396)  # the first column's pages; the end, which lists them, is whole
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"b.parquet' is damaged behind row 0 \(.*\): copy it again"):
+        list(read_table(path))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # as where it is not installed
     with pytest.raises(UserError, match=r"b.parquet' is a Parquet file, which needs pyarrow, .* pip install"):
         list(read_table(path))
+
+
+@pytest.mark.parametrize("image", [{"bytes": b"PNG", "path": "a.png"}, b"PNG"], ids=["struct", "binary"])
+def test_parquet_that_holds_the_pictures_themselves_is_refused(tmp_path, image):
+    """As data sets of the Hugging Face hub do; their bytes are no path that does not exist."""
+    path = parquet(tmp_path / "a.parquet", image=[image] * 3, label=[0, 1, 2])
+    with pytest.raises(UserError, match=r"a.parquet' has a column 'image' of (struct|binary).*write them to"):
+        list(read_table(path))
+
+
+def test_only_the_columns_that_are_used_are_read_of_parquet(tmp_path, monkeypatch):
+    path = parquet(tmp_path / "a.parquet", width=[3.5], thumbnail=[b"PNG"], title=["x"], image=["a.png"])
+    asked, read = [], pyarrow.parquet.ParquetFile.iter_batches
+
+    def iter_batches(self, columns):
+        asked.extend(columns)
+        return read(self, columns=columns)
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", iter_batches)
+    assert list(read_table(path)) == [Sample(str(tmp_path / "a.png"), None, ["x"])]
+    assert asked == ["image", "title"]
+
+
+def test_whole_numbers_beside_a_null_stay_whole(tmp_path):
+    """pandas makes them floats, and 3.0 would be another class than the 3 of a CSV file."""
+    path = parquet(tmp_path / "a.parquet", image=["a.png", "b.png"], label=[3, None], title=["x", "y"])
+    assert [sample.label for sample in read_table(path)] == ["3", None]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from picture_sets import LOADERS
 from results_schema import validate
 from safetensors.torch import load_file
 
@@ -130,8 +131,9 @@ def test_each_variant_of_r_adapter_is_what_it_says(config):
             assert score["accuracy_gain"] == pytest.approx(gain)
 
 
-def test_without_the_ablation_r_adapter_is_one_row(config, tmp_path):
-    demo(dataclasses.replace(config, ablate=False, seeds=1, output=tmp_path / "run"))
+@pytest.mark.parametrize("loader", LOADERS)
+def test_without_the_ablation_r_adapter_is_one_row(config, tmp_path, loader):
+    demo(dataclasses.replace(config, ablate=False, seeds=1, output=tmp_path / "run", loader=loader))
     results = json.loads((tmp_path / "run/results.json").read_text())
     keys = [method["key"] for method in results["methods"]]
     assert keys == ["zero-shot", "flyp", "ema", "wma", "wise-ft", "r-adapter"]

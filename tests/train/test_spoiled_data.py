@@ -131,7 +131,10 @@ def small(config, drawings, tmp_path) -> tuple[Config, Path]:
     return config, read_index(table).images[last]
 
 
-def test_a_picture_that_is_cut_off_while_a_run_rests_fails_in_it(small, monkeypatch):
+@pytest.mark.parametrize("kept_from", [0, 1000])
+def test_a_picture_that_is_cut_off_while_a_run_rests_fails_in_it(small, monkeypatch, kept_from):
+    """Whether the index is read again, and lacks the picture, or is the kept one, as the table did not change."""
+    monkeypatch.setattr("tracer.data.build.KEPT_FROM", kept_from)
     config, picture = small
     cut(config, monkeypatch, 3)
     assert (aside(config.output) / INDEX).is_dir()
@@ -165,9 +168,11 @@ CHANGES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("kept_from", [0, 1000])
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_the_user_changes_while_a_run_rests_is_refused(small, monkeypatch, change):
+def test_what_the_user_changes_while_a_run_rests_is_refused(small, monkeypatch, change, kept_from):
     """A lost picture stands aside; anything else makes another run."""
+    monkeypatch.setattr("tracer.data.build.KEPT_FROM", kept_from)
     config, picture = small
     part = aside(config.output)
     cut(config, monkeypatch, 2)

@@ -19,12 +19,16 @@ class Ahead(Generic[B, T]):
     Args:
         batches: a batch for each step, made when its work begins.
         size: the number of a batch's pictures.
-        work: does one picture of a batch, by its place in it; called in a thread.
+        work: does some pictures of a batch, by their places in it; called in a thread.
         workers: threads.
     """
 
     def __init__(
-        self, batches: Iterable[B], size: Callable[[B], int], work: Callable[[B, int], T], workers: int
+        self,
+        batches: Iterable[B],
+        size: Callable[[B], int],
+        work: Callable[[B, range], list[T]],
+        workers: int,
     ) -> None:
         self._batches, self._size, self._work, self._workers = batches, size, work, workers
 
@@ -46,8 +50,5 @@ class Ahead(Generic[B, T]):
     def _begin(self, pool: ThreadPoolExecutor, batch: B) -> list[Future[list[T]]]:
         count = self._size(batch)
         step = max(1, -(-count // (CHUNKS * self._workers)))
-
-        def some(start: int) -> list[T]:
-            return [self._work(batch, place) for place in range(start, min(start + step, count))]
-
-        return [pool.submit(some, start) for start in range(0, count, step)]
+        parts = (range(start, min(start + step, count)) for start in range(0, count, step))
+        return [pool.submit(self._work, batch, places) for places in parts]

@@ -177,11 +177,8 @@ class TrainingBatches:
 
     def _captions(self, number: int, rows: np.ndarray) -> list[str]:
         """Return the caption that a batch draws for each picture of this rank's slice."""
-        choice, index = caption_choice(self._batch_size, self._seed, number)[self._mine], self._index
-        return [
-            index.caption(row, int(drawn * index.caption_count(row)))
-            for row, drawn in zip(rows.tolist(), choice, strict=True)
-        ]
+        choice = caption_choice(self._batch_size, self._seed, number)[self._mine]
+        return self._index.drawn(rows, choice)
 
 
 class _Waiting:

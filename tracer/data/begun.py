@@ -42,7 +42,7 @@ def begun(index: Index, folder: Path, cache: Path) -> Index:
     """Return the index that is kept in ``folder``, if ``index`` is what is left of it; else ``index`` itself.
 
     It is what is left where its pictures, with their labels and captions, are among those of the kept one in the
-    same order, and none of the others can be used any more.
+    same order, and none of the others, nor of those whose content is another one, can be used any more.
 
     Args:
         index: of the same source, read now.
@@ -61,9 +61,9 @@ def begun(index: Index, folder: Path, cache: Path) -> Index:
     rows = _rows_of(index, kept)
     if rows is None or index.templates != kept.templates:
         return index
-    same = np.array_equal(digests[rows], of_pictures(index, cache))
-    lost = np.setdiff1d(np.arange(len(kept)), rows).tolist()
-    return kept if same and lost and not any(_can_be_used(kept, row) for row in lost) else index
+    unchanged = rows[digests[rows] == of_pictures(index, cache)]  # a kept index may name what was lost since
+    lost = np.setdiff1d(np.arange(len(kept)), unchanged).tolist()
+    return kept if lost and not any(_can_be_used(kept, row) for row in lost) else index
 
 
 def _rows_of(index: Index, kept: Index) -> np.ndarray | None:

@@ -25,7 +25,7 @@ from tracer.data.config import LoadingSettings
 from tracer.data.folder import folders_of, read_folder
 from tracer.data.index import Index
 from tracer.data.names import note
-from tracer.data.remote import ShardCache, address_of
+from tracer.data.remote import ShardCache, address_of, copy_there
 from tracer.data.sample import Fault, Sample
 from tracer.data.shards import Options, Shards, read_shards, shards_of
 from tracer.data.table import read_table
@@ -37,6 +37,7 @@ VERSION = 1  # of the index's files
 KEPT_FROM = 1000  # samples: a smaller index is built in less time than anybody notices
 AT_ONCE = 256  # files that a thread looks at before it is given more
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"  # CLIP_benchmark's
+ABOUT_CLASSES = ("classes.json", "classnames.txt", TEMPLATES_FILE)
 
 Stamps = list[list[Any]]  # path, size and time of change of everything an index was made of
 
@@ -156,7 +157,10 @@ def _kept(source: Path, settings: LoadingSettings, cache: ShardCache, decode: bo
         if (kept := _valid(folder, decode)) is not None:
             return kept
         columns, about, stamps = _build(source, settings, cache, _on_disk, decode)
-        if about.total < KEPT_FROM:
+        unnamed = sum(about.reasons.values()) > len(
+            about.faults
+        )  # whose repair only a shard's time would tell
+        if about.total < KEPT_FROM or (unnamed and shards_of(source) is None):
             return columns, about
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _alone(folder.with_suffix(".lock")):  # another host may share the folder
@@ -209,7 +213,6 @@ def _build(
     """Read a source, look at every picture, and return its columns, what it is about, and what it was made of."""
     builder, about = Builder(scratch), About()
     shards = shards_of(source)
-    folder = shards.folder if shards else (source if source.is_dir() else None)
     with tqdm(desc=f"indexing {source.name}", unit="sample", delay=1) as bar:
         for item, sight in _items(source, shards, settings, cache, decode, bar.update):
             if isinstance(item, Fault):
@@ -224,13 +227,31 @@ def _build(
                 bar.update()
     columns, labels = builder.columns()
     about.total += len(columns.file)
-    columns = _number_classes(columns, labels, folder, about)
-    if folder is not None and (folder / TEMPLATES_FILE).is_file():
-        about.templates = read_templates(folder / TEMPLATES_FILE)
+    with _about_classes(source, shards) as folder:
+        columns = _number_classes(columns, labels, folder, about)
+        if folder is not None and (folder / TEMPLATES_FILE).is_file():
+            about.templates = read_templates(folder / TEMPLATES_FILE)
     if shards is None:
         columns = _look(columns, about, settings, decode)
     about.bytes = _bytes(columns)
-    return columns, about, _stamps(source, shards, folder, about)
+    return columns, about, _stamps(source, shards, about)
+
+
+@contextmanager
+def _about_classes(source: Path, shards: Shards | None) -> Iterator[Path | None]:
+    """Give the folder with the files about the classes, if any; those of shards at an address are copied."""
+    if shards is None:
+        yield source if source.is_dir() else None
+        return
+    parents = {(address_of(file) or "").rpartition("/")[0] for file in shards.files}
+    parent = parents.pop() if len(parents) == 1 else ""
+    if not parent or "?" in parent:
+        yield shards.folder
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        places = [where for where in (parent, parent.rpartition("/")[0]) if "://" in where]
+        has_files = any(copy_there(where, ABOUT_CLASSES, Path(folder)) for where in places)
+        yield Path(folder) if has_files else None
 
 
 def _items(
@@ -296,8 +317,9 @@ def _bytes(columns: Columns) -> int:
     return int(columns.size[~alone].sum() + columns.stamps[columns.file[alone], 0].sum())
 
 
-def _stamps(source: Path, shards: Shards | None, folder: Path | None, about: About) -> Stamps:
+def _stamps(source: Path, shards: Shards | None, about: About) -> Stamps:
     """Return what an index was made of; faulty pictures count too, since a user repairs them."""
+    folder = shards.folder if shards else (source if source.is_dir() else None)
     if shards is not None:
         paths = [file for file in shards.files if address_of(file) is None]
         paths += [str(Path(file).with_suffix(".idx")) for file in paths]
@@ -306,7 +328,6 @@ def _stamps(source: Path, shards: Shards | None, folder: Path | None, about: Abo
     else:
         paths = folders_of(source) if source.is_dir() else [str(source)]
     if folder is not None:
-        names = ("classes.json", "classnames.txt", TEMPLATES_FILE)
-        paths += [str(folder / name) for name in names]
+        paths += [str(folder / name) for name in ABOUT_CLASSES]
     paths += [fault.id for fault in about.faults if shards is None]
     return [_stamp(path) for path in dict.fromkeys(paths)]

@@ -95,9 +95,10 @@ def _opened(read: Read, size: int, max_pixels: int) -> Sight | None:
                 kind, mode, (width, height) = image.format or "", image.mode, image.size
                 if height * width > max_pixels:
                     return Sight(kind, fault=_too_large(height, width, max_pixels))
-                if mode in ("I", "F") or not _is_whole(image, read, size):
+                deep = mode.startswith("I;16") or (mode == "I" and kind == "PPM")
+                if (mode in ("I", "F") and not deep) or not _is_whole(image, read, size):
                     return None
-                return Sight(kind, image.getexif().get(ORIENTATION, 1) > 1, mode.startswith("I;16"))
+                return Sight(kind, image.getexif().get(ORIENTATION, 1) > 1, deep)
     except MemoryError:
         raise
     except Exception:  # PIL raises OSError, SyntaxError, ValueError and more for damaged files
@@ -111,6 +112,11 @@ def _is_whole(image: Any, read: Read, size: int) -> bool:
         return tail.endswith(b";")
     if image.format == "JPEG2000":
         return tail.endswith(b"\xff\xd9")
+    if image.format == "WEBP":  # with EXIF, which lies behind the pixels
+        return int.from_bytes(read(4, 4), "little") + 8 <= size
+    if image.format in ("BMP", "PPM"):
+        end = _end_of_rows(image)
+        return end <= size if end else tail.endswith(b"\0\1")
     if image.format == "TIFF":
         places = [image.tag_v2.get(tag, ()) for tag in (273, 279)]
         if not all(places):  # no strips, but tiles
@@ -119,6 +125,19 @@ def _is_whole(image: Any, read: Read, size: int) -> bool:
         ends = [start + length for start, length in zip(starts, lengths, strict=True)]
         return bool(ends) and max(ends) <= size
     return image.format == "AVIF" and _boxes_end(read, size)
+
+
+def _end_of_rows(image: Any) -> int:
+    """Return where the rows of a BMP or PPM file end, 0 where they are compressed or written as digits."""
+    codec, _, start, layout = image.tile[0]
+    width, height = image.size
+    if image.format == "BMP":
+        return int(start + layout[1] * height) if codec == "raw" else 0
+    if codec == "ppm_plain":
+        return 0
+    deep = layout == "I;16B" or (codec == "ppm" and layout[1] > 255)
+    row = (width + 7) // 8 if image.mode == "1" else width * len(image.getbands()) * (1 + deep)
+    return int(start + row * height)
 
 
 def _boxes_end(read: Read, size: int) -> bool:
@@ -170,7 +189,7 @@ def _decoded(content: bytes, max_pixels: int) -> Sight:
 def look_at_file(path: str, max_pixels: int, whole: bool = False) -> tuple[Sight, int, int]:
     """Return the first sight of a picture file, its size and its time of change in ns; −1 if it has none."""
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # who opens a pipe would wait for its writer
         try:
             about = os.fstat(handle)
             sight = look(lambda place, n: os.pread(handle, n, place), about.st_size, max_pixels, whole)

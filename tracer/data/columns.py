@@ -16,7 +16,7 @@ from tracer.data.sample import Fault, Sample
 from tracer.data.strings import Strings, StringsBuilder
 
 T = TypeVar("T")
-MOST_FAULTS = 1000  # that are kept by name
+MOST_FAULTS = 100_000  # that are kept by name
 
 
 class Rows(Sequence[T]):
@@ -106,7 +106,9 @@ class Columns:
         for name in (f.name for f in fields(cls)):
             strings = name in ("files", "keys", "texts")
             columns[name] = (
-                Strings(column(f"{name}.blob"), column(f"{name}.ends")) if strings else column(name)
+                Strings(*(column(f"{name}.{part}").view(np.ndarray) for part in ("blob", "ends")))
+                if strings
+                else column(name)
             )
         return cls(**columns)
 

@@ -81,7 +81,10 @@ class Pictures:
         def one(work: Work, place: int) -> tuple[int, Encoded]:
             return plan.first_good(work, place, lambda row: self._encoded(work, place, row), _blank)
 
-        batches = Ahead(map(plan.work, numbers), len, one, plan.settings.workers)
+        def some(work: Work, places: range) -> list[tuple[int, Encoded]]:
+            return [one(work, place) for place in places]
+
+        batches = Ahead(map(plan.work, numbers), len, some, plan.settings.workers)
         for work, results in batches:
             rows = [row for row, _ in results]
             self._held.append((work, rows))

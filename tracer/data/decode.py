@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,8 +13,17 @@ from torchvision.io import ImageReadMode, decode_image
 
 from tracer.data.header import PNG
 from tracer.data.picture import Picture, decode_scaled, reason_of, resized, scale_of, what_pil_says
-from tracer.data.png import quickly
-from tracer.data.window import WHOLE, Window, centre_window, margins, pixels_of, random_window, resized_shape
+from tracer.data.png import inflated, unfiltered
+from tracer.data.window import (
+    WHOLE,
+    Window,
+    centre_window,
+    margins,
+    pixels_of,
+    random_pixels,
+    resized_shape,
+    window_of,
+)
 from tracer.errors import UserError
 from tracer.models.picture_format import PictureFormat
 
@@ -33,9 +43,10 @@ def exact(picture: Picture, exif: bool) -> np.ndarray:
         return picture.pixels
     try:
         if picture.content[:8] == PNG:  # torchvision 0.29 writes outside its memory where a PNG is damaged
-            if (image := quickly(picture.content)) is None:
-                image = Image.open(io.BytesIO(picture.content))
-            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            if (small := inflated(picture.content)) is not None:
+                return unfiltered([small])[0]
+            image = Image.open(io.BytesIO(picture.content))
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
         content = torch.frombuffer(bytearray(picture.content), dtype=torch.uint8)
         levels = decode_image(content, ImageReadMode.RGB, apply_exif_orientation=exif)
         return levels.numpy().transpose(1, 2, 0)
@@ -47,11 +58,15 @@ def training(
     picture: Picture, crop: tuple[np.ndarray, ...], wanted: PictureFormat, exif: bool, scaled: bool
 ) -> np.ndarray:
     """Return a random crop of a picture, [3, S, S] uint8: cut out, then resized, as torchvision does."""
-    window = random_window(picture.shape, *crop)
-    if picture.transparent is not None:
-        return resized(picture.transparent, window, wanted).transpose(2, 0, 1)
-    levels = _levels(picture, window, wanted, exif, scaled)
-    top, left, height, width = pixels_of((levels.shape[0], levels.shape[1]), window)
+    top, left, height, width = pixels = random_pixels(picture.shape, *crop)
+    if picture.transparent is not None or scaled:
+        window = window_of(picture.shape, pixels)
+        if picture.transparent is not None:
+            return resized(picture.transparent, window, wanted).transpose(2, 0, 1)
+        levels = _levels(picture, window, wanted, exif, scaled)
+        top, left, height, width = pixels_of((levels.shape[0], levels.shape[1]), window)
+    else:
+        levels = exact(picture, exif)
     return _resize(levels[top : top + height, left : left + width], (wanted.size, wanted.size), wanted)
 
 
@@ -86,10 +101,11 @@ def _levels(picture: Picture, window: Window, wanted: PictureFormat, exif: bool,
 def _resize(levels: np.ndarray, shape: tuple[int, int], wanted: PictureFormat) -> np.ndarray:
     """Resize bytes [height, width, 3] to bytes [3, *shape].
 
+    Bytes that belong to PIL are copied, as torch would do with a crop of them.
     torch's own kernel for this is Pillow-SIMD's and rounds as PIL does. All views are NumPy's, which cost a small
     picture a third less than torch's.
     """
-    planes = levels.transpose(2, 0, 1)
+    planes = (levels if levels.flags.writeable else levels.copy()).transpose(2, 0, 1)
     if planes.shape[1:] == shape:
         return planes
     small = F.interpolate(
@@ -99,7 +115,7 @@ def _resize(levels: np.ndarray, shape: tuple[int, int], wanted: PictureFormat) -
 
 
 class Normalise:
-    """Writes levels [3, S, S], from 0 to 255, into a float32 batch, normalised as ``wanted`` says.
+    """Writes pictures' levels [3, S, S], from 0 to 255, into a float32 batch, normalised as ``wanted`` says.
 
     NumPy does it in the calling thread. torch would start threads of its own beside those of the loader.
     """
@@ -109,7 +125,7 @@ class Normalise:
         self._scale = 1 / (255 * std)
         self._shift = -np.array(wanted.mean, np.float32)[:, None, None] / std
 
-    def __call__(self, levels: np.ndarray, out: np.ndarray) -> None:
-        """Write the picture into ``out`` [3, S, S]."""
-        np.multiply(levels, self._scale, out=out)
+    def __call__(self, levels: Sequence[np.ndarray], out: np.ndarray) -> None:
+        """Write n pictures into ``out`` [n, 3, S, S]."""
+        np.multiply(levels[0] if len(levels) == 1 else np.stack(levels), self._scale, out=out)
         out += self._shift

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
+
 from tracer.data.build import read_index
 from tracer.data.config import IndexConfig
 from tracer.data.index import Index
@@ -27,11 +29,10 @@ def describe(index: Index) -> str:
     names = Counter(about.names)
     shared = [name for name, count in names.items() if count > 1]
     lines = [
-        f"{index.name}: {len(index)} pictures in {len(columns.files)} files, {about.bytes / 1e6:.1f} MB",
+        f"{index.name}: {len(index)} pictures in {len(np.unique(columns.file))} files, {about.bytes / 1e6:.1f} MB",
         f"classes: {len(about.classes)}, {labelled} pictures with a label"
         + (f"; names of several classes: {', '.join(shared[:5])}" if shared else ""),
-        f"captions: {len(columns.captions)} of {int((columns.count > 0).sum())} pictures, "
-        f"{len(columns.texts)} distinct; {len(index.templates)} templates for the others",
+        f"captions: {_captions(index)}",
         f"formats: {', '.join(f'{n} {name}' for name, n in sorted(about.formats.items())) or 'none'}",
         f"with an EXIF rotation: {about.turned}; of 16 bits a channel: {about.sixteen}",
         f"faults: {sum(about.reasons.values())} of {about.total}",
@@ -41,3 +42,20 @@ def describe(index: Index) -> str:
     if len(about.faults) > SHOWN:
         lines.append(f"  and {sum(about.reasons.values()) - SHOWN} more")
     return "\n".join(lines)
+
+
+def _captions(index: Index) -> str:
+    """Say how many captions there are, and what the pictures without any get."""
+    columns, templates = index.columns, len(index.templates)
+    made = f"{templates} template" + "s" * (templates > 1)
+    has = columns.count > 0
+    own = int(has.sum())
+    if not own:
+        return f"none; made from {made}"
+    edges = np.zeros(len(columns.captions) + 1, np.int8)  # the captions of what is left out lie between them
+    np.add.at(edges, columns.first[has], 1)
+    np.add.at(edges, columns.first[has] + columns.count[has], -1)
+    distinct = np.zeros(len(columns.texts), bool)
+    distinct[columns.captions[edges.cumsum(dtype=np.int8)[:-1] > 0]] = True
+    said = f"{int(columns.count.sum())} of {own} pictures, {int(distinct.sum())} distinct"
+    return said if own == len(index) else f"{said}; made from {made} for the others"

@@ -82,6 +82,20 @@ class Index:
             return self.columns.texts[int(self.columns.captions[int(self.columns.first[row]) + number])]
         return self.templates[number].replace("{}", self.about.names[int(self.columns.label[row])])
 
+    def drawn(self, rows: np.ndarray, choice: np.ndarray) -> list[str]:
+        """Return one caption of each of some pictures [n], chosen by ``choice`` [n] from 0 to below 1.
+
+        It does for a batch what :meth:`caption` does, with fewer steps of the interpreter.
+        """
+        columns = self.columns
+        own = columns.count[rows]
+        number = (choice * np.where(own > 0, own, len(self.templates))).astype(np.int64)
+        text = np.full(len(rows), -1, np.int64)
+        text[own > 0] = columns.captions[(columns.first[rows] + number)[own > 0]]
+        known = {n: columns.texts[n] for n in set(text.tolist()) if n >= 0}
+        drawn = zip(text.tolist(), number.tolist(), rows.tolist(), strict=True)
+        return [known[n] if n >= 0 else self.caption(row, template) for n, template, row in drawn]
+
     @cached_property
     def label_numbers(self) -> np.ndarray:
         """The class number of each picture [N] int64; one without a label has a number of its own."""
@@ -100,16 +114,19 @@ class Index:
             OSError: the file cannot be read.
             UserError: its shard cannot be fetched.
         """
-        file = self.columns.files[int(self.columns.file[row])]
-        size, offset = int(self.columns.size[row]), int(self.columns.offset[row])
+        columns, number = self.columns, int(self.columns.file[row])
+        file, size, offset = columns.files[number], int(columns.size[row]), int(columns.offset[row])
         if self.shards is not None and address_of(file):
             handle = self.shards.open(file)
         else:
             handle = os.open(file, os.O_RDONLY)
         try:
-            if size < 0:
-                size = os.fstat(handle).st_size
-            return os.pread(handle, size, offset)
+            if size >= 0:
+                return os.pread(handle, size, offset)
+            size = int(columns.stamps[number, 0])  # a call of the system less, where it still holds
+            if size > 0 and len(content := os.pread(handle, size + 1, 0)) == size:
+                return content
+            return os.pread(handle, os.fstat(handle).st_size, 0)
         finally:
             os.close(handle)
 

@@ -241,6 +241,5 @@ def decode_scaled(content: bytes, scale: int, exif: bool) -> np.ndarray:
     with Image.open(io.BytesIO(content)) as image:
         # Rounded down: PIL takes the largest scale that leaves at least so many pixels.
         image.draft("RGB", (image.width // scale, image.height // scale))
-        if exif:
-            image = ImageOps.exif_transpose(image)
-        return np.array(image.convert("RGB"))
+        upright = ImageOps.exif_transpose(image) if exif else image
+        return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))

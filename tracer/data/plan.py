@@ -82,9 +82,12 @@ class Plan:
             UserError, OSError: it cannot be read.
         """
         settings = self.settings
-        name, content = self.index.id(row), self.index.read(row)
-        picture = read_picture(content, name, exif=settings.exif, max_pixels=settings.max_pixels)
-        return without_border(picture, self.index.border, name, exif=settings.exif)
+        content = self.index.read(row)
+        try:
+            picture = read_picture(content, "", exif=settings.exif, max_pixels=settings.max_pixels)
+            return without_border(picture, self.index.border, "", exif=settings.exif)
+        except UndecodableError as error:
+            raise UndecodableError(self.index.id(row), error.reason, row) from error
 
     def first_good(
         self, work: Work, place: int, load: Callable[[int], T], blank: Callable[[], T]

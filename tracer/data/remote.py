@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +33,10 @@ def address_of(source: Path | str) -> str | None:
         return None
     root = "/" if scheme in ("file", "local") else ""
     return f"{scheme}://{root}{rest.lstrip('/')}"
+
+
+class MissingError(UserError):
+    """There is nothing at an address, or nothing that may be read."""
 
 
 class ShardCache:
@@ -75,22 +81,7 @@ class ShardCache:
         part = self.folder / f"{PART}{uuid.uuid4().hex}"
         try:
             with part.open("xb") as file:
-                for attempt in range(1, ATTEMPTS + 1):
-                    try:
-                        file.seek(0)
-                        file.truncate()
-                        download(address, file)
-                        break
-                    except UserError:
-                        raise
-                    except Exception as error:  # each protocol raises its own
-                        if attempt == ATTEMPTS:
-                            what = " ".join(str(error).split()) or type(error).__name__
-                            raise UserError(
-                                f"'{address}' could not be read in {ATTEMPTS} tries ({what}): check the address "
-                                "and the server"
-                            ) from error
-                        time.sleep(PAUSE * attempt)
+                fetch(address, file)
             part.replace(copy)
         finally:
             part.unlink(missing_ok=True)
@@ -112,13 +103,55 @@ class ShardCache:
             used -= stats[copy].st_size
 
 
+def fetch(address: str, file: BinaryIO) -> None:
+    """Copy what is at an address into a file, in several tries.
+
+    Raises:
+        UserError: the address cannot be read; names the reason. MissingError: there is nothing.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            file.seek(0)
+            file.truncate()
+            download(address, file)
+            return
+        except UserError:
+            raise
+        except Exception as error:  # each protocol raises its own
+            if attempt == ATTEMPTS:
+                what = " ".join(str(error).split()) or type(error).__name__
+                raise UserError(
+                    f"'{address}' could not be read in {ATTEMPTS} tries ({what}): check the address "
+                    "and the server"
+                ) from error
+            time.sleep(PAUSE * attempt)
+
+
+def copy_there(address: str, names: Iterable[str], folder: Path) -> bool:
+    """Copy those of some small files that are in a folder at an address; return whether there are any.
+
+    Raises:
+        UserError: the server fails, so that nobody knows whether they are there.
+    """
+    copied = 0
+    for name in names:
+        content = io.BytesIO()
+        with suppress(MissingError):
+            fetch(f"{address}/{name}", content)
+            if content.getvalue().lstrip()[:1] != b"<":  # a page that says that there is nothing
+                (folder / name).write_bytes(content.getvalue())
+                copied += 1
+    return copied > 0
+
+
 def download(address: str, file: BinaryIO) -> None:
     """Copy what is at an address into a file; HTTP by the standard library, other protocols by fsspec.
 
     fsspec's own HTTP needs aiohttp, which this package does not.
 
     Raises:
-        UserError: there is nothing at the address, or its protocol needs a package that is missing.
+        MissingError: there is nothing at the address, or nothing that may be read.
+        UserError: its protocol needs a package that is missing.
         OSError: the connection failed or ended too early.
     """
     if address.startswith(("http://", "https://")):
@@ -128,7 +161,7 @@ def download(address: str, file: BinaryIO) -> None:
                 expected = answer.headers.get("Content-Length")
         except urllib.error.HTTPError as error:
             if error.code in (401, 403, 404, 410):
-                raise UserError(
+                raise MissingError(
                     f"'{address}' cannot be read: the server answers {error.code} ({error.reason}): "
                     "check the address"
                 ) from error
@@ -141,6 +174,8 @@ def download(address: str, file: BinaryIO) -> None:
         with fsspec.open(address, "rb") as source:
             shutil.copyfileobj(source, file, PIECE)
     except FileNotFoundError as error:
-        raise UserError(f"'{address}' cannot be read: there is no such file: check the address") from error
+        raise MissingError(f"'{address}' cannot be read: there is no such file: check the address") from error
+    except PermissionError as error:  # as S3 answers who may not list what is there
+        raise MissingError(f"'{address}' cannot be read: access is denied: check the address") from error
     except (ImportError, ValueError) as error:  # a protocol that is unknown, or whose package is missing
         raise UserError(f"'{address}' cannot be read: {' '.join(str(error).split())}") from error

@@ -181,7 +181,7 @@ def _members(name: str, file: FileIO, faults: list[Fault]) -> Iterator[Member]:
         raise UserError(
             f"shard '{name}' is compressed: samples are read by their offset, so unpack it once, with gunzip"
         )
-    indexed = None if address_of(name) else _indexed(Path(name).with_suffix(".idx"))
+    indexed = None if address_of(name) else _indexed(Path(name))
     for member in _scanned(name, file, faults) if indexed is None else indexed:
         reason = ""
         if member.name.startswith("/"):
@@ -219,9 +219,13 @@ def _scanned(name: str, file: FileIO, faults: list[Fault]) -> Iterator[Member]:
             raise UserError(f"shard '{name}' is not a tar file ({error}): copy it again") from error
 
 
-def _indexed(path: Path) -> list[Member] | None:
-    """Read an index of wds2idx: a line of ``suffix offset size name …`` for each sample; None if there is none."""
-    if not path.is_file():
+def _indexed(shard: Path) -> list[Member] | None:
+    """Read the index of wds2idx beside a shard: a line of ``suffix offset size name …`` for each sample.
+
+    Returns None where there is none, or one that is older than the shard and may be another's.
+    """
+    path = shard.with_suffix(".idx")
+    if not path.is_file() or path.stat().st_mtime_ns < shard.stat().st_mtime_ns:
         return None
     try:
         version, *lines = path.read_text().splitlines()
@@ -233,6 +237,8 @@ def _indexed(path: Path) -> list[Member] | None:
             for n in range(0, len(cells), 4):
                 _, offset, size, name = cells[n : n + 4]
                 members.append(Member(name, int(offset), int(size)))
+                if min(members[-1].offset, members[-1].size) < 0:
+                    return None
         return members
     except ValueError:  # a name with blanks, or another file: the tar file itself tells
         return None

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
 from tracer.data.names import is_hidden, is_picture, note
 from tracer.data.sample import Fault, Sample
@@ -104,8 +105,17 @@ def _parquet(source: Path) -> Iterator[Row]:
         raise UserError(f"'{source}' is not a Parquet file ({error}): save it again, or as CSV") from error
     header = list(file.schema_arrow.names)
     columns, line = _columns(source, header), 0
-    wanted = [header[c] for c in columns if c is not None]
-    for batch in file.iter_batches(columns=wanted):
+    wanted = [header[c] for c in columns[:3] if c is not None]
+    _refuse_kinds(source, file.schema_arrow, wanted)
+    batches = file.iter_batches(columns=wanted)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (OSError, ValueError, NotImplementedError) as error:  # the last: an unknown compression
+            what = " ".join(str(error).split())[:200]
+            raise UserError(f"'{source}' is damaged behind row {line} ({what}): copy it again") from error
+        if batch is None:
+            return
         for values in zip(*(batch.column(name).to_pylist() for name in wanted), strict=True):
             line += 1
             cells: list[str | list[str]] = [""] * len(header)
@@ -114,10 +124,23 @@ def _parquet(source: Path) -> Iterator[Row]:
             yield _row(source, line, columns, cells)
 
 
+def _refuse_kinds(source: Path, schema: Any, wanted: list[str]) -> None:
+    """Refuse columns of Parquet that hold anything but texts, numbers, and lists of them."""
+    for name in wanted:
+        kind = str(schema.field(name).type)
+        if "struct<" in kind or "binary" in kind or "map<" in kind:
+            raise UserError(
+                f"'{source}' has a column '{name}' of {kind[:60]}: it must hold texts, and pictures are named by "
+                "their paths, so write them to files or shards"
+            )
+
+
 def _cell(value: object) -> str | list[str]:
     """Return a value of a Parquet column as text, a list as texts; what is null is empty."""
     if isinstance(value, list):
         return ["" if item is None else str(item) for item in value]
+    if isinstance(value, float) and value.is_integer():  # as pandas writes whole numbers beside a null
+        value = int(value)
     return "" if value is None else str(value)
 
 

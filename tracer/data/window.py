@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,12 @@ WHOLE = Window(np.zeros(2, np.float32), np.ones(2, np.float32))
 
 
 def random_window(shape: tuple[int, int], sides: np.ndarray, place: np.ndarray) -> Window:
-    """Return the random crop of a picture of ``shape`` (height, width), at whole pixels.
+    """Return the random crop of a picture of ``shape`` as a window; see :func:`random_pixels`."""
+    return window_of(shape, random_pixels(shape, sides, place))
+
+
+def random_pixels(shape: tuple[int, int], sides: np.ndarray, place: np.ndarray) -> tuple[int, int, int, int]:
+    """Return the random crop of a picture of ``shape`` in whole pixels: top, left, height and width.
 
     The crop is the first attempt that fits the picture, and where none does, as much of the picture as RATIO
     allows. This is the distribution of torchvision's RandomResizedCrop, except that torchvision centres a crop of
@@ -34,21 +40,25 @@ def random_window(shape: tuple[int, int], sides: np.ndarray, place: np.ndarray) 
     """
     assert sides.shape == (2, ATTEMPTS)
     height, width = shape
-    # Scalars: NumPy's arrays take twice as long for so few numbers.
-    area_side = np.sqrt(np.float32(height) * np.float32(width))  # of the square that has the picture's area
-    tall, wide = area_side / np.float32(height), area_side / np.float32(width)
-    for high, broad in zip(*sides, strict=True):
+    # Python's numbers: NumPy's take several times as long where they are so few.
+    area_side = math.sqrt(height * width)  # of the square that has the picture's area
+    tall, wide = area_side / height, area_side / width
+    for high, broad in zip(*sides.tolist(), strict=True):
         share_high, share_broad = high * tall, broad * wide
         if share_high <= 1 and share_broad <= 1:
             break
     else:
-        ratio, all_of_it = np.float32(RATIO), np.float32(1)
-        share_high = min(ratio * tall * tall, all_of_it)
-        share_broad = min(ratio * wide * wide, all_of_it)
-    rows = min(max(round(float(share_high) * height), 1), height)
-    columns = min(max(round(float(share_broad) * width), 1), width)
+        share_high = min(RATIO * tall * tall, 1.0)
+        share_broad = min(RATIO * wide * wide, 1.0)
+    rows = min(max(round(share_high * height), 1), height)
+    columns = min(max(round(share_broad * width), 1), width)
     down, across = place.tolist()
-    top, left = round(down * (height - rows)), round(across * (width - columns))
+    return round(down * (height - rows)), round(across * (width - columns)), rows, columns
+
+
+def window_of(shape: tuple[int, int], pixels: tuple[int, int, int, int]) -> Window:
+    """Return top, left, height and width in a picture of ``shape`` as a window."""
+    (height, width), (top, left, rows, columns) = shape, pixels
     start, end = (top / height, left / width), ((top + rows) / height, (left + columns) / width)
     return Window(np.array(start, np.float32), np.array(end, np.float32))
 
