@@ -42,12 +42,6 @@ from tracer.train.finished import FoldConfig, ShowConfig, WiseConfig
 # Each command imports its libraries when it runs, so that --help and bad options answer at once.
 
 
-def _demo(config: DemoConfig) -> None:
-    from tracer.demo.compare import demo
-
-    print(f"report: {demo(config)}")
-
-
 def _sweep(config: SweepConfig) -> None:
     from tracer.demo.sweep import sweep
 
@@ -140,7 +134,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command(
-        DemoConfig, "fine-tune a small CLIP in several ways on real pictures and compare them", _demo
+        DemoConfig, "a sweep of minutes: a small CLIP, real pictures, several ways of fine-tuning", _sweep
     ),
     "sweep": Command(
         SweepConfig, "compare methods, each at the setting of a grid that validation chooses", _sweep
