@@ -33,7 +33,7 @@ from tracer.data.config import IndexConfig
 from tracer.demo.across import CompareConfig
 from tracer.demo.config import DemoConfig, PretrainConfig, SweepConfig
 from tracer.errors import Refused, Stopped, UserError, how_to_install
-from tracer.evaluation.config import EvaluateConfig
+from tracer.evaluation.config import EvaluateConfig, SoupConfig
 from tracer.options import NAMED, check_command, check_options, normalised, unknown
 from tracer.settings import check_set_names
 from tracer.train.config import Config
@@ -95,6 +95,12 @@ def _wise(config: WiseConfig) -> None:
     from tracer.train.finished import average
 
     print(f"weights: {average(config)}")
+
+
+def _soup(config: SoupConfig) -> None:
+    from tracer.evaluation.soup import soup
+
+    print(f"weights: {soup(config)}")
 
 
 def _show(config: ShowConfig) -> None:
@@ -160,6 +166,9 @@ COMMANDS = {
         _fold,
         plain=("run",),
         flags=("last",),
+    ),
+    "soup": Command(
+        SoupConfig, "mix the weights of several runs: uniform, greedy or Fisher-weighted", _soup, plain=("runs",)
     ),
     "wise": Command(WiseConfig, "average the weights of two models (WiSE-FT)", _wise, plain=("a", "b")),
     "pretrain": Command(PretrainConfig, "train the small CLIP that the demo starts from", _pretrain),

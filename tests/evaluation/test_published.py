@@ -57,7 +57,7 @@ def test_the_page_has_a_command_for_each_published_number():
 def test_a_command_runs(sets, monkeypatch, capfd, tiny_config, name, command):
     """In the order of the page: WiSE-FT averages the run before it."""
     monkeypatch.chdir(sets)
-    monkeypatch.setattr("tracer.evaluation.imagenet.openai_templates", lambda: ["a photo of a {}."])
+    monkeypatch.setattr("tracer.models.imagenet.openai_templates", lambda: ["a photo of a {}."])
     for words in expanded(command):
         assert words[0] == "tracer"
         line = shlex.join(words[1:]).replace("ViT-B-16-quickgelu", str(tiny_config))
