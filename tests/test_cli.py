@@ -127,7 +127,7 @@ R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pret
             ["finetune", "--train_data", "x.csv", "--adapters", "true", "--freeze", "image"],
             "--freeze image and adapters exclude each other",
         ),
-        (["demo", "--freeze", "image"], "--freeze image: r-adapter trains adapters"),
+        (["demo", "--ablate", "true", "--freeze", "image"], "--freeze image: r-adapter trains adapters"),
         (
             ["finetune", "--train_data", "x.csv", "--mesh", "2by2"],
             "--mesh is '2by2': it must be auto, ring, or PxQ such as 4x2",

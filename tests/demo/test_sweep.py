@@ -150,7 +150,7 @@ def test_parts_of_r_adapter_are_methods_of_the_same_protocol(config, tmp_path):
 
 
 def test_what_each_part_of_r_adapter_sets(config):
-    own = dataclasses.replace(config, methods=("flyp", "r-adapter"), ablate=True, adapter_momentum=0.9)
+    own = dataclasses.replace(config, methods=("flyp",), ablate=True, adapter_momentum=0.9)
     keys = ("positives", "margin", "smoothing", "adapter_drop", "adapter_momentum", "adapter_alpha")
     runs = {name: settings_of(own, name, {}, 0, name) for name in own.compared}
     assert {name: tuple(getattr(run, key) for key in keys) for name, run in runs.items()} == {
@@ -198,7 +198,6 @@ def test_points_and_rates(config):
         ({"methods": ()}, "--methods is empty: the methods are"),
         ({"methods": ("flyp", "wma", "flyp")}, "--methods names flyp 2 times: name it once"),
         ({"methods": ("r-adapter-no-drop",)}, "--methods r-adapter-no-drop lacks a part of r-adapter: add"),
-        ({"ablate": True}, "--ablate true takes r-adapter apart: add r-adapter to --methods"),
         ({"methods": ("flyp", "r-adapter"), "freeze": "image"}, "--freeze image: r-adapter trains adapters"),
         ({"grid": {"rate": [1.0]}}, "--grid.rate is not a setting of a run"),
         ({"grid": {"lr": []}}, "--grid.lr has no values"),

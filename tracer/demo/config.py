@@ -39,7 +39,7 @@ class SweepConfig(Config):
         grid: setting → values; each method is trained with every combination. lr_times multiplies the learning
             rate that a method has otherwise.
         seeds: runs of each method at its chosen settings; the chosen trial is the first of them.
-        ablate: also train r-adapter without each of its parts, by the same protocol.
+        ablate: also train r-adapter, and r-adapter without each of its parts, by the same protocol.
         soups: also mix the trials of each method into uniform, greedy and Fisher-weighted soups.
         alphas: interpolation coefficients α at which the line from the start to each trained model is measured,
             besides 0 and 1.
@@ -73,9 +73,9 @@ class SweepConfig(Config):
 
     @property
     def compared(self) -> list[str]:
-        """Return the methods that are trained, the variants of ``ablate`` behind the others."""
-        variants = [name for name, method in METHODS.items() if method.variant_of in self.methods]
-        return [*self.methods, *(name for name in variants if self.ablate and name not in self.methods)]
+        """Return the methods that are trained; those of ``ablate`` come behind the others."""
+        parts = [name for name, method in METHODS.items() if "r-adapter" in (name, method.variant_of)]
+        return [*self.methods, *(name for name in parts if self.ablate and name not in self.methods)]
 
     def validate(self) -> None:
         """Raise UserError for the first setting that makes no sense, naming it and the remedy."""
@@ -106,15 +106,12 @@ class SweepConfig(Config):
             raise UserError(f"--methods names {name} {times} times: name it once")
         for name in self.methods:
             whole = METHODS[name].variant_of
-            if whole and whole not in self.methods:
+            if whole and whole not in self.compared:
                 raise UserError(f"--methods {name} lacks a part of {whole}: add {whole}, to compare it with")
-        if self.ablate and "r-adapter" not in self.methods:
-            raise UserError("--ablate true takes r-adapter apart: add r-adapter to --methods")
         adapted = next((name for name in self.compared if METHODS[name].adapted), None)
         if adapted and self.freezing:
             raise UserError(
-                f"{' '.join(self.freezing)}: {adapted} trains adapters, which freeze all the rest: leave it out of "
-                "--methods, or leave the option out"
+                f"{' '.join(self.freezing)}: {adapted} trains adapters, which freeze all the rest: leave either out"
             )
 
     def _check_grid(self) -> None:
@@ -147,10 +144,11 @@ DEFAULTS = {field.name: field.default for field in fields(SweepConfig)}
 
 @dataclass
 class DemoConfig(SweepConfig):
-    """A sweep that takes minutes: fewer methods and steps, and no soups."""
+    """A sweep that takes minutes: fewer methods, seeds and steps, and no soups."""
 
     output: Path = Path("runs/demo")
-    methods: tuple[str, ...] = ("flyp", "frozen", "ema", "wma", "r-adapter")
+    methods: tuple[str, ...] = ("flyp", "frozen", "ema", "wma")
+    seeds: int = 2
     soups: bool = False
 
     default_steps: ClassVar[int] = 200
