@@ -168,7 +168,10 @@ COMMANDS = {
         flags=("last",),
     ),
     "soup": Command(
-        SoupConfig, "mix the weights of several runs: uniform, greedy or Fisher-weighted", _soup, plain=("runs",)
+        SoupConfig,
+        "mix the weights of several runs: uniform, greedy or Fisher-weighted",
+        _soup,
+        plain=("runs",),
     ),
     "wise": Command(WiseConfig, "average the weights of two models (WiSE-FT)", _wise, plain=("a", "b")),
     "pretrain": Command(PretrainConfig, "train the small CLIP that the demo starts from", _pretrain),

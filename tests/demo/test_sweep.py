@@ -144,7 +144,8 @@ def test_parts_of_r_adapter_are_methods_of_the_same_protocol(config, tmp_path):
     assert of == {"zero-shot": None, "r-adapter": None, "r-adapter-no-scaling": "r-adapter", "wise-ft": None}
     assert [curve["key"] for curve in results["curves"]] == ["r-adapter"]
     alpha = {
-        p.parent.name: yaml.safe_load(p.read_text())["adapter_alpha"] for p in own.output.glob("*/config.yaml")
+        p.parent.name: yaml.safe_load(p.read_text())["adapter_alpha"]
+        for p in own.output.glob("*/config.yaml")
     }
     assert alpha == {"r-adapter-trial-0": 0.5, "r-adapter-no-scaling-trial-0": 1.0}
 

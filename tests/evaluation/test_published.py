@@ -48,7 +48,7 @@ def sets(tmp_path_factory, tiny_config) -> Path:
 
 
 def few_prompts() -> dict[str, list[str]]:
-    """Return one prompt for each of ImageNet's classes in place of 80, which a tiny model's tests need not read."""
+    """Return one prompt for each of ImageNet's classes in place of 80, which would take long."""
     return {wnid: [f"a photo of a {name}."] for wnid, name in names().items()}
 
 
@@ -69,5 +69,7 @@ def test_a_command_runs(sets, monkeypatch, capfd, tiny_config, name, command):
         argv = shlex.split(line.replace("--pretrained openai", "--pretrained start.safetensors"))
         if argv[0] == "finetune":
             argv += ["--epochs", "1", "--precision", "fp32"]
-        assert main([*argv, *(["--cache", "cache"] if argv[0] != "wise" else [])]) == 0, capfd.readouterr().err
+        assert main([*argv, *(["--cache", "cache"] if argv[0] != "wise" else [])]) == 0, (
+            capfd.readouterr().err
+        )
     assert "incomplete" in capfd.readouterr().out

@@ -28,7 +28,9 @@ def files(tiny_config, tmp_path_factory) -> list[Path]:
     draw, made = torch.Generator().manual_seed(1), []
     for n in range(3):
         state = {
-            name: value + 0.3 * torch.randn(value.shape, generator=draw) if value.is_floating_point() else value
+            name: value + 0.3 * torch.randn(value.shape, generator=draw)
+            if value.is_floating_point()
+            else value
             for name, value in clip.model.state_dict().items()
         }
         made.append(folder / f"{n}.safetensors")
@@ -108,7 +110,10 @@ def nameless(folder: Path, tiny_config: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (other_width, r"a soup mixes weights of one architecture: vision_cfg.layers is 2 in '.*other.* and 1 in"),
+        (
+            other_width,
+            r"a soup mixes weights of one architecture: vision_cfg.layers is 2 in '.*other.* and 1 in",
+        ),
         (other_form, r"was trained with the sigmoid with a bias of -10.*average would be neither"),
         (nameless, "does not say its model: give runs, or files of weights that tracer wrote"),
         (lambda folder, _: folder / "nowhere", "nowhere' does not exist"),

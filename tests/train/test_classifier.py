@@ -45,7 +45,14 @@ def factor(step, steps, warmup):
 def test_a_classifier_equals_a_plain_torch_loop(config, kind, parts):
     """As a whole batch, and in micro-batches of 6, 5 and 5 pictures."""
     config = dataclasses.replace(
-        config, method="flyp", classifier=kind, clip_grad=0.0, steps=8, warmup=1, eval_data={}, micro_batch=parts
+        config,
+        method="flyp",
+        classifier=kind,
+        clip_grad=0.0,
+        steps=8,
+        warmup=1,
+        eval_data={},
+        micro_batch=parts,
     )
     folder = finetune(config)
     student, log = load_file(folder / "student.safetensors"), read_log(folder)

@@ -149,7 +149,7 @@ def validation_set(config: SweepConfig, sets: list[EvaluationSet]) -> Evaluation
         )
     if own.retrieval:
         raise UserError(
-            "--validation has captions and no labels: methods are compared by classification, so label its pictures"
+            "--validation has captions and no labels: methods are compared by classification, so label them"
         )
     known = set(map(str, own.index.images))
     for option, index in [

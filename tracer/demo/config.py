@@ -111,7 +111,7 @@ class SweepConfig(Config):
         adapted = next((name for name in self.compared if METHODS[name].adapted), None)
         if adapted and self.freezing:
             raise UserError(
-                f"{' '.join(self.freezing)}: {adapted} trains adapters, which freeze all the rest: leave either out"
+                f"{' '.join(self.freezing)}: {adapted} trains adapters, which freeze all else: leave either out"
             )
 
     def _check_grid(self) -> None:

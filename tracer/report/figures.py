@@ -243,7 +243,7 @@ class Figures:
         return [name for name, several in values.items() if len(several) > 1]
 
     def trials(self, setting: str) -> Markup:
-        """Draw the best validation score at each value of a setting, a line for each method; the chosen is large."""
+        """Draw the best validation score at each value of a setting, a line a method; the chosen is large."""
         ax = self.axes(4.4, 3.4)
         seen: set[float] = set()
         for m in (m for m in self.results.main if m.key in self.results.choices):
@@ -258,8 +258,9 @@ class Figures:
             )  # fmt: skip
             x = number(choice["chosen"].get(setting))
             ax.plot(
-                [x], [best[x]], color=self.colour(m), marker=self.marker(m), markersize=10, markeredgecolor=PAPER
-            )
+                [x], [best[x]], color=self.colour(m), marker=self.marker(m), markersize=10,
+                markeredgecolor=PAPER,
+            )  # fmt: skip
             seen |= best.keys()
         if min(seen) > 0:
             ax.set_xscale("log")

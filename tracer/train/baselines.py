@@ -131,8 +131,8 @@ class BaselineSettings:
 
     Args:
         baseline: what --method and the weights of its terms are, for those that you do not set yourself: flyp,
-            flyp-multi, linear-probe, cross-entropy, lp-ft, l2-sp, ldreg, frozen, ema, wma, wma-0.2, uniform, carot,
-            r-adapter, gradient, masked-feature, augmented-feature or temperature.
+            flyp-multi, linear-probe, cross-entropy, lp-ft, l2-sp, ldreg, frozen, ema, wma, wma-0.2, uniform,
+            carot, r-adapter, gradient, masked-feature, augmented-feature or temperature.
         classifier: train a linear classifier, which begins as the zero-shot one, by cross-entropy in place of the
             contrastive loss: probe, it alone; whole, with the image tower; probe-first, alone in the first half of
             the steps.

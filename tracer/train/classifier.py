@@ -89,7 +89,7 @@ def probes(config: Config, step: int) -> bool:
 def class_loss(
     config: Config, engine: DeepSpeedEngine, precision: str, image: Tensor, label: Tensor, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum of the pictures' cross-entropies, a scalar, and the image features [n, D]; no text is encoded.
+    """Return the sum of the pictures' cross-entropies, a scalar, and the image features [n, D].
 
     Args:
         config: settings of the run.
