@@ -50,7 +50,9 @@ def test_each_kind(files, drawings, tmp_path, capsys):
         file = tmp_path / "one.safetensors"
         file.unlink(missing_ok=True)
         save_weights(weights, file, load_clip("auto", str(files[0])).architecture.metadata())
-        own = EvaluateConfig({"set": drawings / "test.csv"}, pretrained=str(file), cache=tmp_path / "cache")
+        own = EvaluateConfig(
+            eval_data={"set": drawings / "test.csv"}, pretrained=str(file), cache=tmp_path / "cache"
+        )
         return evaluate(own)["set"]["accuracy"]
 
     best, chosen = greedy(models, validate)
@@ -114,7 +116,7 @@ def nameless(folder: Path, tiny_config: Path) -> Path:
             other_width,
             r"a soup mixes weights of one architecture: vision_cfg.layers is 2 in '.*other.* and 1 in",
         ),
-        (other_form, r"was trained with the sigmoid with a bias of -10.*average would be neither"),
+        (other_form, r"with the sigmoid with a bias of -10: their average would be neither"),
         (nameless, "does not say its model: give runs, or files of weights that tracer wrote"),
         (lambda folder, _: folder / "nowhere", "nowhere' does not exist"),
     ],

@@ -137,13 +137,13 @@ def validation_set(config: SweepConfig, sets: list[EvaluationSet]) -> Evaluation
     assert config.validation is not None  # validate() or prepare_data has seen to it
     training = training_index(config)
     try:
-        found = read_sets(
+        read = read_sets(
             {VALIDATION: config.validation}, config, config.classes, training, config.prompt_template
         )
     except UserError as error:
         raise UserError(str(error).replace(f"--eval_data.{VALIDATION}", "--validation")) from error
-    own = found[0]
-    if len(found) > 1:
+    own = read[0]
+    if len(read) > 1:
         raise UserError(
             f"--validation '{config.validation}' holds several sets: choose one, as in {config.validation}:id_val"
         )
