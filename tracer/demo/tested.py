@@ -14,7 +14,7 @@ from tracer.demo.judge import Judge, Weights, finished_run, scored_row
 from tracer.demo.methods import METHODS
 from tracer.demo.runs import VALIDATION
 from tracer.evaluation.fisher import fisher_information
-from tracer.evaluation.scores import Scored, Scores, difference, finite, numbers_alone
+from tracer.evaluation.scores import Scored, Scores, finite, numbers_alone, paired
 from tracer.evaluation.zero_shot import classifier
 from tracer.models.architecture import Form, one_form
 from tracer.models.choice import STUDENT
@@ -102,7 +102,7 @@ class Tested:
                 for role, names in columns.items() if one != other else ():
                     a, b = ([s[name] for s in self._at[k] for name in names] for k in (one, other))
                     for measure in MEASURES if names else ():
-                        result = difference(a, b, measure)
+                        result = paired(a, b, measure)
                         if result:
                             pair = {
                                 "one": keys[one],

@@ -105,8 +105,8 @@ def _mixed(
 
     def validate(weights: Weights) -> float:
         load_state(clip.model, weights)
-        how = {"workers": config.workers, "decoded": decoded, "max_bad": config.max_bad}
-        score = evaluate_sets(clip, sets, **how)[VALIDATION].score
+        scored = evaluate_sets(clip, sets, workers=config.workers, decoded=decoded, max_bad=config.max_bad)
+        score = scored[VALIDATION].score
         return score[score["measure"]]
 
     mixed, chosen = greedy(models, validate)
