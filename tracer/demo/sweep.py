@@ -27,6 +27,7 @@ from tracer.demo.methods import METHODS
 from tracer.demo.runs import VALIDATION, Point, run_once, settings_of
 from tracer.demo.tested import Tested, soups
 from tracer.errors import UserError
+from tracer.evaluation.recognise import check_prompts
 from tracer.files import check_folder, claim_folder, whole_file, write_json
 from tracer.models.choice import check_model
 from tracer.train.run import Series
@@ -73,6 +74,7 @@ def sweep(config: SweepConfig) -> Path:
     _declare(config)
     clock.lap("data")
     judge = Judge.of(config, sets)
+    check_prompts([*sets, validation], judge.clip.tokenizer)
     validating = dataclasses.replace(judge, sets=[validation], start_scored={})
     training = Training(config, validating.baseline())
     choices = {method: choose(training.trials(method), validation.measure) for method in config.compared}

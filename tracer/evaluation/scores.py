@@ -124,17 +124,22 @@ def difference(a: Sequence[Scored], b: Sequence[Scored], measure: str) -> Differ
 
 
 def paired(a: Sequence[Scored], b: Sequence[Scored], measure: str) -> Difference | None:
-    """Return the difference of two models with the wider 95 % interval of two: over groups, and over single pictures.
+    """Return the difference of two models with the wider 95 % interval of two: over groups, and over pictures.
 
-    With two classes the first alone would call the loss of one picture in each a sure fall. A set of one group, from
-    which nothing can be drawn, counts by its pictures in both.
+    With two classes the first alone would call the loss of one picture in each a sure fall. A set of one group,
+    from which nothing can be drawn, counts by its pictures in both.
 
     Args:
         a, b, measure: see :func:`difference`.
     """
-    single = [[_by_picture(each) for each in side] for side in (a, b)]
-    grouped = [[each if each.score["groups"] > 1 else _by_picture(each) for each in side] for side in (a, b)]
-    drawn = [difference(*sides, measure) for sides in (grouped, single)]
+
+    def by_group(side: Sequence[Scored]) -> list[Scored]:
+        return [each if each.score["groups"] > 1 else _by_picture(each) for each in side]
+
+    def by_picture(side: Sequence[Scored]) -> list[Scored]:
+        return [_by_picture(each) for each in side]
+
+    drawn = [difference(sides(a), sides(b), measure) for sides in (by_group, by_picture)]
     known = [each for each in drawn if each is not None and math.isfinite(each.value)]
     if not known:
         return None
