@@ -354,6 +354,7 @@ def disagreeing() -> None:
 
 TRACER: dict[str, object] = {}
 ADAPTERS: dict[str, object] = {"method": "r-adapter", "adapter_drop": 0.5, "lr": 1e-3}
+CLASSIFIER: dict[str, object] = {"method": "flyp", "classifier": "whole", "lr": 1e-3}
 FROZEN: dict[str, object] = {"freeze": "image", "accumulation": 2, "steps": 6}
 
 
@@ -376,6 +377,7 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
         table[f"tracer-in-micro-batches-{mesh}"] = how
     again = {"grad_checkpointing": True}
     table["adapters-again"] = partial(equals_one_process, "adapters-again", ADAPTERS, 1, again)
+    table["classifier"] = partial(equals_one_process, "classifier", CLASSIFIER, 2, {"micro_batch": 4})
     table["frozen-accumulated"] = partial(equals_one_process, "frozen", FROZEN, 2, {})
     for name, changes in {
         "stage1": {"zero_stage": 1},

@@ -127,7 +127,7 @@ R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pret
             ["finetune", "--train_data", "x.csv", "--adapters", "true", "--freeze", "image"],
             "--freeze image and adapters exclude each other",
         ),
-        (["demo", "--freeze", "image"], "--freeze image: the demo trains adapters too"),
+        (["demo", "--ablate", "true", "--freeze", "image"], "--freeze image: r-adapter trains adapters"),
         (
             ["finetune", "--train_data", "x.csv", "--mesh", "2by2"],
             "--mesh is '2by2': it must be auto, ring, or PxQ such as 4x2",
@@ -193,10 +193,12 @@ R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pret
         (["evaluate", "--eval_data", "my photos.csv"], "such as --eval_data.my-photos my photos.csv"),
         (["evaluate", "--eval-data"], "--eval_data names no set: write --eval_data.NAME PATH"),
         (["demo", "--kinds", "near"], "--kinds names no set: write --kinds.NAME"),
-        (["demo", "--method", "flyp"], "--method flyp has no effect: the demo trains every method"),
+        (["demo", "--method", "flyp"], "--method flyp has no effect: --methods says which"),
         (["demo", "--teacher", "ema"], "--teacher ema has no effect"),
         (["demo", "--adapters", "true"], "--adapters True has no effect"),
         (["demo", "--seed", "3"], "--seed 3 has no effect"),
+        (["demo", "--baseline", "wma"], "--baseline wma has no effect: --methods says which"),
+        (["demo", "--train_data", "photos"], "settings are chosen by --validation PATH"),
         (
             [*R_ADAPTER, "--adapters", "false"],
             "r-adapter trains adapters, which --adapters false excludes",

@@ -91,11 +91,13 @@ def test_python_of_the_readme_runs(block, tiny_config):
 
 
 def tracer_commands() -> list[str]:
-    """Return the ``tracer`` commands in the README's and the adapters' page's blocks, each on one line."""
-    text = README + (ROOT / "docs/adapters.md").read_text()
+    """Return the ``tracer`` commands in the blocks of the pages, each on one line."""
+    pages = ("docs/adapters.md", "docs/evaluation.md", "docs/data.md", "docs/training.md", "docs/hosts.md")
+    text = README + "\n".join((ROOT / page).read_text() for page in pages)
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     given = [line.removeprefix(".venv/bin/") for line in lines if re.match(r"(\.venv/bin/)?tracer ", line)]
+    given = [line for line in given if "$" not in line]  # those of tests/evaluation/test_published.py
     return given + [f"tracer demo {options}" for options in re.findall(r'make demo ARGS="(.*?)"', text)]
 
 

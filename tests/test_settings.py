@@ -27,8 +27,8 @@ def test_every_number_is_checked(settings):
     seen = False
     for field in dataclasses.fields(settings):
         kind = str(field.type)
-        if "float" not in kind and "int" not in kind:
-            continue
+        if ("float" not in kind and "int" not in kind) or "list" in kind:
+            continue  # the values of a grid are checked in the runs that they make
         seen = True
         not_finite = () if "int" in kind else (float("nan"), float("inf"), float("-inf"))
         signed = field.name == "logit_bias"  # whose published value is negative

@@ -33,19 +33,13 @@ from tracer.data.config import IndexConfig
 from tracer.demo.across import CompareConfig
 from tracer.demo.config import DemoConfig, PretrainConfig, SweepConfig
 from tracer.errors import Refused, Stopped, UserError, how_to_install
-from tracer.evaluation.config import EvaluateConfig
+from tracer.evaluation.config import EvaluateConfig, SoupConfig
 from tracer.options import NAMED, check_command, check_options, normalised, unknown
 from tracer.settings import check_set_names
 from tracer.train.config import Config
 from tracer.train.finished import FoldConfig, ShowConfig, WiseConfig
 
 # Each command imports its libraries when it runs, so that --help and bad options answer at once.
-
-
-def _demo(config: DemoConfig) -> None:
-    from tracer.demo.compare import demo
-
-    print(f"report: {demo(config)}")
 
 
 def _sweep(config: SweepConfig) -> None:
@@ -111,6 +105,12 @@ def _wise(config: WiseConfig) -> None:
     print(f"weights: {average(config)}")
 
 
+def _soup(config: SoupConfig) -> None:
+    from tracer.evaluation.soup import soup
+
+    print(f"weights: {soup(config)}")
+
+
 def _show(config: ShowConfig) -> None:
     from tracer.report.terminal import print_scores
     from tracer.train.finished import show
@@ -148,7 +148,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command(
-        DemoConfig, "fine-tune a small CLIP in several ways on real pictures and compare them", _demo
+        DemoConfig, "a sweep of minutes: a small CLIP, real pictures, several ways of fine-tuning", _sweep
     ),
     "sweep": Command(
         SweepConfig, "compare methods, each at the setting of a grid that validation chooses", _sweep
@@ -174,6 +174,12 @@ COMMANDS = {
         _fold,
         plain=("run",),
         flags=("last",),
+    ),
+    "soup": Command(
+        SoupConfig,
+        "mix the weights of several runs: uniform, greedy or Fisher-weighted",
+        _soup,
+        plain=("runs",),
     ),
     "wise": Command(WiseConfig, "average the weights of two models (WiSE-FT)", _wise, plain=("a", "b")),
     "pretrain": Command(PretrainConfig, "train the small CLIP that the demo starts from", _pretrain),

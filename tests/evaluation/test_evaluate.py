@@ -118,15 +118,15 @@ def test_something_to_evaluate_on_is_needed():
 
 
 def test_classes_with_the_same_prompts_end_every_command_at_once(tiny_config, drawings, tmp_path, capsys):
-    pictures = sorted(drawings.glob("*.png"))[:4]
-    rows = [
-        f"{path},{label}" for path, label in zip(pictures, ["hot_dog", "hot-dog", "cat", "cat"], strict=True)
-    ]
-    (tmp_path / "food.csv").write_text("\n".join(["image,label", *rows]))
+    pictures, labels = sorted(drawings.glob("*.png")), ["hot_dog", "hot-dog", "cat", "cat"]
+    for name, first in (("food", 0), ("other", 4)):
+        rows = [f"{path},{label}" for path, label in zip(pictures[first:], labels, strict=False)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["image,label", *rows]))
     common = ["--eval_data.a", tmp_path / "food.csv", "--model", tiny_config, "--pretrained", "null"]
     train = ["--train_data", tmp_path / "food.csv", "--steps", "1", "--output", tmp_path / "run"]
     train += ["--batch_size", "2", "--warmup", "0"]
-    for command in (["evaluate"], ["finetune", *train], ["demo", *train, "--seeds", "1"]):
+    demo = ["demo", *train, "--seeds", "1", "--validation", tmp_path / "other.csv"]
+    for command in (["evaluate"], ["finetune", *train], demo):
         argv = [*command, *common, "--cache", tmp_path / "cache"]
         assert main([str(a) for a in argv]) == 2
         assert "the classes 'hot-dog' and 'hot_dog' have the same prompts" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from tracer.data.sample import Sample
 from tracer.evaluation.intervals import Sums, draws, interval, mean_over, sums_of
 from tracer.evaluation.metrics import Predictions, calibration_error, classification, worst_region
 from tracer.evaluation.retrieval import ranks
-from tracer.evaluation.scores import difference, score_classes, score_retrieval
+from tracer.evaluation.scores import difference, paired, score_classes, score_retrieval
 from tracer.evaluation.sets import EvaluationSet
 
 
@@ -87,6 +87,33 @@ def test_pairs_are_told_apart_where_single_intervals_overlap():
     assert not difference([a], [a], "accuracy").clear
     assert difference([b, b], [a, a], "accuracy").value == pytest.approx(-found.value)
     assert difference([a], [b], "worst_region") is None
+
+
+def test_a_set_of_one_group_is_drawn_by_pictures():
+    """Regression: it was constant in every draw, so that its pictures took no part in the interval of a mean."""
+    group, right, truth = easy_classes(3)
+    better = right | (np.arange(len(right)) % 12 == 0)
+    whole = [scored(n, x, truth, np.zeros_like(group), "one") for n, x in enumerate((better, right))]
+    single = [scored(n, x, truth, np.arange(len(group)), "one") for n, x in enumerate((better, right))]
+    assert difference(*[[each] for each in whole], "accuracy").low == pytest.approx(
+        better.mean() - right.mean()
+    )
+    assert paired(*[[each] for each in whole], "accuracy") == paired(*[[each] for each in single], "accuracy")
+    hands = [scored(n, x, truth, group, "many") for n, x in enumerate((better, right))]
+    both = [paired([a, c], [b, d], "accuracy") for (a, b), (c, d) in ((hands, whole), (hands, single))]
+    assert both[0] == both[1]
+
+
+def test_of_two_intervals_the_wider_counts():
+    group, right, truth = easy_classes(3)
+    better = right | (np.arange(len(right)) % 12 == 0)
+    pair = [[scored(n, x, truth, group)] for n, x in enumerate((better, right))]
+    alone = [[scored(n, x, truth, np.arange(len(group)))] for n, x in enumerate((better, right))]
+    by_group, by_picture, wider = difference(*pair, "ece"), difference(*alone, "ece"), paired(*pair, "ece")
+    assert wider.value == by_group.value
+    assert (wider.low, wider.high) == (
+        min(by_group.low, by_picture.low), max(by_group.high, by_picture.high)
+    )  # fmt: skip
 
 
 def test_one_group_gives_no_interval():

@@ -24,6 +24,8 @@ def options(command: str, tiny_config, drawings, tmp_path, output) -> list[str]:
         }  # fmt: skip
     if command in ("finetune", "demo"):
         settings |= {"train_data": drawings / "train.csv", "steps": 1, "warmup": 0, "batch_size": 8}
+    if command == "demo":
+        settings |= {"validation": drawings / "test.csv", "eval_data.held_out": drawings / "train.csv"}
     return [command, *(str(x) for name, value in settings.items() for x in (f"--{name}", value))]
 
 
@@ -76,7 +78,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     capsys, monkeypatch, tiny_config, drawings, tmp_path, command, make
 ):
     for work in (
-        "train.run.load_clip", "evaluation.evaluate.load_clip", "demo.compare.prepare_data",
+        "train.run.load_clip", "evaluation.evaluate.load_clip", "demo.sweep.prepare_data",
         "demo.pretrain.download_corpus",
     ):  # fmt: skip
         monkeypatch.setattr(f"tracer.{work}", fail)
@@ -143,12 +145,12 @@ def test_evaluate_leaves_a_file_beside_its_output_and_replaces_only_its_own(
 def test_a_run_of_the_demo_replaces_no_folder_of_the_user(capsys, tiny_config, drawings, tmp_path):
     output = tmp_path / "demo"
     claim_folder(output)
-    (output / "flyp-0").mkdir()
-    (output / "flyp-0" / "thesis.txt").write_text("mine")
+    (output / "flyp-trial-0").mkdir()
+    (output / "flyp-trial-0" / "thesis.txt").write_text("mine")
     argv = options("demo", tiny_config, drawings, tmp_path, output)
     assert main([*argv, "--seeds", "1"]) == 2
-    assert "flyp-0' was not made by tracer" in capsys.readouterr().err
-    assert (output / "flyp-0" / "thesis.txt").read_text() == "mine"
+    assert "flyp-trial-0' was not made by tracer" in capsys.readouterr().err
+    assert (output / "flyp-trial-0" / "thesis.txt").read_text() == "mine"
 
 
 def test_finished_work_stays_where_another_process_takes_its_name(

@@ -103,6 +103,36 @@ def test_a_bin_of_few_pictures_is_left_out(tmp_path: Path) -> None:
     assert lines[2] == (pytest.approx([25, 90]), pytest.approx([50, 30]))
 
 
+def test_trials_are_drawn_for_each_setting_of_the_grid(
+    tmp_path: Path, written: tuple[dict[str, Any], str, Page]
+) -> None:
+    assert "Choice of the settings" not in written[1]
+    content = sample_content(tmp_path, seeds=1, steps=2)
+    scores = iter([0.3, 0.5, 0.4, 0.2])
+    trials = [
+        {"point": {"lr_times": lr, "steps": n, "batch_size": 64}, "run": "r", "validation": next(scores)}
+        for lr in (0.5, 2)
+        for n in (10, 40)
+    ]
+    choice = {"trials": trials, "chosen": trials[1]["point"], "why": "best"}
+    results = Results.from_json(content | {"choices": {"flyp": choice}})
+    lines: list[tuple[list[float], list[float]]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        plot = Axes.plot
+        patch.setattr(
+            Axes, "plot", lambda ax, x, y, **how: lines.append((list(x), list(y))) or plot(ax, x, y, **how)
+        )
+        figures.Figures(results).trials("lr_times")
+        figures.Figures(results).trials("steps")
+    # the best trial with each value, and what was chosen
+    assert lines == [
+        ([0.5, 2], pytest.approx([50, 40])), ([0.5], pytest.approx([50])),
+        ([10, 40], pytest.approx([40, 50])), ([40], pytest.approx([50])),
+    ]  # fmt: skip
+    text = page.render(results, tmp_path)
+    assert re.findall(r'aria-label="Validation score against (\w+)', text) == ["lr_times", "steps"]
+
+
 def test_an_incomplete_set_is_marked_in_every_table_and_figure(
     tmp_path: Path, written: tuple[dict[str, Any], str, Page]
 ) -> None:
@@ -150,7 +180,7 @@ def test_variants_stand_in_a_table_of_their_own_and_not_in_the_figures(
         assert (f"accuracy/{method['key']}/shifted" in shown.values) == (of is None)
         assert (f"parts/{method['key']}/shifted" in shown.values) == ("r-adapter" in (of, method["key"]))
         assert (f">{method['name']}<" in drawings) == (method["variant_of"] is None), method["name"]
-    assert drawings.count("α from 0 to 1") == 2, "a line for each curve"
+    assert "α from 0 to 1" not in drawings, "a line has its method's colour and no entry of its own"
     trade_off = drawings[: drawings.index("</svg>")]
     assert [trade_off.count(f">{alpha}</text>") for alpha in (0, 0.2, 0.8, 1)] == [0, 2, 2, 0], (
         "α on the line"

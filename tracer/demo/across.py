@@ -14,6 +14,7 @@ from tracer.demo.config import ROLES
 from tracer.errors import UserError
 from tracer.files import check_folder, claim_folder
 from tracer.settings import as_paths, check_set_names
+from tracer.train.baselines import BASELINES
 from tracer.train.config import Config
 from tracer.train.finished import NEEDED, read_run
 
@@ -204,6 +205,10 @@ def _different(settings: list[dict[str, Any]]) -> list[str]:
 
 
 def _name_of(settings: dict[str, Any]) -> str:
+    if settings.get("baseline"):
+        return BASELINES[settings["baseline"]].title
+    if settings.get("classifier", "none") != "none":
+        return f"Classifier ({settings['classifier']})"
     if settings["method"] == "r-adapter":
         return "R-Adapter"
     if settings["method"] == "flyp":

@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from tracer.demo.methods import METHODS
 from tracer.errors import UserError
 from tracer.files import cache_folder
 from tracer.recipes import R_ADAPTER
 from tracer.settings import check_ranges, check_set_names
-from tracer.train.baselines import BASELINES
 from tracer.train.config import Config
 
 ICONS = cache_folder() / "demo" / "icons"  # where the demo keeps its data
 
 ROLES = ("in-distribution", "near", "shifted")  # of an evaluation set, seen from the training data
 
+# What the protocol decides for every run, and so has no effect as an option.
+DECIDED = {
+    "method": "--methods says which methods are trained",
+    "baseline": "--methods says which methods are trained",
+    "teacher": "each of --methods has its own teacher",
+    "adapters": "each of --methods trains adapters or does not",
+    "seed": "the seeds are 0, 1, … below --seeds",
+}
+
 
 @dataclass
-class DemoConfig(Config):
-    """Settings of the demo: those of a fine-tuning run, and what is compared.
+class SweepConfig(Config):
+    """Compare methods at the settings that in-distribution validation chooses for each, of the same grid.
 
     Args:
-        seeds: runs of each method.
-        alphas: interpolation coefficients α at which WiSE-FT and R-Adapter are measured, besides 0 and 1.
+        validation: pictures by which settings are chosen, as train_data; none of them is in an evaluation set.
+            Default: for the icons a part of their in-distribution test pictures, divided by their grouping rule.
+        methods: names of --baseline of finetune.
+        grid: setting → values; each method is trained with every combination. lr_times multiplies the learning
+            rate that a method has otherwise.
+        seeds: runs of each method at its chosen settings; the chosen trial is the first of them.
+        ablate: also train r-adapter, and r-adapter without each of its parts, by the same protocol.
+        soups: also mix the trials of each method into uniform, greedy and Fisher-weighted soups.
+        alphas: interpolation coefficients α at which the line from the start to each trained model is measured,
+            besides 0 and 1.
         wise_alpha: the α of WiSE-FT in the table; R-Adapter's is adapter_alpha.
-        ablate: also train R-Adapter with InfoNCE and without dropping, and fold it without each self-ensemble.
         adapter_lr: peak learning rate of runs that train adapters; lr is that of the whole models.
         kinds: evaluation set → in-distribution, near or shifted; default: the first is in-distribution, the
             others are shifted.
@@ -34,33 +51,84 @@ class DemoConfig(Config):
 
     train_data: Path = ICONS / "train.csv"
     model: str = "tracer-demo"
-    output: Path = Path("runs/demo")
+    output: Path = Path("runs/sweep")
+    validation: Path | None = None
+    methods: tuple[str, ...] = ("flyp", "flyp-multi", "frozen", "ema", "wma", "r-adapter")
+    grid: dict[str, list[int | float]] = field(default_factory=lambda: {"lr_times": [1 / 3, 1.0, 3.0]})
     seeds: int = 3
+    ablate: bool = False
+    soups: bool = True
     alphas: tuple[float, ...] = (0.25, 0.5, 0.75)
     wise_alpha: float = 0.5
-    ablate: bool = False
     adapter_lr: float = R_ADAPTER.lr
     kinds: dict[str, str] = field(default_factory=dict)
 
     teacher_every: int | None = 1
-    batch_size: int = 128
+    batch_size: int = 64
     lr: float | None = 3e-4
-    warmup: int = 10
+    warmup: int | None = 10
     adapter_momentum: float = 0.98  # a run is short
 
-    default_steps: ClassVar[int] = 100
+    default_steps: ClassVar[int] = 300
+
+    @property
+    def compared(self) -> list[str]:
+        """Return the methods that are trained; those of ``ablate`` come behind the others."""
+        parts = [name for name, method in METHODS.items() if "r-adapter" in (name, method.variant_of)]
+        return [*self.methods, *(name for name in parts if self.ablate and name not in self.methods)]
 
     def validate(self) -> None:
-        """Raise UserError for the first invalid setting, naming it and the remedy."""
+        """Raise UserError for the first setting that makes no sense, naming it and the remedy."""
         super().validate()
-        self._refuse_what_the_demo_decides()
+        for name, why in DECIDED.items():
+            if getattr(self, name) != DEFAULTS[name]:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} has no effect: {why}, so leave it out, or use finetune"
+                )
         check_ranges(
             self, {"at least 1": "seeds", "from 0 to 1": "alphas wise_alpha", "above 0": "adapter_lr"}
         )
-        if self.freezing:
+        self._check_methods()
+        self._check_grid()
+        self._check_roles()
+        if self.validation is None and self.train_data != ICONS / "train.csv":
             raise UserError(
-                f"{' '.join(self.freezing)}: the demo trains adapters too, use finetune to freeze parts"
+                "settings are chosen by --validation PATH: give a folder, table or shards of pictures like those "
+                "of --train_data that are in neither --train_data nor --eval_data"
             )
+
+    def _check_methods(self) -> None:
+        unknown = next((name for name in self.methods if name not in METHODS), None)
+        if unknown or not self.methods:
+            raise UserError(f"--methods {unknown or 'is empty'}: the methods are {', '.join(METHODS)}")
+        name, times = Counter(self.methods).most_common(1)[0]
+        if times > 1:
+            raise UserError(f"--methods names {name} {times} times: name it once")
+        for name in self.methods:
+            whole = METHODS[name].variant_of
+            if whole and whole not in self.compared:
+                raise UserError(f"--methods {name} lacks a part of {whole}: add {whole}, to compare it with")
+        adapted = next((name for name in self.compared if METHODS[name].adapted), None)
+        if adapted and self.freezing:
+            raise UserError(
+                f"{' '.join(self.freezing)}: {adapted} trains adapters, which freeze all else: leave either out"
+            )
+
+    def _check_grid(self) -> None:
+        known = {f.name for f in fields(Config)} - {"output", "seed", "baseline", "eval_data", "train_data"}
+        for name, values in self.grid.items():
+            if name not in known | {"lr_times"}:
+                raise UserError(
+                    f"--grid.{name} is not a setting of a run: give one of finetune's, or lr_times"
+                )
+            if not values:
+                raise UserError(f"--grid.{name} has no values: give a list of at least one")
+            if len(set(values)) < len(values):
+                raise UserError(f"--grid.{name} has a value twice: each trial is trained once")
+        if {"lr", "lr_times"} <= self.grid.keys():
+            raise UserError("--grid.lr and --grid.lr_times exclude each other: give one of them")
+
+    def _check_roles(self) -> None:
         check_set_names("kinds", self.kinds)
         for name, role in self.kinds.items():
             if role not in ROLES:
@@ -70,67 +138,20 @@ class DemoConfig(Config):
                     f"--kinds.{name} names no evaluation set: the sets are {', '.join(self.eval_data)}"
                 )
 
-    def _refuse_what_the_demo_decides(self) -> None:
-        remedies = {
-            "method": "the demo trains every method",
-            "teacher": "the demo trains with each teacher",
-            "adapters": "the demo trains with and without adapters",
-            "seed": "the demo trains with the seeds 0, 1, … below --seeds",
-        }
-        for name, why in remedies.items():
-            if getattr(self, name) != DEFAULTS[name]:
-                raise UserError(
-                    f"--{name} {getattr(self, name)} has no effect: {why}, so leave it out, or use finetune"
-                )
 
-
-DEFAULTS = {field.name: field.default for field in fields(DemoConfig)}
+DEFAULTS = {field.name: field.default for field in fields(SweepConfig)}
 
 
 @dataclass
-class SweepConfig(DemoConfig):
-    """Compare methods at the settings that in-distribution validation chooses for each, of the same grid.
+class DemoConfig(SweepConfig):
+    """A sweep that takes minutes: fewer methods, seeds and steps, and no soups."""
 
-    Args:
-        validation: pictures by which settings are chosen, as train_data; none of them is in an evaluation set.
-            Default: for the icons a part of their in-distribution test pictures, divided by their grouping rule.
-        methods: names of --baseline of finetune.
-        grid: setting → values; each method is trained with every combination. lr_times multiplies the learning
-            rate that a method has otherwise.
-        soups: also mix the trials of each method into uniform, greedy and Fisher-weighted soups.
-    """
+    output: Path = Path("runs/demo")
+    methods: tuple[str, ...] = ("flyp", "frozen", "ema", "wma")
+    seeds: int = 2
+    soups: bool = False
 
-    output: Path = Path("runs/sweep")
-    validation: Path | None = None
-    methods: tuple[str, ...] = ("flyp", "flyp-multi", "frozen", "ema", "wma", "r-adapter")
-    grid: dict[str, list[int | float]] = field(default_factory=lambda: {"lr_times": [1 / 3, 1.0, 3.0]})
-    soups: bool = True
-
-    lr: float | None = 3e-4
-    batch_size: int = 64
-
-    default_steps: ClassVar[int] = 300
-
-    def validate(self) -> None:
-        """Raise UserError for the first setting that makes no sense, naming it and the remedy."""
-        super().validate()
-        unknown = next((name for name in self.methods if name not in BASELINES), None)
-        if unknown or not self.methods:
-            raise UserError(f"--methods {unknown or 'is empty'}: the methods are {', '.join(BASELINES)}")
-        known = {f.name for f in fields(Config)} - {"output", "seed", "baseline", "eval_data", "train_data"}
-        for name, values in self.grid.items():
-            if name not in known | {"lr_times"}:
-                raise UserError(
-                    f"--grid.{name} is not a setting of a run: give one of finetune's, or lr_times"
-                )
-            if not values:
-                raise UserError(f"--grid.{name} has no values: give a list of at least one")
-        if {"lr", "lr_times"} <= self.grid.keys():
-            raise UserError("--grid.lr and --grid.lr_times exclude each other: give one of them")
-        if self.validation is None and self.train_data != ICONS / "train.csv":
-            raise UserError(
-                "a sweep chooses by --validation: give a folder, table or shards of pictures for it"
-            )
+    default_steps: ClassVar[int] = 200
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,9 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
-from tracer.adapters import fold, read_adapters
 from tracer.data.decoded import DecodedPictures
-from tracer.demo.config import DemoConfig
-from tracer.errors import UserError
+from tracer.demo.config import SweepConfig
 from tracer.evaluation.scores import Scored, Scores, add_gains, finite
 from tracer.evaluation.sets import EvaluationSet
 from tracer.evaluation.zero_shot import classifier, evaluate_sets, predict
@@ -29,7 +25,7 @@ from tracer.models.clip import Clip, load_clip
 from tracer.models.heads import load_state, start_head
 from tracer.models.soups import interpolate
 from tracer.train.log import read_log
-from tracer.train.scoring import Baseline, trained_from
+from tracer.train.scoring import Baseline
 
 Weights = dict[str, Tensor]
 Rows = list[dict[str, Any]]  # entries of results.json
@@ -55,13 +51,12 @@ def finished_run(folder: Path, seed: int) -> dict[str, Any]:
 class Judge:
     """Scores any weights of the demo's model on the evaluation sets.
 
-    ``start`` are the weights of the start, and ``began`` those that every training began with. Wherever weights
-    are scored, ``form`` says by which form of the loss; None: by the start's.
+    ``start`` are the weights of the start. Wherever weights are scored, ``form`` says by which form of the loss;
+    None: by the start's.
     """
 
     clip: Clip
     start: Weights
-    began: Weights
     sets: list[EvaluationSet]
     workers: int
     decoded: DecodedPictures = field(default_factory=DecodedPictures)  # small sets stay for the next model
@@ -69,13 +64,12 @@ class Judge:
     start_scored: Baseline = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: DemoConfig, sets: list[EvaluationSet]) -> Judge:
+    def of(cls, config: SweepConfig, sets: list[EvaluationSet]) -> Judge:
         """Load the start, and return a judge that keeps a copy of its weights."""
         clip = load_clip(config.model, config.pretrained)
         start = {name: value.clone() for name, value in clip.model.state_dict().items()}
         clip.model.to(compute_device())
-        began, decoded = trained_from(config, start), DecodedPictures(loading=config)
-        return cls(clip, start, began, sets, config.workers, decoded, config.max_bad)
+        return cls(clip, start, sets, config.workers, DecodedPictures(loading=config), config.max_bad)
 
     def form_of(self, folder: Path) -> Form:
         """Return the form of the loss with which a run was trained."""
@@ -106,24 +100,9 @@ class Judge:
         """Return the scores of the model with these weights."""
         return {name: finite(each.score) for name, each in self.scored(weights, form).items()}
 
-    def rows(self, title: str, weights: Callable[[Path], Weights], folders: list[Path]) -> Rows:
-        """Return a row for each seed: the scores of the weights that are made of the run's folder."""
-        bar = tqdm(folders, desc=title, leave=False)
-        return [
-            scored_row(self.scores(weights(folder), self.form_of(folder)), seed)
-            for seed, folder in enumerate(bar)
-        ]
-
     def interpolated(self, folder: Path, alpha: float) -> Weights:
         """Return (1 − α) start + α student of a run (WiSE-FT)."""
         return interpolate(self.start | start_head(folder), load_file(folder / STUDENT), alpha)
-
-    def folded(self, folder: Path, alpha: float, file: str = "adapters") -> Weights:
-        """Return the start with a run's adapters folded in, scaled by α."""
-        try:
-            return fold(self.began | read_adapters(folder / f"{file}.safetensors", self.clip.name), alpha)
-        except ValueError as error:
-            raise UserError(str(error)) from error
 
 
 def choose_examples(judge: Judge, runs: dict[str, Path], per_set: int = 4) -> Rows:

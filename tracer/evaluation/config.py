@@ -7,7 +7,43 @@ from pathlib import Path
 from typing import Literal
 
 from tracer.data.config import LoadingSettings
+from tracer.errors import UserError
 from tracer.settings import as_paths, check_set_names, check_templates
+
+
+@dataclass
+class SoupConfig(LoadingSettings):
+    """Mix the weights of several runs that began at one start.
+
+    Args:
+        runs: folders of runs (their students), or files of weights that tracer wrote.
+        kind: uniform, the mean; greedy, the mean of those that make validation no worse, from the best on; fisher,
+            the mean weighted by diagonal Fisher information.
+        validation: labelled pictures, as a set of evaluate; greedy validates on them, and fisher measures on them.
+        classes: JSON file {class: [prompt, …]}; default: those of the first run, else the labels of validation.
+        prompt_template: prompt of every class, with {} for its name; may be given several times.
+        output: file of weights; must not exist.
+    """
+
+    runs: list[Path] = field(default_factory=list)
+    kind: Literal["uniform", "greedy", "fisher"] = "uniform"
+    validation: Path | None = None
+    classes: Path | None = None
+    prompt_template: list[str] = field(default_factory=list)
+    output: Path = Path("soup.safetensors")
+
+    def __post_init__(self) -> None:
+        as_paths(self)
+        self.runs = [Path(run) for run in self.runs]
+
+    def validate(self) -> None:
+        """Raise UserError for the first setting whose value makes no sense, naming it and the remedy."""
+        super().validate()
+        check_templates(self.prompt_template, self.classes)
+        if len(self.runs) < 2:
+            raise UserError("a soup mixes the weights of several runs: give at least two")
+        if self.kind != "uniform" and self.validation is None:
+            raise UserError(f"--kind {self.kind} needs labelled pictures: give --validation PATH")
 
 
 @dataclass

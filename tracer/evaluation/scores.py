@@ -123,25 +123,46 @@ def difference(a: Sequence[Scored], b: Sequence[Scored], measure: str) -> Differ
     return Difference(float(np.mean(values)), *bounds) if bounds else None
 
 
+def paired(a: Sequence[Scored], b: Sequence[Scored], measure: str) -> Difference | None:
+    """Return the difference of two models with the wider 95 % interval of two: over groups, and over pictures.
+
+    With two classes the first alone would call the loss of one picture in each a sure fall. A set of one group,
+    from which nothing can be drawn, counts by its pictures in both.
+
+    Args:
+        a, b, measure: see :func:`difference`.
+    """
+
+    def by_group(side: Sequence[Scored]) -> list[Scored]:
+        return [each if each.score["groups"] > 1 else _by_picture(each) for each in side]
+
+    def by_picture(side: Sequence[Scored]) -> list[Scored]:
+        return [_by_picture(each) for each in side]
+
+    drawn = [difference(sides(a), sides(b), measure) for sides in (by_group, by_picture)]
+    known = [each for each in drawn if each is not None and math.isfinite(each.value)]
+    if not known:
+        return None
+    return Difference(known[0].value, min(each.low for each in known), max(each.high for each in known))
+
+
+def _by_picture(scored: Scored) -> Scored:
+    return scored._replace(set=replace(scored.set, groups=np.arange(len(scored.set.index))))
+
+
 def add_gains(now: Mapping[str, Scored], before: Mapping[str, Scored]) -> None:
     """Add to each score its gain above another model on the same pictures, with a paired 95 % interval.
 
     A score gets ``accuracy_gain``, ``accuracy_gain_low`` and ``accuracy_gain_high``, and the same of the measure
-    by which its set is published. The interval is the wider one of two: over the set's groups, and over its
-    pictures one by one. With two classes the first alone would call the loss of one picture in each a sure fall.
+    by which its set is published; see :func:`paired`.
     """
     for name, scored in now.items():
         for measure in {"accuracy", scored.score["measure"]} if name in before else ():
-            pair = scored, before[name]
-            single = [
-                each._replace(set=replace(each.set, groups=np.arange(len(each.set.index)))) for each in pair
-            ]
-            drawn = [difference([one], [other], measure) for one, other in (pair, single)]
-            known = [each for each in drawn if each is not None and math.isfinite(each.value)]
-            if known:
-                scored.score[f"{measure}_gain"] = known[0].value
-                scored.score[f"{measure}_gain_low"] = min(each.low for each in known)
-                scored.score[f"{measure}_gain_high"] = max(each.high for each in known)
+            gain = paired([scored], [before[name]], measure)
+            if gain is not None:
+                scored.score[f"{measure}_gain"] = gain.value
+                scored.score[f"{measure}_gain_low"] = gain.low
+                scored.score[f"{measure}_gain_high"] = gain.high
 
 
 def incomplete(score: Score) -> str:

@@ -146,21 +146,26 @@ def refuse_another(path: Path, saved: Architecture, model: str, config: dict[str
         saved: what the file says.
         model, config: name and open_clip's config of the model that shall be built.
     """
+    if difference := first_difference(saved, model, config):
+        known = saved.model in BUILT_IN or registered_model(saved.model) or ":" in saved.model
+        remedy = f"--model {saved.model}" if known else f"--model the config (.json) of {saved.model}"
+        raise UserError(
+            f"'{path}' holds weights of {saved.model}, not of {model} ({difference}): give {remedy}"
+        )
+
+
+def first_difference(saved: Architecture, model: str, config: dict[str, Any] | None) -> str:
+    """Return the first setting in which a file's architecture differs from a model's, in words; empty if none."""
     if saved.config is None or config is None:
         in_file, in_model = {"model": saved.model}, {"model": model}
     else:
         in_file, in_model = _effective(saved.config), _effective(config)
     different = [n for n in sorted(in_file.keys() | in_model.keys()) if in_file.get(n) != in_model.get(n)]
-    if different:
-        name = different[0]
-        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
-        known = saved.model in BUILT_IN or registered_model(saved.model) or ":" in saved.model
-        remedy = f"--model {saved.model}" if known else f"--model the config (.json) of {saved.model}"
-        raise UserError(
-            f"'{path}' holds weights of {saved.model}, not of {model} "
-            f"({name} is {in_file.get(name)} in the file and {in_model.get(name)} in the model{more}): "
-            f"give {remedy}"
-        )
+    if not different:
+        return ""
+    name = different[0]
+    more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+    return f"{name} is {in_file.get(name)} in the file and {in_model.get(name)} in the model{more}"
 
 
 def _effective(config: dict[str, Any]) -> dict[str, Any]:

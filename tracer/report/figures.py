@@ -28,6 +28,7 @@ from tracer.report.results import (
     Results,
     Run,
     domain_column,
+    number,
 )
 from tracer.report.sentences import amount, listing, percent
 
@@ -96,6 +97,7 @@ class Drawn:
     """The page's figures; a list is empty, and a single figure None, where nothing was measured."""
 
     trade_off: Markup | None
+    trials: list[Markup]  # validation score against each setting of the grid
     gap: Markup | None
     gap_block: int  # measured steps that each point of the gap is the mean of
     bars: list[Markup]
@@ -127,6 +129,7 @@ class Figures:
         loss = logged_curves(results, lambda run: run.series("loss"))
         return Drawn(
             trade_off=self.trade_off(results.under_shift) if results.under_shift else None,
+            trials=[self.trials(setting) for setting in self._varied()],
             gap=self.over_steps(gap, "Teacher–student KL, nats (log scale)", True, 4.0) if gap else None,
             gap_block=max((curve.block for curve in gap), default=1),
             bars=self.all_bars(),
@@ -205,10 +208,11 @@ class Figures:
             return
         alphas = sorted(line)
         means = [tuple(map(statistics.fmean, zip(*line[alpha], strict=True))) for alpha in alphas]
-        colour = next((self.colour(m) for m in self.results.methods if m.key == curve.key), MUTED)
+        own = next((m for m in self.results.methods if m.key == curve.key), None)
+        colour = MUTED if own is None else self.colour(own)
         ax.plot(
             *zip(*means, strict=True), color=colour, linewidth=1.6, marker="|", markersize=6, zorder=2,
-            label=f"{curve.name}, α from 0 to 1",
+            label=f"{curve.name}, α from 0 to 1" if own is None else None,
         )  # fmt: skip
         for alpha, (x, y) in list(zip(alphas, means, strict=True))[1:-1]:
             ax.annotate(amount(alpha), (x, y), xytext=(4, 5), color=colour,
@@ -228,6 +232,44 @@ class Figures:
             statistics.fmean(xs), statistics.fmean(ys), s=240 if marker == "*" else 105, marker=marker,
             color=colour, edgecolors=PAPER, linewidths=1.2, zorder=4, label=method.name,
         )  # fmt: skip
+
+    def _varied(self) -> list[str]:
+        """Return the settings of which the grid has several values."""
+        values: dict[str, set[float]] = {}
+        for choice in self.results.choices.values():
+            for trial in choice["trials"]:
+                for name, value in trial["point"].items():
+                    values.setdefault(name, set()).add(number(value))
+        return [name for name, several in values.items() if len(several) > 1]
+
+    def trials(self, setting: str) -> Markup:
+        """Draw the best validation score at each value of a setting, a line a method; the chosen is large."""
+        ax = self.axes(4.4, 3.4)
+        seen: set[float] = set()
+        for m in (m for m in self.results.main if m.key in self.results.choices):
+            choice, best = self.results.choices[m.key], dict[float, float]()
+            for trial in choice["trials"]:
+                x, y = number(trial["point"].get(setting)), 100 * number(trial["validation"])
+                best[x] = max(y, best.get(x, y))
+            line = sorted(best.items())
+            ax.plot(
+                *zip(*line, strict=True), color=self.colour(m), marker=self.marker(m), markersize=4.5,
+                linewidth=1.3, label=m.name,
+            )  # fmt: skip
+            x = number(choice["chosen"].get(setting))
+            ax.plot(
+                [x], [best[x]], color=self.colour(m), marker=self.marker(m), markersize=10,
+                markeredgecolor=PAPER,
+            )  # fmt: skip
+            seen |= best.keys()
+        if min(seen) > 0:
+            ax.set_xscale("log")
+        ax.set_xticks(sorted(seen), [amount(x) for x in sorted(seen)])
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.set_xlabel(setting)
+        ax.set_ylabel("Validation score, %")
+        _legend_below(ax)
+        return self.svg(ax, f"Validation score against {setting}, a line for each method")
 
     def all_bars(self) -> list[Markup]:
         """Draw one figure of bars for each domain that was measured, all over the same range."""

@@ -256,7 +256,7 @@ def _at_home(pair: Pair | None) -> str:
     if pair is None:
         return ""
     if pair.low <= 0 <= pair.high:
-        return "; equal in distribution"
+        return "; not told apart in distribution"
     return f"; in distribution {percent(pair.value, signed=True)}"
 
 

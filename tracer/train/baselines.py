@@ -82,6 +82,14 @@ BASELINES = {
     "wma": Baseline(
         "TRACER, WMA", "arXiv 2605.29380, with the average weighted by Beta(β, β)", {"teacher": "wma"}
     ),
+    "wma-0.2": Baseline(
+        "TRACER, WMA, β 0.2", "arXiv 2605.29380, its second setting of β", {"teacher": "wma", "wma_beta": 0.2}
+    ),
+    "uniform": Baseline(
+        "TRACER, uniform average",
+        "arXiv 2605.29380 with β 1, where Beta(β, β) weighs all steps alike",
+        {"teacher": "uniform"},
+    ),
     "carot": Baseline(
         "CaRot",
         "Oh et al. 2024, arXiv 2311.01723, with the settings of the published carot.sh: FLYP's loss + 1.5 (KL of "
@@ -123,8 +131,8 @@ class BaselineSettings:
 
     Args:
         baseline: what --method and the weights of its terms are, for those that you do not set yourself: flyp,
-            flyp-multi, linear-probe, cross-entropy, lp-ft, l2-sp, ldreg, frozen, ema, wma, carot, r-adapter,
-            gradient, masked-feature, augmented-feature or temperature.
+            flyp-multi, linear-probe, cross-entropy, lp-ft, l2-sp, ldreg, frozen, ema, wma, wma-0.2, uniform,
+            carot, r-adapter, gradient, masked-feature, augmented-feature or temperature.
         classifier: train a linear classifier, which begins as the zero-shot one, by cross-entropy in place of the
             contrastive loss: probe, it alone; whole, with the image tower; probe-first, alone in the first half of
             the steps.

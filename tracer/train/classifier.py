@@ -89,13 +89,13 @@ def probes(config: Config, step: int) -> bool:
 def class_loss(
     config: Config, engine: DeepSpeedEngine, precision: str, image: Tensor, label: Tensor, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy of a batch's classes, a scalar, and the image features [N, D]; no text is encoded.
+    """Return the sum of the pictures' cross-entropies, a scalar, and the image features [n, D].
 
     Args:
         config: settings of the run.
         engine: of a model with a classifier.
         precision: of the tower; the logits are float32.
-        image, label: the batch [N, 3, S, S] and [N].
+        image, label: a part of the batch [n, 3, S, S] and [n].
         step: of the run, 1, 2, ….
     """
     head = class_head(engine.module)
@@ -103,4 +103,4 @@ def class_loss(
     with mixed_precision(engine.device, precision):
         features = encode_images(engine, image)
     own = features.detach() if probes(config, step) else features
-    return F.cross_entropy(head(own), label), features.detach()
+    return F.cross_entropy(head(own), label, reduction="sum"), features.detach()

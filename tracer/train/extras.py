@@ -90,18 +90,20 @@ def _check(settings: Any, model: nn.Module) -> None:
                 f"--{name} has no meaning for the sigmoid of each pair: leave it out, or give --contrast softmax"
             )
     whole = {"l2_sp": settings.l2_sp, "augmented": settings.augmented}
-    whole["classifier"] = settings.classifier != "none"
     for name, on in whole.items():
         if on and (settings.micro_batch or settings.zero_stage == 3):
             raise UserError(
                 f"--{name} needs the whole weights in each pass: leave out --micro_batch and --zero_stage 3"
             )
-    if (any(need_teacher.values()) or settings.ldreg or whole["classifier"]) and ranks().size > 1:
+    if (any(need_teacher.values()) or settings.ldreg) and ranks().size > 1:
         raise UserError(
-            "--ldreg, --gradient, --augmented and --classifier see the pairs of one rank alone: run them in one "
-            "process"
+            "--ldreg, --gradient and --augmented see the pairs of one rank alone: run them in one process"
         )
-    if whole["classifier"] and contrast_of(model) == "sigmoid":
+    if settings.classifier == "none":
+        return
+    if settings.zero_stage == 3:
+        raise UserError("--classifier needs its weights whole: leave out --zero_stage 3")
+    if contrast_of(model) == "sigmoid":
         raise UserError(
             f"--classifier {settings.classifier} takes a softmax over classes, and the model's probabilities are "
             "sigmoids: choose a --model without a logit bias"

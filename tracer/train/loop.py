@@ -232,13 +232,23 @@ class Trainer:
     def _add_class_gradient(
         self, parts: Sequence[MicroBatch], label: Tensor, _measure: bool, step: int
     ) -> dict[str, Tensor | float]:
-        """Add the cross-entropy of a batch's classes to the step's gradient, and return it; no text is encoded."""
-        loss, features = class_loss(self.config, self.engine, self.precision, parts[0].image, label, step)
-        self._features.append((features, features))
-        self._point()
-        self.engine.backward(or_nan(loss) / self.config.accumulation, scale_wrt_gas=False)
-        self.engine.step()
-        return {"loss": loss.detach()}
+        """Add the cross-entropy of a batch's classes to the step's gradient, and return its mean over all ranks.
+
+        Each picture has a loss of its own, so that a micro-batch needs nothing of the others.
+        """
+        config, engine, size = self.config, self.engine, ranks().size
+        total = torch.zeros((), device=engine.device)
+        for part, own in zip(parts, label.tensor_split(len(parts)), strict=True):
+            loss, features = class_loss(config, engine, self.precision, part.image, own, step)
+            self._features.append((features, features))
+            total += loss.detach()
+            self._point()
+            share = size / (config.batch_size * config.accumulation)  # the engine averages over the ranks
+            engine.backward(or_nan(loss) * share, scale_wrt_gas=False)
+            engine.step()
+        if size > 1:
+            dist.all_reduce(total)
+        return {"loss": total / config.batch_size}
 
     def _teacher_output(
         self, parts: Sequence[MicroBatch], measure: bool, ahead: Ahead

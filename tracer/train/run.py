@@ -8,6 +8,7 @@ import time
 import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,7 +136,7 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
     torch.manual_seed(config.seed)  # for random initial weights, and for adapters of a given rank
     clip = here.leaders_first(lambda: load_clip(config.model, config.pretrained))
     check_prompts(sets, clip.tokenizer)
-    begin_classifier(config, clip, index, sets)
+    here.agree(partial(begin_classifier, config, clip, index, sets))
     asked, config = config, with_form_of(config, clip)
     start = {name: value.clone() for name, value in clip.model.state_dict().items()}
     prepare(config, clip.model)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from cut_runs import content, cut
 
-from tracer.demo.config import DemoConfig
-from tracer.demo.methods import finetune_once
+from tracer.demo.runs import run_once
 from tracer.errors import UserError
 from tracer.files import aside, claim_folder, whole_folder
 from tracer.models.clip import load_clip
@@ -30,7 +28,7 @@ def run(tiny_config, drawings, tmp_path) -> Config:
         train_data=drawings / "train.csv",
         model=str(tiny_config),
         pretrained=str(start),
-        output=tmp_path / "demo" / "flyp-0",
+        output=tmp_path / "demo" / "flyp-seed-1",
         cache=tmp_path / "cache",
         method="flyp",
         steps=5,
@@ -42,17 +40,11 @@ def run(tiny_config, drawings, tmp_path) -> Config:
     )
 
 
-def run_by_the_demo(run: Config) -> Path:
-    settings = {f.name: getattr(run, f.name) for f in dataclasses.fields(Config)}
-    demo = DemoConfig(**settings | {"output": run.output.parent})
-    return finetune_once(demo, "flyp", {"method": "flyp"}, seed=0)
-
-
 def test_the_demo_goes_on_with_its_own_run_and_trains_another_anew(run, monkeypatch, capsys):
     def says(cut_off: Config) -> str:
         part = cut(cut_off, monkeypatch, 3)
         assert any(part.glob(WHOLE))
-        shutil.rmtree(run_by_the_demo(run))
+        shutil.rmtree(run_once(run))
         return capsys.readouterr().out
 
     assert "going on after step 2 of 5" in says(run)
@@ -73,6 +65,6 @@ def test_the_demo_leaves_what_another_process_is_writing(run, monkeypatch, finis
         (part / "log.jsonl").write_text("of the first process")
         before = content(part)
         with pytest.raises(UserError, match=f"another process is writing '{part}': wait until it has ended"):
-            run_by_the_demo(run)
+            run_once(run)
         assert content(part) == before
         shutil.rmtree(run.output, ignore_errors=True)
