@@ -8,16 +8,16 @@ The file has over 500 lines: kernels, their variants and the estimates are one p
 No GPU is needed: the launchers of ``kernels/contrastive_triton.py`` run on ``meta`` tensors, which hold no data,
 and their launches are compiled for the named architecture instead of being started: what is examined is what
 would run. Per kernel: registers per thread, bytes spilled to memory (must be 0), shared memory, tensor-core
-instructions, and how many warps of it a multiprocessor holds at once by registers, shared and tensor memory.
-AMD's scalar registers may be parked in lanes of vector registers; this causes no memory traffic and is not
-counted as a spill. Compiled variants are counted of a run whose sizes, margin, smoothing, scales and temperature
-change.
+instructions, how many warps of it a multiprocessor holds at once by registers, shared and tensor memory, and what
+the visit of a tile executes (``benchmarks/visits.py``). AMD's scalar registers may be parked in lanes of vector
+registers; this causes no memory traffic and is not counted as a spill. Compiled variants are counted of a run
+whose sizes, margin, smoothing, scales and temperature change.
 
 The kernel that merges the statistics of a rectangle's rows or columns, which the loss over ranks starts, is
-compiled with the largest tile of each kind in 16 bits. ``--quick`` leaves out the variants with fewer options and
-those whose width is not a multiple of a block, and compiles the combine kernel as seldom. It compiles float32
-products, exact or in TF32, only where their tile is not one that the same kernel has in sm_90's column, and the
-one-way and sigmoid forms in 16 bits with sm_90's largest tiles alone.
+compiled with the largest tile of each kind in 16 bits. ``--quick`` leaves out the variants with fewer options,
+except those of the CLIP loss in large batches, and those whose width is not a multiple of a block, and compiles
+the combine kernel as seldom. It compiles float32 products, exact or in TF32, only where their tile is not one that
+the same kernel has in sm_90's column, and the one-way and sigmoid forms in 16 bits with sm_90's largest alone.
 
 Roofline estimates come from these tiles, counted work and data sheets; see ``benchmarks/roofline.py``.
 """
@@ -41,9 +41,10 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from benchmarks import disassembly, roofline
+from benchmarks import disassembly, roofline, visits
 from benchmarks.harness import Highlight, command_line, progress, table
-from benchmarks.work import ARCHITECTURES, OBJECTIVES, Architecture
+from benchmarks.visits import Visit
+from benchmarks.work import ARCHITECTURES, OBJECTIVES, PASSES, Architecture
 from tracer.kernels import average_triton, contrastive_triton, sigmoid_triton
 from tracer.kernels._tiles import COMBINE, LIKE, MERGE, TABLES, Tile, tiles_of
 from tracer.kernels._triton import Launch, planning_for, recording
@@ -109,6 +110,8 @@ class Report:
     shared: int
     tensor_core: int
     resident_warps: int
+    visit: dict[str, int] | None = None  # what a visit of a tile executes, of kernels that walk over tiles
+    step: dict[str, int] | None = None  # the part of it that each block of D adds
 
 
 class _Driver:
@@ -224,6 +227,7 @@ def _loss_report(case: Case, name: str, code: Any) -> Report:
         case.tile[:3],
         "all" if case.options else "none",
         case.width,
+        case.tile if name == case.name else None,
     )
 
 
@@ -236,11 +240,13 @@ def _read(
     tile: tuple[int, ...],
     options: str,
     width: int,
+    walked: Tile | None = None,
 ) -> Report:
-    """Return the report of a compiled kernel."""
+    """Return the report of a compiled kernel, which may walk over tiles."""
     binary = disassembly.read(arch, code.asm)
     warps, shared = int(code.metadata.num_warps), int(code.metadata.shared)
     tensor_memory = getattr(code.metadata, "tmem_size", None) or 0
+    counted = visits.count(arch, binary.text, walked, warps, width) if walked else None
     return Report(
         architecture=arch,
         kernel=kernel,
@@ -256,6 +262,8 @@ def _read(
         shared=shared,
         tensor_core=binary.tensor_core,
         resident_warps=disassembly.resident_warps(arch, binary.registers, shared, tensor_memory, warps),
+        visit=counted[0]._asdict() if counted else None,
+        step=counted[1]._asdict() if counted else None,
     )
 
 
@@ -283,6 +291,11 @@ def shipped(architectures: list[str], quick: bool) -> list[Case]:
     ]
     if not quick:
         return cases
+    cases += [
+        Case(arch, kernel, False, 16, TABLES[arch][kernel, False, 16][0], options=False)
+        for arch in architectures
+        for kernel in PASSES
+    ]
 
     def known(case: Case) -> bool:
         """Whether sm_90 compiles the same in float32."""
@@ -307,7 +320,7 @@ def compile_all(
     cases.reverse()  # the slowest kinds first
     numbers = [4 if _is_largest(case) else 1 if quick else 2 for case in cases]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        estimated = pool.submit(roofline.estimates, architectures)
+        work = pool.submit(roofline.counts, architectures)
         counted = pool.submit(variants)
         compiled = pool.map(compile_case, cases, numbers)
         averages = [
@@ -315,7 +328,8 @@ def compile_all(
         ]
         bar = tqdm(compiled, total=len(cases), desc="compiling", unit="case")
         of_the_loss = [report for reports in bar for report in reports]
-        return of_the_loss + [a.result() for a in averages], counted.result(), estimated.result()
+        estimated = roofline.estimates(work.result(), [asdict(r) for r in of_the_loss])
+        return of_the_loss + [a.result() for a in averages], counted.result(), estimated
 
 
 def sources() -> str:
@@ -453,9 +467,16 @@ def report(results: dict[str, Any]) -> str:
         "Compiled variants of a run whose sizes, margin, smoothing, scales and temperature change: "
         + ", ".join(f"{count} of `{name}`" for name, count in results["variants"].items())
         + ".",
+        "### What the visit of a tile executes",
+        "Counted in the machine code that large batches in 16 bits take, D 512: instructions, shuffles and "
+        "exponentials of a warp (on gfx942 of the vector units), barriers and bytes of the program. Shared memory "
+        "carries the operands of the tensor cores too. The clocks are a multiprocessor's least by data sheet, "
+        "an estimate; a shuffle counts as four bytes of shared memory for each lane, barriers cost nothing:",
+        roofline.visits_table(results["kernels"]),
         "### Roofline: estimate, not measured",
         "The least time by data sheet that bfloat16 inputs allow, and what sets it: counted products on tensor "
-        "cores, counted elementwise operations and exponentials, or bytes of memory. In brackets: if every visit "
+        "cores, counted elementwise operations and exponentials, bytes of memory, or of a visit the instructions, "
+        "the shared memory or the second-level cache. In brackets: if every visit "
         "of a tile read its operands from memory; otherwise caches keep them within a launch. Perfect overlap, "
         "no cost of launches. Products: the matrix products that finish the backward pass.",
         _estimates(results["estimates"]),
@@ -509,6 +530,8 @@ def _summary(rows: list[dict[str, Any]]) -> str:
 def _every(rows: list[dict[str, Any]]) -> str:
     header = ["architecture", "kernel", "products", "bits", "options", "D", "tile", "warps", "stages"]
     header += ["registers", "spilled bytes", "shared KiB", "tensor-core instructions", "resident warps"]
+    of_a_visit = Visit._fields[:-1]
+    header += [f"{name.replace('_', ' ')} of a visit" for name in of_a_visit]
     return table(
         header,
         [
@@ -527,6 +550,7 @@ def _every(rows: list[dict[str, Any]]) -> str:
                 f"{row['shared'] / 1024:.0f}",
                 str(row["tensor_core"]),
                 str(row["resident_warps"]),
+                *(str(row["visit"][name]) if row.get("visit") else "" for name in of_a_visit),
             ]
             for row in rows
         ],
@@ -572,7 +596,7 @@ def highlights(results: dict[str, Any]) -> list[Highlight]:
 
 
 def exact(results: dict[str, Any]) -> dict[str, float]:
-    """Return registers, spills and shared memory of every kernel: a compiler of one version repeats them."""
+    """Return registers, spills, shared memory and visits: a compiler of one version repeats them."""
     numbers: dict[str, float] = {}
     for row in results["kernels"]:
         name = (
@@ -582,6 +606,8 @@ def exact(results: dict[str, Any]) -> dict[str, float]:
         )
         for what in ("registers", "spilled", "shared"):
             numbers[f"{name} {what}"] = row[what]
+        for what, number in (row.get("visit") or {}).items():
+            numbers[f"{name} {what.replace('_', ' ')} of a visit"] = number
     return numbers | {f"compiled variants of {name}": count for name, count in results["variants"].items()}
 
 
