@@ -198,7 +198,7 @@ def test_auto_on_a_gpu_takes_the_kernels_for_the_widths_they_can_take():
     """Seen through tensors that only pretend to be on a GPU, so that it is checked without one."""
     with FakeTensorMode():
         for width, impl in ((16, "triton"), (12, "blocked")):
-            x = torch.empty(600, width, device="cuda")
+            x = torch.empty(1000, width, device="cuda")
             assert _checks.resolve("auto", x, x, Options()) == impl
 
 
