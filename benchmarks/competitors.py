@@ -44,7 +44,7 @@ UNITS = {
     "lit": (1, 2),
 }
 
-# What impl="auto" takes; on a CPU it takes the definition for at most 512 pairs.
+# What impl="auto" takes; on a CPU it takes the definition for small batches.
 OURS = f"ours ({'triton' if DEVICE == 'cuda' else 'blocked'})"
 EAGER = "ours (eager)"
 PUBLISHED, OPEN_CLIP = "published", "open_clip"

@@ -1,4 +1,4 @@
-"""Read a compiled kernel: registers, spills and tensor-core instructions, and how many of its warps fit at once.
+"""Read a compiled kernel: registers, spills, tensor-core instructions, and how many of its warps fit at once.
 
 The tools that take NVIDIA's binaries apart come with Triton's wheel; AMD's compiler writes what it used into its
 assembly.
@@ -46,6 +46,7 @@ class Binary(NamedTuple):
     registers: int  # per thread
     spilled: int  # bytes per thread
     tensor_core: int  # instructions
+    text: str  # listing
 
 
 def read(arch: str, asm: Mapping[str, Any]) -> Binary:
@@ -56,7 +57,7 @@ def read(arch: str, asm: Mapping[str, Any]) -> Binary:
         text = asm["amdgcn"]
         registers = int(_search(r"\.vgpr_count:\s+(\d+)", text))
         spilled = int(_search(r"\.private_segment_fixed_size:\s+(\d+)", text))
-    return Binary(registers, spilled, len(re.findall(TENSOR_CORE[arch], text)))
+    return Binary(registers, spilled, len(re.findall(TENSOR_CORE[arch], text)), text)
 
 
 def resident_warps(arch: str, registers: int, shared: int, tensor_memory: int, warps: int) -> int:

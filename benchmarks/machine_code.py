@@ -6,16 +6,16 @@
 No GPU is needed: the launchers of ``kernels/contrastive_triton.py`` run on ``meta`` tensors, which hold no data,
 and their launches are compiled for the named architecture instead of being started: what is examined is what
 would run. Per kernel: registers per thread, bytes spilled to memory (must be 0), shared memory, tensor-core
-instructions, and how many warps of it a multiprocessor holds at once by registers, shared and tensor memory.
-AMD's scalar registers may be parked in lanes of vector registers; this causes no memory traffic and is not
-counted as a spill. Compiled variants are counted of a run whose sizes, margin, smoothing, scales and temperature
-change.
+instructions, how many warps of it a multiprocessor holds at once by registers, shared and tensor memory, and what
+the visit of a tile executes (``benchmarks/visits.py``). AMD's scalar registers may be parked in lanes of vector
+registers; this causes no memory traffic and is not counted as a spill. Compiled variants are counted of a run
+whose sizes, margin, smoothing, scales and temperature change.
 
 The kernel that merges the statistics of a rectangle's rows or columns, which the loss over ranks starts, is
-compiled with the largest tile of each kind in 16 bits. ``--quick`` leaves out the variants with fewer options and
-those whose width is not a multiple of a block, and compiles the combine kernel as seldom. It compiles float32
-products, exact or in TF32, only where their tile is not one that the same kernel has in sm_90's column, and the
-one-way and sigmoid forms in 16 bits with sm_90's largest tiles alone.
+compiled with the largest tile of each kind in 16 bits. ``--quick`` leaves out the variants with fewer options,
+except those of the CLIP loss in large batches, and those whose width is not a multiple of a block, and compiles
+the combine kernel as seldom. It compiles float32 products, exact or in TF32, only where their tile is not one that
+the same kernel has in sm_90's column, and the one-way and sigmoid forms in 16 bits with sm_90's largest alone.
 
 Roofline estimates come from these tiles, counted work and data sheets; see ``benchmarks/roofline.py``. The tables
 are in ``machine_code_page.py``.
@@ -40,10 +40,10 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from benchmarks import disassembly, roofline
+from benchmarks import disassembly, roofline, visits
 from benchmarks.harness import command_line, progress
 from benchmarks.machine_code_page import AVERAGE, every, exact, highlights, report
-from benchmarks.work import ARCHITECTURES, OBJECTIVES, Architecture
+from benchmarks.work import ARCHITECTURES, OBJECTIVES, PASSES, Architecture
 from tracer.kernels import average_triton, contrastive_triton, sigmoid_triton
 from tracer.kernels._tiles import COMBINE, LIKE, MERGE, TABLES, Tile, tiles_of
 from tracer.kernels._triton import Launch, planning_for, recording
@@ -110,6 +110,8 @@ class Report:
     shared: int
     tensor_core: int
     resident_warps: int
+    visit: dict[str, int] | None = None  # what a visit of a tile executes, of kernels that walk over tiles
+    step: dict[str, int] | None = None  # the part of it that each block of D adds
 
 
 class _Driver:
@@ -225,6 +227,7 @@ def _loss_report(case: Case, name: str, code: Any) -> Report:
         case.tile[:3],
         "all" if case.options else "none",
         case.width,
+        case.tile if name == case.name else None,
     )
 
 
@@ -237,11 +240,13 @@ def _read(
     tile: tuple[int, ...],
     options: str,
     width: int,
+    walked: Tile | None = None,
 ) -> Report:
-    """Return the report of a compiled kernel."""
+    """Return the report of a compiled kernel, which may walk over tiles."""
     binary = disassembly.read(arch, code.asm)
     warps, shared = int(code.metadata.num_warps), int(code.metadata.shared)
     tensor_memory = getattr(code.metadata, "tmem_size", None) or 0
+    counted = visits.count(arch, binary.text, walked, warps, width) if walked else None
     return Report(
         architecture=arch,
         kernel=kernel,
@@ -257,6 +262,8 @@ def _read(
         shared=shared,
         tensor_core=binary.tensor_core,
         resident_warps=disassembly.resident_warps(arch, binary.registers, shared, tensor_memory, warps),
+        visit=counted[0]._asdict() if counted else None,
+        step=counted[1]._asdict() if counted else None,
     )
 
 
@@ -284,6 +291,11 @@ def shipped(architectures: list[str], quick: bool) -> list[Case]:
     ]
     if not quick:
         return cases
+    cases += [
+        Case(arch, kernel, False, 16, TABLES[arch][kernel, False, 16][0], options=False)
+        for arch in architectures
+        for kernel in PASSES
+    ]
 
     def known(case: Case) -> bool:
         """Whether sm_90 compiles the same in float32."""
@@ -308,7 +320,7 @@ def compile_all(
     cases.reverse()  # the slowest kinds first
     numbers = [4 if _is_largest(case) else 1 if quick else 2 for case in cases]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        estimated = pool.submit(roofline.estimates, architectures)
+        work = pool.submit(roofline.counts, architectures)
         counted = pool.submit(variants)
         compiled = pool.map(compile_case, cases, numbers)
         averages = [
@@ -316,7 +328,8 @@ def compile_all(
         ]
         bar = tqdm(compiled, total=len(cases), desc="compiling", unit="case")
         of_the_loss = [report for reports in bar for report in reports]
-        return of_the_loss + [a.result() for a in averages], counted.result(), estimated.result()
+        estimated = roofline.estimates(work.result(), [asdict(r) for r in of_the_loss])
+        return of_the_loss + [a.result() for a in averages], counted.result(), estimated
 
 
 def sources() -> str:

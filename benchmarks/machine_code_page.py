@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks import roofline
 from benchmarks.harness import Highlight, table
+from benchmarks.visits import Visit
 from benchmarks.work import ARCHITECTURES
 
 AVERAGE = "moving average"
@@ -20,9 +21,16 @@ def report(results: dict[str, Any]) -> str:
         "Compiled variants of a run whose sizes, margin, smoothing, scales and temperature change: "
         + ", ".join(f"{count} of `{name}`" for name, count in results["variants"].items())
         + ".",
+        "### What the visit of a tile executes",
+        "Counted in the machine code that large batches in 16 bits take, D 512: instructions, shuffles and "
+        "exponentials of a warp (on gfx942 of the vector units), barriers and bytes of the program. Shared memory "
+        "carries the operands of the tensor cores too. The clocks are a multiprocessor's least by data sheet, "
+        "an estimate; a shuffle counts as four bytes of shared memory for each lane, barriers cost nothing:",
+        roofline.visits_table(results["kernels"]),
         "### Roofline: estimate, not measured",
         "The least time by data sheet that bfloat16 inputs allow, and what sets it: counted products on tensor "
-        "cores, counted elementwise operations and exponentials, or bytes of memory. In brackets: if every visit "
+        "cores, counted elementwise operations and exponentials, bytes of memory, or of a visit the instructions, "
+        "the shared memory or the second-level cache. In brackets: if every visit "
         "of a tile read its operands from memory; otherwise caches keep them within a launch. Perfect overlap, "
         "no cost of launches. Products: the matrix products that finish the backward pass.",
         _estimates(results["estimates"]),
@@ -76,6 +84,8 @@ def _summary(rows: list[dict[str, Any]]) -> str:
 def every(rows: list[dict[str, Any]]) -> str:
     header = ["architecture", "kernel", "products", "bits", "options", "D", "tile", "warps", "stages"]
     header += ["registers", "spilled bytes", "shared KiB", "tensor-core instructions", "resident warps"]
+    of_a_visit = Visit._fields[:-1]
+    header += [f"{name.replace('_', ' ')} of a visit" for name in of_a_visit]
     return table(
         header,
         [
@@ -94,6 +104,7 @@ def every(rows: list[dict[str, Any]]) -> str:
                 f"{row['shared'] / 1024:.0f}",
                 str(row["tensor_core"]),
                 str(row["resident_warps"]),
+                *(str(row["visit"][name]) if row.get("visit") else "" for name in of_a_visit),
             ]
             for row in rows
         ],
@@ -139,7 +150,7 @@ def highlights(results: dict[str, Any]) -> list[Highlight]:
 
 
 def exact(results: dict[str, Any]) -> dict[str, float]:
-    """Return registers, spills and shared memory of every kernel: a compiler of one version repeats them."""
+    """Return registers, spills, shared memory and visits: a compiler of one version repeats them."""
     numbers: dict[str, float] = {}
     for row in results["kernels"]:
         name = (
@@ -149,4 +160,6 @@ def exact(results: dict[str, Any]) -> dict[str, float]:
         )
         for what in ("registers", "spilled", "shared"):
             numbers[f"{name} {what}"] = row[what]
+        for what, number in (row.get("visit") or {}).items():
+            numbers[f"{name} {what.replace('_', ' ')} of a visit"] = number
     return numbers | {f"compiled variants of {name}": count for name, count in results["variants"].items()}

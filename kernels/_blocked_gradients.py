@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -106,7 +108,11 @@ def slopes(
 
 
 class GradientWalk:
-    """The walk of the backward pass, from the gradients of the logits to those of the inputs."""
+    """The walk of the backward pass, from the gradients of the logits to those of the inputs.
+
+    ``kept`` are tiles of the forward pass by their first row and column, ``dtype`` that of the features'
+    gradients, by default the features' own.
+    """
 
     # σ's gradient is Σ ds u·v + Σ da u·v' + Σ db u'·v. The text's gradient before its factor σ, times v, has the
     # first and the last; the part of the image's that comes through a, times u, has the other.
@@ -119,9 +125,12 @@ class GradientWalk:
         options: Options,
         plan: Plan,
         needs: Needs,
+        kept: Mapping[tuple[int, int], Tile] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self._inputs, self._logits = inputs, logits
-        self._positives = Positives(inputs, logits.dtype)
+        self._logits, self._kept = logits, kept
+        self._dtype = inputs.image.dtype if dtype is None else dtype
+        self._positives = Positives(inputs, logits.dtype, counted=False)
         self._sides, self._options, self._plan, self._needs = sides, options, plan, needs
         rows, *cols = sides
         self._rows, self._cols = rows, cols[0] if cols else None
@@ -134,7 +143,7 @@ class GradientWalk:
 
         image, u, v = inputs.image, logits.operands["u"], logits.operands["v"]
         self._d_image = (
-            torch.empty(image.shape, dtype=image.dtype, device=image.device) if needs.image else None
+            torch.empty(image.shape, dtype=self._dtype, device=image.device) if needs.image else None
         )
         self._d_text = logits.scale.new_zeros(v.shape) if need_cols else None  # before its factor σ
         self._d_scale = torch.zeros((), dtype=torch.float64, device=image.device)
@@ -153,7 +162,7 @@ class GradientWalk:
         through_a = new_zeros(height, u.shape[1]) if self._need_a else None
         left = torch.cat([u, operands["tu"][at_rows]]) if self._has_cross else u
         for at_cols in self._logits.col_blocks():
-            tile = Tile(self._logits, self._positives, at_rows, at_cols, *self._references)
+            tile = self._tile(at_rows, at_cols)
             # ds above db, so that one product takes both to the text's gradient.
             stack = self._room[: len(left) * (at_cols.stop - at_cols.start)].view(len(left), -1)
             ds, db = stack[:height], stack[height:]
@@ -171,6 +180,11 @@ class GradientWalk:
                     _cross_gradient("b", tile, self._cols, plan, db)
                 add_product(self._d_text[at_cols], stack.T, left.T)
         self._complete_images(at_rows, through_s, through_a)
+
+    def _tile(self, at_rows: slice, at_cols: slice) -> Tile:
+        if self._kept is not None:
+            return self._kept[at_rows.start, at_cols.start]
+        return Tile(self._logits, self._positives, at_rows, at_cols, *self._references)
 
     def _complete_images(self, at_rows: slice, through_s: Tensor | None, through_a: Tensor | None) -> None:
         """Take what reaches these images through s and through a to their gradient and to σ's."""
@@ -197,7 +211,7 @@ class GradientWalk:
                 d_text -= from_rows
             if self._needs.logit_scale:
                 self._d_scale += inner_product(d_text, v)
-            d_text = d_text.mul_(logits.scale).to(self._inputs.text.dtype)
+            d_text = d_text.mul_(logits.scale).to(self._dtype)
         return Gradients(
             self._d_image,
             d_text if self._needs.text else None,
@@ -216,7 +230,7 @@ def _student_gradient(
     if tile.shared:
         e = tile.e("s", ROW)
         apart = has_margin and positives  # without a margin positives and negatives have one factor
-        before = tile.at_positives(e) if apart else None
+        before = tile.e_at_positives("s", ROW) if apart else None
         ds = _times_sum(e, [tile.spread(side.negative, side.direction) for side in sides], _if_same(out, e))
         if positives and before is not None:
             at_positives = before * _at(sides, "z", positives)

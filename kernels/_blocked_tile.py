@@ -70,10 +70,10 @@ def _blocks(length: int, size: int) -> Iterator[slice]:
 class Logits:
     """The matrices s, t, a, b of a rectangle times ``unit``, tile by tile, in the accumulation dtype.
 
-    The unit log2 e makes exponentials to the base 2.
+    The unit log2 e makes exponentials to the base 2. With ``keep`` each tile has memory of its own.
     """
 
-    def __init__(self, inputs: Inputs, options: Options, unit: float = LOG2E) -> None:
+    def __init__(self, inputs: Inputs, options: Options, unit: float = LOG2E, keep: bool = False) -> None:
         image, factor = inputs.image, teacher_factor(inputs, options)
         self.n, self.m = len(image), len(inputs.text)
         self.dtype = accumulation_dtype(image)
@@ -91,11 +91,11 @@ class Logits:
                 "b": ("tu", "v", kappa),
                 "t": ("tu", "tv", factor * unit),
             }
-        self._rooms: dict[str, Tensor] = {}
+        self._keep, self._rooms = keep, dict[str, Tensor]()
         self._scaled_rows: tuple[slice, dict[tuple[str, Tensor], Tensor]] = (slice(0, 0), {})
 
     def tile(self, name: str, at_rows: slice, at_cols: slice) -> Tensor:
-        """Return a tile of matrix ``name``; it stays valid until the next tile of that name."""
+        """Return a tile of matrix ``name``; unless all are kept, it is valid until the next of that name."""
         left, right, kappa = self._factors[name]
         if self._scaled_rows[0] != at_rows:
             self._scaled_rows = (at_rows, {})
@@ -111,6 +111,8 @@ class Logits:
     def _room(self, name: str, at_rows: slice, at_cols: slice) -> Tensor:
         """Return memory for a tile, used again for the next of that name: fresh memory would cost time."""
         height, width = at_rows.stop - at_rows.start, at_cols.stop - at_cols.start
+        if self._keep:
+            return self.scale.new_empty(height, width)
         if name not in self._rooms:
             self._rooms[name] = self.scale.new_empty(self.tile_size)
         return self._rooms[name][: height * width].view(height, width)
@@ -211,6 +213,13 @@ class Tile:
         key = ("x_at_positives", name)
         if key not in self._made:
             self._made[key] = self.at_positives(self.x(name))
+        return self._made[key]
+
+    def e_at_positives(self, name: str, direction: int) -> Tensor:
+        """Return the exponentials of the positives, as they were before anything was written over them."""
+        key = ("e_at_positives", name) if self.shared else ("e_at_positives", name, str(direction))
+        if key not in self._made:
+            self._made[key] = self.at_positives(self.e(name, direction))
         return self._made[key]
 
     def gap(self, name: str, direction: int) -> Tensor:

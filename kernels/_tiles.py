@@ -89,9 +89,9 @@ _TINY = Tile(32, 32, 64, 4, 3)
 TABLES: dict[str, Table] = {
     "sm_80": _table(
         {
-            "forward": (Tile(64, 32, 64, 8, 3), _TINY),
+            "forward": (Tile(64, 32, 64, 4, 3), _TINY),
             "forward with stats": (Tile(32, 16, 32, 8, 2),),
-            "backward": (Tile(32, 32, 64, 8, 3),),
+            "backward": (Tile(128, 32, 64, 8, 3), Tile(64, 32, 64, 4, 3), Tile(32, 32, 64, 8, 3)),
             "forward, one product": (Tile(64, 64, 64, 8, 3), _TINY),
             "forward with stats, one product": (Tile(64, 32, 32, 8, 3), _TINY),
             "backward, one product": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),

@@ -65,6 +65,11 @@ class Options(NamedTuple):
         return self.interactive or self.cross
 
     @property
+    def alone(self) -> bool:
+        """Return whether the contrastive term is all that is asked for."""
+        return self.contrastive and not (self.relational or self.crossed or self.stats)
+
+    @property
     def one_way(self) -> bool:
         """Return whether nothing is asked of the columns; the diagnostics are of both directions."""
         return self.text_to_image == 0 and not self.stats

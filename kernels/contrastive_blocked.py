@@ -22,6 +22,7 @@ What makes it fast, in order of weight:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from ._blocked_gradients import GradientWalk, slopes
 from ._blocked_positives import COL, ROW, Positives, TilePositives
 from ._blocked_tile import LOWEST, SOFTMAX_DIRECTIONS, Logits, Plan, References, Tile
 from ._statistics import Side, Whole
-from .contrastive import Forward, Gradients, Inputs, Needs, Options, Saved
+from .contrastive import TERMS, Forward, Gradients, Inputs, Needs, Options, Saved
 
 
 def forward(inputs: Inputs, options: Options) -> Forward:
@@ -72,6 +73,42 @@ def backward(
     for at_rows in logits.row_blocks():
         walk.visit(at_rows)
     return walk.gradients()
+
+
+def keeps(n: int, m: int, width: int) -> bool:
+    """Return whether a matrix [n, m] may be kept: of 4 MiB in float32, or as large as features and gradients."""
+    return n * m <= max(2**20, 2 * (n + m) * width)
+
+
+def at_once(inputs: Inputs, options: Options, needs: Needs) -> tuple[Forward, Gradients] | None:
+    """Return the result of :func:`forward` and the gradients of its contrastive term; None where that won't do.
+
+    A small matrix is kept between the two walks, so that each product and each exponential is taken once. The
+    gradients, in the accumulation dtype, wait for their upstream gradient; several terms would have several.
+    """
+    if not (options.alone and keeps(len(inputs.image), *inputs.text.shape) and any(needs)):
+        return None
+    logits, plan = Logits(inputs, options, keep=True), Plan.of(options, has_teacher=False, stats=False)
+    positives, shared = Positives(inputs, logits.dtype), logits.shared_references()
+    tiles = {
+        (at_rows.start, at_cols.start): Tile(logits, positives, at_rows, at_cols, shared, shared)
+        for at_rows, at_cols in logits.tiles()
+    }
+    sides = _sums(logits, positives, plan, (shared, shared), tiles.values())
+    if not all(side.exact for side in sides):
+        return None
+    whole = Whole(logits.n, logits.m)
+    rows, cols = _statistics_of(sides, logits, positives, plan, options)
+    result = _statistics.result(rows, cols, logits.shift, options, whole)
+    weights = _statistics.weights_of(result.saved, options, whole)
+    upstream = logits.scale.new_ones(len(TERMS))
+    back = slopes(upstream, result.saved, logits, options, plan, whole, weights)
+    if isinstance(back[0].references["s"], Tensor):  # the exponentials would have to be taken again
+        return None
+    walk = GradientWalk(inputs, logits, back, options, plan, needs, tiles, logits.dtype)
+    for at_rows in logits.row_blocks():
+        walk.visit(at_rows)
+    return result, walk.gradients()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -115,7 +152,7 @@ class Sums:
             if name == "s" and margin and not tile.shared:
                 self._reduce("z", tile, tile.e("z", mine))
             if positives and ((name == "s" and (margin or plan.stats)) or (name == "t" and plan.stats)):
-                self._add(f"mass/{name}", positives, tile.at_positives(e))
+                self._add(f"mass/{name}", positives, tile.e_at_positives(name, mine))
 
     def visit_negatives(self, tile: Tile) -> None:
         """Add the negatives alone. Their exponentials are what is left of s afterwards."""
@@ -189,6 +226,13 @@ def _walk(logits: Logits, inputs: Inputs, options: Options) -> tuple[Side, Side]
     sides = _sums(logits, positives, plan, (shared, shared))
     if not all(side.exact for side in sides):
         sides = _sums(logits, positives, plan, _maxima(logits, positives, plan))
+    return _statistics_of(sides, logits, positives, plan, options)
+
+
+def _statistics_of(
+    sides: list[Sums], logits: Logits, positives: Positives, plan: Plan, options: Options
+) -> tuple[Side, Side]:
+    """Return the statistics that the sums of the rows and of the columns make."""
     smoothed = options.contrastive and options.smoothing > 0
     totals = (logits.row_totals, logits.col_totals)
     rows, *cols = (
@@ -199,13 +243,18 @@ def _walk(logits: Logits, inputs: Inputs, options: Options) -> tuple[Side, Side]
 
 
 def _sums(
-    logits: Logits, positives: Positives, plan: Plan, references: tuple[References, References]
+    logits: Logits,
+    positives: Positives,
+    plan: Plan,
+    references: tuple[References, References],
+    tiles: Iterable[Tile] | None = None,
 ) -> list[Sums]:
     """Return the sums of one visit to every tile, of the rows and, if asked for, of the columns."""
     sides = [Sums(mine, positives, references[mine != ROW]) for mine in plan.directions]
     keep = ("t", "s") if plan.stats else ("t",)
-    for at_rows, at_cols in logits.tiles():
-        tile = Tile(logits, positives, at_rows, at_cols, *references, keep)
+    if tiles is None:
+        tiles = (Tile(logits, positives, *at, *references, keep) for at in logits.tiles())
+    for tile in tiles:
         for side in sides:
             side.visit(tile, plan, logits.has_margin)
         if logits.has_margin and tile.shared:

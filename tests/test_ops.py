@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tracer import _checks
 from tracer.kernels import contrastive_blocked
-from tracer.kernels.contrastive import TERMS
+from tracer.kernels.contrastive import TERMS, Options
 from tracer.ops import contrastive_loss
 
 # numpy, in the interpreter, warns of lanes that a mask throws away
@@ -198,12 +198,21 @@ def test_auto_on_a_gpu_takes_the_kernels_for_the_widths_they_can_take():
     """Seen through tensors that only pretend to be on a GPU, so that it is checked without one."""
     with FakeTensorMode():
         for width, impl in ((16, "triton"), (12, "blocked")):
-            x = torch.empty(600, width, device="cuda")
-            assert _checks.resolve("auto", x, x) == impl
+            x = torch.empty(1000, width, device="cuda")
+            assert _checks.resolve("auto", x, x, Options()) == impl
 
 
-@pytest.mark.parametrize(("n", "tiled"), [(512, False), (513, True)])
-def test_auto_tiles_only_what_is_large(monkeypatch, n, tiled):
+@pytest.mark.parametrize(
+    ("n", "tiled", "options"),
+    [
+        (768, False, {}),
+        (769, True, {}),
+        (512, False, {"relational": 1.0}),
+        (513, True, {"relational": 1.0}),
+        (513, True, {"stats": True}),
+    ],
+)
+def test_auto_tiles_only_what_is_large(monkeypatch, n, tiled, options):
     """On a CPU; a batch whose matrices fit a cache goes to the definition, which is as fast there."""
     calls, forward = [], contrastive_blocked.forward
 
@@ -213,5 +222,6 @@ def test_auto_tiles_only_what_is_large(monkeypatch, n, tiled):
 
     monkeypatch.setattr(contrastive_blocked, "forward", counted)
     x = F.normalize(torch.randn(n, 8, dtype=torch.float64), dim=1)
-    assert contrastive_loss(x, x, 5.0).loss.isfinite()
+    teacher = {"teacher_image": x, "teacher_text": x} if "relational" in options else {}
+    assert contrastive_loss(x, x, 5.0, **teacher, **options).loss.isfinite()
     assert bool(calls) == tiled

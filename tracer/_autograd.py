@@ -87,7 +87,9 @@ def contrastive_terms(impl: str, inputs: Inputs, options: Options) -> tuple[Tens
     if is_traced(inputs):
         result = Forward(*_forward(impl, *inputs, *options))
         return result.terms, result.diagnostics
-    return _Terms.apply(impl, options, *inputs)
+    asked = torch.is_grad_enabled()
+    needs = Needs(*(asked and getattr(inputs, name).requires_grad for name in Needs._fields))
+    return _Terms.apply(impl, options, needs, *inputs)
 
 
 def rectangle_statistics(impl: str, inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
@@ -144,25 +146,34 @@ class Once(torch.autograd.Function):
 
 
 class _Terms(torch.autograd.Function):
-    """The terms and diagnostics of an eager call."""
+    """The terms and diagnostics of an eager call.
+
+    Its gradients come from a backward walk, or wait for their upstream gradient since the forward pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, impl: str, options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, impl: str, options: Options, needs: Needs, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         (inputs,) = records(tensors, Inputs)
-        result = _result_of(impl, inputs, options)
-        ctx.call = impl, options
-        ctx.save_for_backward(*tensors, *result.saved)
+        at_once = _at_once(impl, inputs, options, needs)
+        result = _result_of(impl, inputs, options) if at_once is None else at_once[0]
+        ctx.call = impl, options, at_once is not None, inputs.image.dtype
+        ctx.save_for_backward(*((*tensors, *result.saved) if at_once is None else at_once[1]))
         ctx.mark_non_differentiable(result.diagnostics)
         ctx.set_materialize_grads(False)  # the terms' always comes
         return result.terms, result.diagnostics
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        impl, options = ctx.call
-        inputs, saved = records(ctx.saved_tensors, Inputs, Saved)
-        asked = Inputs(*ctx.needs_input_grad[2:])
-        gradients = _through(impl, upstream[0], inputs, saved, options, asked)
-        return None, None, *Once.only(gradients)
+        impl, options, formed, dtype = ctx.call
+        if formed:
+            gradients = _by_input(_times(upstream[0], Gradients(*ctx.saved_tensors), dtype))
+        else:
+            inputs, saved = records(ctx.saved_tensors, Inputs, Saved)
+            asked = Inputs(*ctx.needs_input_grad[3:])
+            gradients = _through(impl, upstream[0], inputs, saved, options, asked)
+        return None, None, None, *Once.only(gradients)
 
 
 def _through(
@@ -171,7 +182,22 @@ def _through(
     """Return a gradient for each of the inputs, None where none is asked for."""
     needs = Needs(*(getattr(asked, name) for name in Needs._fields))
     whole = Whole(len(inputs.image), len(inputs.text))
-    gradients = rectangle_gradients(impl, grad_terms, inputs, saved, options, needs, whole)
+    return _by_input(rectangle_gradients(impl, grad_terms, inputs, saved, options, needs, whole))
+
+
+@torch.no_grad()
+def _times(grad_terms: Tensor, gradients: Gradients, dtype: torch.dtype) -> Gradients:
+    """Return the gradients of the contrastive term times its upstream gradient, those of features in ``dtype``."""
+    factor = grad_terms[TERMS.index("contrastive")]
+    image, text = (
+        None if x is None else torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
+        for x in gradients[:2]
+    )
+    scale = gradients.logit_scale
+    return Gradients(image, text, None if scale is None else scale * factor)
+
+
+def _by_input(gradients: Gradients) -> tuple[Tensor | None, ...]:
     return tuple(getattr(gradients, name, None) for name in Inputs._fields)
 
 
@@ -182,6 +208,14 @@ def _through(
 def _result_of(impl: str, inputs: Inputs, options: Options) -> Forward:
     with without_autocast(inputs.image.device.type):
         return implementation(impl).forward(inputs, options)  # type: ignore[no-any-return]
+
+
+def _at_once(impl: str, inputs: Inputs, options: Options, needs: Needs) -> tuple[Forward, Gradients] | None:
+    """Return the result and its gradients where the forward pass of an implementation makes both."""
+    if impl != "blocked":
+        return None
+    with without_autocast(inputs.image.device.type):
+        return implementation(impl).at_once(inputs, options, needs)  # type: ignore[no-any-return]
 
 
 def _gradients_of(

@@ -61,7 +61,7 @@ def prepare(given: Given, options: Options, weights: dict[str, float], impl: str
     labels, text_labels = _checks.check_labels(image, text, given.labels, given.text_labels)
     labels, text_labels = _checks.without_partners(labels, text_labels, given.ignore_index)
     teacher = _checks.check_teacher(image, text, given.teacher_image, given.teacher_text, weights)
-    impl = _checks.resolve(impl, image, text, ranks, options.sigmoid)
+    impl = _checks.resolve(impl, image, text, options, ranks)
     scale = _checks.scalar("logit_scale", given.logit_scale, image.device, accumulation_dtype(image))
     biases = _biases(given, scale, teacher is not None) if options.sigmoid else None
     _checks.refuse_forward_mode(impl, ranks, image, text, scale, *() if biases is None else biases[:1])

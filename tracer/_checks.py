@@ -18,8 +18,9 @@ Labels: TypeAlias = Tensor | Sequence[int]  # a NumPy array serves as a sequence
 IMPLS = ("auto", *IMPLEMENTATIONS)
 CONTRASTS = ("softmax", "sigmoid")
 # Up to this many entries of the logit matrix (512 x 512, 1 MiB in float32) the definition is faster on a CPU than
-# the tiled walk, which computes the logits twice, and its memory is as bounded.
-_SMALL = 2**18
+# the tiled walk, which computes the logits twice, and its memory is as bounded. The contrastive term alone, of
+# which the definition stores fewer matrices, stays there up to 768 x 768: its walk calls more operations of torch.
+_SMALL, _SMALL_ALONE = 2**18, 768**2
 
 
 def check_numbers(
@@ -249,14 +250,15 @@ def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.
     return value.reshape(()).to(device=device, dtype=dtype)
 
 
-def resolve(impl: str, image: Tensor, text: Tensor, ranks: int = 1, sigmoid: bool = False) -> str:
+def resolve(impl: str, image: Tensor, text: Tensor, options: Options, ranks: int = 1) -> str:
     """Return the implementation to use, once it is known that it can take these features.
 
     Args:
         impl: what was asked for.
         image, text: the features.
+        options: of the call. A sigmoid takes each pair on its own, so that one walk does and the definition has no
+            advantage.
         ranks: how many divide the logits among them; each then has a whole tile's work at any size.
-        sigmoid: whether each pair is on its own, so that one walk does and the definition has no advantage.
     """
     kernels = IMPLEMENTATIONS["triton"]
     if impl == "auto":
@@ -264,7 +266,8 @@ def resolve(impl: str, image: Tensor, text: Tensor, ranks: int = 1, sigmoid: boo
         if image.device.type == "cuda" and fits:
             impl = "triton"
         else:
-            small = ranks == 1 and not sigmoid and len(image) * len(text) <= _SMALL
+            most = _SMALL_ALONE if options.alone else _SMALL
+            small = ranks == 1 and not options.sigmoid and len(image) * len(text) <= most
             impl = "eager" if small else "blocked"
     chosen = IMPLEMENTATIONS[impl]
     if image.dtype not in chosen.dtypes:

@@ -7,7 +7,7 @@
 * ``"eager"``   the definition (``kernels/contrastive_eager.py``): any dtype, N×M matrices in memory;
 * ``"auto"``    ``triton`` for CUDA/ROCm tensors with D a multiple of 8, ``blocked`` for everything else;
   ``eager`` instead of ``blocked`` for softmaxes where a whole matrix has no more entries than half a tile
-  (512×512), so that tiling could only add to the work: the backward walk computes every logit again.
+  (512×512; 768×768 for the contrastive term alone), so that tiling could only add to the work.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def contrastive_loss(
 ) -> ContrastiveOutput:
     """Return the multi-positive contrastive loss with optional margin and distillation.
 
-    No N×M matrix beyond 512×512 entries is stored, unless ``impl="eager"`` asks for it.
+    No N×M matrix larger than the features and their gradients in float32, or than 1024×1024 entries, is stored,
+    unless ``impl="eager"`` asks for it.
 
     loss = contrastive + relational·CRD + interactive·ICL + cross·XKD + feature·FD, the terms being
     defined in ``kernels/contrastive_eager.py`` (TRACER, arXiv 2605.29380; MPM-NCE, arXiv 2408.05749) and

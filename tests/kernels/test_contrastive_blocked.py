@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -21,7 +22,11 @@ from loss_calls import (
 
 from tracer.kernels import _blocked_gradients, _blocked_positives, _blocked_tile, contrastive_blocked
 from tracer.kernels._blocked_positives import Listed, Masked, Positives
-from tracer.kernels.contrastive import Inputs
+from tracer.kernels.contrastive import Inputs, Needs
+from tracer.ops import contrastive_loss
+
+# Of the contrastive term alone, whose gradients small batches form in the forward pass.
+OPTIONS_ALONE = {name: OPTIONS[name] for name in ("clip", "mpm-nce")}
 
 SHAPES = [
     (64, 64, 16, 0),  # a batch of pairs, no labels, whole tiles
@@ -34,12 +39,124 @@ SHAPES = [
 ]
 
 
+@pytest.fixture(params=["at once", "two walks"])
+def either_way(request, monkeypatch):
+    """The contrastive term alone: its gradients formed in the forward pass, as in small batches, or not."""
+    if request.param == "two walks":
+        monkeypatch.setattr(contrastive_blocked, "keeps", lambda *size: False)
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize(("n", "m", "d", "classes"), SHAPES)
 def test_blocked_equals_the_definition(n, m, d, classes, options, dtype):
     assert_right("blocked", problem(n, m, d, classes, dtype=dtype) | options, upstream=3.0)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS_ALONE.values(), ids=OPTIONS_ALONE)
+@pytest.mark.parametrize(("n", "m", "d", "classes"), SHAPES)
+def test_large_batches_take_two_walks(n, m, d, classes, options, dtype, monkeypatch):
+    monkeypatch.setattr(contrastive_blocked, "keeps", lambda *size: size != (n, m, d))
+    monkeypatch.setattr(contrastive_blocked, "_sums", once := Counted(contrastive_blocked._sums))
+    assert_right("blocked", problem(n, m, d, classes, dtype=dtype) | options, upstream=3.0)
+    assert once.calls == 1  # not a second time, in vain
+
+
+class Counted:
+    """A function that counts its calls."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self.function(*args)
+
+
+@pytest.mark.parametrize("tiles", ["many", "one"])
+@pytest.mark.parametrize("asked", list(itertools.product([False, True], repeat=3))[1:], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, OPTIONS["mpm-nce"], {"directions": (1, 0)}, {"directions": (0.2, 0.8)}], ids=str
+)
+def test_small_batches_form_their_gradients_at_once(options, asked, tiles, request, monkeypatch):
+    """Whatever is asked for; each product and each exponential of a tile once, and no backward walk."""
+    if tiles == "many":
+        request.getfixturevalue("small_tiles")
+    monkeypatch.delattr(contrastive_blocked, "backward")
+    visits = Counted(_blocked_tile.Logits.tile)
+    monkeypatch.setattr(_blocked_tile.Logits, "tile", lambda *args: visits(*args))
+    kwargs, expected = without_teacher(problem(33, 45)) | options, None
+    names = [name for name, wanted in zip(Needs._fields, asked, strict=True) if wanted]
+    for impl in ("eager", "blocked"):
+        leaves = {name: kwargs[name].clone().requires_grad_() for name in names}
+        loss = contrastive_loss(**(kwargs | leaves), impl=impl).loss
+        got = [loss, *torch.autograd.grad(3 * loss, list(leaves.values()))]
+        if expected is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+        expected = got
+    assert visits.calls == (-(-33 // 16) * -(-45 // 8) if tiles == "many" else 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "kept"),
+    [
+        ((1024, 1024, 8), True),
+        ((1024, 1025, 8), False),
+        ((2048, 2048, 512), True),
+        ((2049, 2049, 512), False),
+        ((8192, 8192, 512), False),
+    ],
+    ids=str,
+)
+def test_a_matrix_is_kept_up_to_the_size_of_features_and_gradients(size, kept):
+    assert contrastive_blocked.keeps(*size) == kept
+
+
+def test_rows_without_a_positive_and_rows_left_out_at_once():
+    """NaN, or none of their business, as in two walks."""
+    kwargs = without_teacher(problem(20, 24, classes=4)) | {"margin": 0.1, "smoothing": 0.1}
+    kwargs["labels"][3], kwargs["text_labels"][5] = -1, -1
+    assert_right("blocked", kwargs | {"ignore_index": -1}, upstream=3.0)
+    kwargs["text_labels"][kwargs["text_labels"] == -1] = 77
+    output, gradients = loss_and_gradients("blocked", kwargs)
+    assert output.loss.isnan()
+    assert gradients[0].isnan().all(1)[3]
+
+
+def test_gradients_formed_at_once_serve_several_backward_passes():
+    """A kept graph multiplies them anew, in float16 from float32, and refuses to be differentiated itself."""
+    kwargs = without_teacher(problem(16, 16, classes=0, dtype=torch.float16))
+    image = kwargs.pop("image").requires_grad_()
+    loss = contrastive_loss(image, **kwargs, impl="blocked").loss
+    once, tiny, again = (
+        torch.autograd.grad(loss * k, image, retain_graph=True)[0] for k in (2**8, 2**-20, 2**8)
+    )
+    torch.testing.assert_close(once, again, rtol=0, atol=0)
+    assert once.dtype == torch.float16
+    assert (tiny != 0).any()
+    (slope,) = torch.autograd.grad(loss, image, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        slope.sum().backward()
+
+
+def test_a_call_without_gradients_forms_none(monkeypatch):
+    monkeypatch.delattr(_blocked_gradients.GradientWalk, "visit")
+    kwargs = without_teacher(problem(16, 16))
+    kwargs["image"].requires_grad_()
+    with torch.no_grad():
+        assert contrastive_loss(**kwargs, impl="blocked").loss.isfinite()
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("share", [0.0, 2.0], ids=["masks", "lists"])
+@pytest.mark.parametrize("options", OPTIONS_ALONE.values(), ids=OPTIONS_ALONE)
+def test_positives_of_small_batches_may_be_masks_or_lists(options, share, monkeypatch):
+    monkeypatch.setattr(_blocked_positives, "DENSE", share)
+    kwargs = without_teacher(problem(33, 45, dtype=torch.float32)) | options
+    assert_right("blocked", kwargs, 1e-5, upstream=3.0)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -107,7 +224,7 @@ def test_one_shared_exponential_and_exact_maxima_agree(monkeypatch):
     torch.testing.assert_close(exact_gradients, fast_gradients, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("small_tiles", "either_way")
 def test_a_wide_spread_of_rows_needs_the_exact_walk():
     """One row whose best logit is 180 below another's: sums with one reference would be 0."""
     kwargs = without_teacher(problem(24, 24, classes=0, scale=100.0, dtype=torch.float32))
@@ -150,7 +267,7 @@ def test_weighted_sums_may_overflow_before_plain_ones(stats):
         torch.testing.assert_close(2.0**12 * got, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("small_tiles", "either_way")
 @pytest.mark.parametrize(
     ("margin", "cosine"),
     [
@@ -177,7 +294,7 @@ def test_a_large_margin_lifts_negatives_that_were_far_below(margin, cosine):
     assert output.loss > 0.5
 
 
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("small_tiles", "either_way")
 @pytest.mark.parametrize("cosine", [-0.3, -0.4, -0.45, -0.5, -0.55, -0.6])
 def test_a_row_whose_exponentials_are_nearly_or_all_zero(cosine):
     """One image far from every text at σ = 100: its sum falls through the subnormal numbers to 0."""
@@ -190,8 +307,10 @@ def test_a_row_whose_exponentials_are_nearly_or_all_zero(cosine):
     )
 
 
-def test_half_precision_keeps_small_slopes():
+@pytest.mark.parametrize("kept", [False, True], ids=["two walks", "at once"])
+def test_half_precision_keeps_small_slopes(kept, monkeypatch):
     """N 2048: in float16 the slope of a negative, about 1/N², would have two bits, or none."""
+    monkeypatch.setattr(contrastive_blocked, "keeps", lambda *size: kept)
     n = 2048
     kwargs = without_teacher(problem(n, n, d=8, classes=0, scale=10.0, dtype=torch.float16))
     _, got = loss_and_gradients("blocked", kwargs)
