@@ -61,9 +61,9 @@ from benchmarks.step_trainer import (
     Trainer,
     kept_bytes,
     problem,
+    whole_objective,
 )
 from tracer.adapters import add_adapters
-from tracer.losses import TracerLoss
 from tracer.machine import resolve_precision
 from tracer.models.clip import encode, projections
 from tracer.models.freezing import chain_of, freeze
@@ -213,7 +213,7 @@ def tracer_step(model: nn.Module, image: Tensor, text: Tensor, precision: str) -
     optimizer, teacher, objective = (
         adamw(model, LR, WEIGHT_DECAY),
         build_teacher(model, WMA(LENGTH)),
-        TracerLoss(),
+        whole_objective(model),
     )
     prefix, steps = SharedPrefix(model, teacher.module), iter(range(1, LENGTH))
 

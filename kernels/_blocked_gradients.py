@@ -64,7 +64,7 @@ class Slopes:
         }
         if references is not None:
             used = [name for name in plan.matrices if direction in SOFTMAX_DIRECTIONS[name]]
-            checked = [step[name] for name in used] + [step["z"] + logits.shift]
+            checked = [step[name] for name in used] + [step["z"] + logits.shift] * ("s" in used)
             low, high = torch.cat(checked).masked_fill(left_out.repeat(len(checked)), 0.0).aminmax()
             # Far below, a slope, which has 1/N as another factor, would be a subnormal number.
             self.exact = bool(low >= -HIGHEST - SUMMANDS) and bool(high <= -LOWEST)
@@ -115,7 +115,8 @@ class GradientWalk:
     """
 
     # σ's gradient is Σ ds u·v + Σ da u·v' + Σ db u'·v. The text's gradient before its factor σ, times v, has the
-    # first and the last; the part of the image's that comes through a, times u, has the other.
+    # first and the last; the part of the image's that comes through a, times u, has the other. Where no term takes
+    # a softmax of s, as beside a sigmoid, nothing comes through s.
 
     def __init__(
         self,
@@ -136,9 +137,9 @@ class GradientWalk:
         self._rows, self._cols = rows, cols[0] if cols else None
         shared = rows.references if isinstance(rows.references["s"], float) else {}
         self._references = rows.references, self._cols.references if self._cols else shared
-        self._has_cross = "b" in plan.matrices
-        need_cols = needs.text or (needs.logit_scale and self._has_cross)
-        self._need_rows = needs.image or (needs.logit_scale and not need_cols)
+        self._has_s, self._has_b = "s" in plan.matrices, "b" in plan.matrices
+        need_cols = needs.text or (needs.logit_scale and self._has_b)
+        self._need_rows = self._has_s and (needs.image or (needs.logit_scale and not need_cols))
         self._need_a = "a" in plan.matrices and (needs.image or needs.logit_scale)
 
         image, u, v = inputs.image, logits.operands["u"], logits.operands["v"]
@@ -151,7 +152,7 @@ class GradientWalk:
             from_cols = self._cols.q_negative @ v.to(logits.dtype) if self._cols else v.new_zeros(v.shape[1])
             self._to_all = from_cols.to(logits.dtype)[None]
             self._text_total = v.sum(0, dtype=logits.dtype)[None]
-        self._room = u.new_empty((2 if self._has_cross else 1) * logits.tile_size)
+        self._room = u.new_empty((self._has_s + self._has_b) * logits.tile_size)
 
     def visit(self, at_rows: slice) -> None:
         """Visit one row of tiles and complete the gradients of its images."""
@@ -160,24 +161,27 @@ class GradientWalk:
         new_zeros = self._logits.scale.new_zeros
         through_s = new_zeros(height, u.shape[1]) if self._need_rows else None
         through_a = new_zeros(height, u.shape[1]) if self._need_a else None
-        left = torch.cat([u, operands["tu"][at_rows]]) if self._has_cross else u
+        left = operands["tu"][at_rows] if self._has_b else u
+        if self._has_s and self._has_b:
+            left = torch.cat([u, left])
         for at_cols in self._logits.col_blocks():
             tile = self._tile(at_rows, at_cols)
             # ds above db, so that one product takes both to the text's gradient.
             stack = self._room[: len(left) * (at_cols.stop - at_cols.start)].view(len(left), -1)
-            ds, db = stack[:height], stack[height:]
-            at_positives = _student_gradient(tile, self._sides, plan, ds, self._logits.has_margin)
-            if at_positives is not None:
-                self._d_scale -= self._options.margin * at_positives
-            if through_s is not None:
-                add_product(through_s, ds, operands["v"][at_cols].T)
+            if self._has_s:
+                ds = stack[:height]
+                at_positives = _student_gradient(tile, self._sides, plan, ds, self._logits.has_margin)
+                if at_positives is not None:
+                    self._d_scale -= self._options.margin * at_positives
+                if through_s is not None:
+                    add_product(through_s, ds, operands["v"][at_cols].T)
             if through_a is not None:
-                da = torch.empty_like(ds)
+                da = u.new_empty(height, at_cols.stop - at_cols.start)
                 _cross_gradient("a", tile, self._rows, plan, da)
                 add_product(through_a, da, operands["tv"][at_cols].T)
             if self._d_text is not None:
-                if self._has_cross and self._cols:
-                    _cross_gradient("b", tile, self._cols, plan, db)
+                if self._has_b and self._cols:
+                    _cross_gradient("b", tile, self._cols, plan, stack[-height:])
                 add_product(self._d_text[at_cols], stack.T, left.T)
         self._complete_images(at_rows, through_s, through_a)
 
@@ -195,8 +199,11 @@ class GradientWalk:
             self._d_scale += inner_product(through_a, u)
         if self._needs.logit_scale and self._d_text is None and through_s is not None:
             self._d_scale += inner_product(through_s, u)
-        if self._d_image is not None and through_s is not None:
-            total = through_s if through_a is None else through_s.add_(through_a)
+        if self._d_image is not None:
+            total = through_a if through_s is None else through_s
+            if through_s is not None and through_a is not None:
+                total = through_s.add_(through_a)
+            assert total is not None  # a term is on
             self._d_image[at_rows] = self._logits.scale * total
 
     def gradients(self) -> Gradients:

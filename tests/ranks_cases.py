@@ -168,9 +168,10 @@ def under_ddp() -> None:
     text = torch.randn(8 * ranks, 9, generator=generator, dtype=torch.float64)
     for make in (ClipLoss, SigLipLoss):
         one, ours = Towers(), DistributedDataParallel(Towers())
-        make()(*one(image, text)).backward()
+        make()(*one(image, text), logit_bias=-2.0).backward()
         loss = make(rank=dist.get_rank(), world_size=ranks)
-        loss(*ours(part(image, evenly(len(image))), part(text, evenly(len(text))))).backward()
+        mine = part(image, evenly(len(image))), part(text, evenly(len(text)))
+        loss(*ours(*mine), logit_bias=-2.0).backward()
         for (name, want), got in zip(one.named_parameters(), ours.parameters(), strict=True):
             assert error(got.grad, want.grad) < EXACT, name
 
@@ -183,8 +184,8 @@ def modules() -> None:
     for make in (ClipLoss, MPMNCELoss, SigLipLoss):
         arguments = [[of[name] for name in ("image", "text", "logit_scale")] for of in (kwargs, mine)]
         labels = [kwargs["labels"], mine["labels"]]
-        want = make()(*arguments[0], labels=labels[0])
-        got = make(**who)(*arguments[1], labels=labels[1])
+        want = make()(*arguments[0], logit_bias=-2.0, labels=labels[0])
+        got = make(**who)(*arguments[1], logit_bias=-2.0, labels=labels[1])
         assert error(got, want) < EXACT
     calls = [
         (of["image"], of["text"], of["logit_scale"], (of["teacher_image"], of["teacher_text"], 22.0))
@@ -197,6 +198,21 @@ def modules() -> None:
         for name, value in named(want, {}).items():
             assert error(named(got, {})[name], value) < EXACT, name
     assert sizes == evenly(24)
+
+
+def no_teacher_on_a_rank() -> None:
+    """What a module refuses on one rank, every rank raises, and all can talk afterwards."""
+    mine = part_of(whole_batch(24, 24), evenly(24), evenly(24))
+    student, teacher = (
+        [mine[f"{who}{x}"] for x in ("image", "text", "logit_scale")] for who in ("", "teacher_")
+    )
+    loss = TracerLoss(group=dist.group.WORLD, projection_product=0)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    with pytest.raises(ValueError, match=r"TracerLoss: relational, .* need a teacher: pass teacher="):
+        loss(*student, teacher=None if last else teacher)
+    with pytest.raises(ValueError, match=r"TracerLoss: teacher must be .* got a list of 2"):
+        loss(*student, teacher=teacher[:2] if last else teacher)
+    plain_clip(None, "blocked")
 
 
 def wrong_rank() -> None:
@@ -411,6 +427,7 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
         for case in (
             under_ddp,
             modules,
+            no_teacher_on_a_rank,
             wrong_rank,
             hosts_of_unequal_size,
             nobody_has_a_batch,

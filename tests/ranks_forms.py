@@ -13,9 +13,12 @@ from loss_calls import OPTIONS, WEIGHTS, without_teacher
 from ranks_batches import EXACT, call, compare, meshes, part_of, unevenly, whole_batch
 from three_runs import error
 
+from benchmarks.measure import allocated
 from benchmarks.rank_worker import received
 from tracer._mesh import MeshShape
 from tracer.losses import SigLipLoss
+
+BLOCKS_OF_A_RING = 16  # [n, D] in float32: 12 on 2 ranks, 15 on 4 and on 6
 
 
 def pairwise(n: int, m: int, **others: Any) -> dict[str, Any]:
@@ -70,6 +73,17 @@ def sigmoid_bytes_received(mesh: MeshShape) -> None:
     assert abs(counted / formula - 1) < 0.005, (counted, formula)
 
 
+def memory_of_a_ring(contrast: str) -> None:
+    """Of the same batch of a rank it takes the same however many ranks there are: no rank gathers features."""
+    n, D = 32, 2048
+    x = torch.nn.functional.normalize(torch.randn(n, D, generator=torch.Generator().manual_seed(0)), dim=1)
+    kwargs = {"image": x, "text": x.flip(1), "logit_scale": torch.tensor(10.0), "contrast": contrast}
+    step = partial(call, kwargs, group=dist.group.WORLD, mesh="ring", impl="blocked")
+    step()  # makes what stays
+    blocks = allocated(step) / (4 * n * D)
+    assert blocks < BLOCKS_OF_A_RING, blocks
+
+
 def open_clips_sigmoid(dist_impl: str) -> None:
     """open_clip's own loss on the same ranks: the mean over the ranks, and gradients as an engine averages them.
 
@@ -101,6 +115,10 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
             named[f"{at}-{case.__name__}-blocked"] = partial(case, mesh, "blocked")
         if world_size in (2, 4):
             named[f"{at}-sigmoid_bytes_received"] = partial(sigmoid_bytes_received, mesh)
+    if world_size in (2, 4, 6):
+        named |= {
+            f"memory_of_a_ring-{form}": partial(memory_of_a_ring, form) for form in ("softmax", "sigmoid")
+        }
     if world_size in (2, 3):  # two neighbours only among three
         for dist_impl in ("bidir", "shift", "reduce", "gather"):
             named[f"open_clips_sigmoid-{dist_impl}"] = partial(open_clips_sigmoid, dist_impl)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 
-from tracer.cli import main, parse
+from tracer.cli import _warnings_of_one_line, main, parse
 from tracer.demo.config import DemoConfig
 from tracer.train.config import Config
 
@@ -61,6 +63,21 @@ def test_finetune_prints_the_accuracy_on_every_set(capsys, tiny_config, drawings
     assert "held_out" in out
     assert "student" in out
     assert f"run: {tmp_path / 'run'}" in out
+
+
+def test_a_warning_stands_above_the_bar(capsys):
+    """Regression: it went on where the bar had ended, and DeepSpeed's old names of collectives were told of."""
+    with _warnings_of_one_line(), tqdm(range(3), desc="training") as bar:
+        bar.update()
+        warnings.warn("the batch\nis small", stacklevel=1)
+        warnings.warn(
+            "`torch.distributed.all_gather_into_tensor` is deprecated. Please use another.",
+            FutureWarning,
+            stacklevel=1,
+        )
+    err = capsys.readouterr().err
+    assert "\rtracer: warning: the batch is small\n" in err
+    assert "deprecated" not in err
 
 
 def test_the_demo_reaches_every_setting_of_a_run():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 
 import open_clip.loss
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from benchmarks import published
+from tracer import losses
 from tracer.kernels.contrastive import TERMS
 from tracer.losses import ClipLoss, MPMNCELoss, SigLipLoss, TracerLoss
 from tracer.ops import contrastive_loss
@@ -82,7 +86,19 @@ def test_siglip_loss_takes_open_clips_arguments():
     assert list(ours)[len(theirs)] == "chunk_size"  # of open_clip's next release
     assert all(ours[name].default == parameter.default for name, parameter in theirs.items())
     theirs = inspect.signature(open_clip.loss.SigLipLoss.forward).parameters
-    assert list(inspect.signature(SigLipLoss.forward).parameters) == [*theirs, "labels"]
+    ours = inspect.signature(SigLipLoss.forward).parameters
+    assert list(ours) == [*theirs, "labels"]
+    assert all(ours[name].default == parameter.default for name, parameter in theirs.items())
+
+
+def test_siglip_loss_must_be_given_a_bias_as_open_clips():
+    """Regression: left out, it was 0, and another loss was taken."""
+    *leaves, _ = siglip_leaves()
+    for made in (SigLipLoss, open_clip.loss.SigLipLoss):
+        with pytest.raises(TypeError, match="logit_bias"):
+            made()(*leaves)
+    theirs = open_clip.loss.SigLipLoss()(*leaves, None)
+    torch.testing.assert_close(SigLipLoss()(*leaves, None), theirs, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("impl", ["eager", "blocked"])
@@ -110,7 +126,7 @@ def test_a_block_of_any_shape(chunk_size, negative_only, n, m, needs):
 def test_siglip_loss_under_autocast_and_without_a_bias(with_bias, enabled):
     leaves = siglip_leaves(35, 35)[: 3 + with_bias]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-        plain, chunked = SigLipLoss()(*leaves), SigLipLoss(chunk_size=8)(*leaves)
+        plain, chunked = SigLipLoss()._loss(*leaves), SigLipLoss(chunk_size=8)._loss(*leaves)
     assert_same_gradients(chunked, plain, leaves, rtol=1e-5, atol=1e-5)
     assert_same_gradients(plain, written_out(*leaves), leaves, rtol=2e-2, atol=2e-2)
 
@@ -180,14 +196,25 @@ def test_tracer_loss_takes_every_form():
         ({"contrast": "sigmoid"}, {"logit_bias": bias, "teacher_logit_bias": -4.0}),
         ({"directions": (1.0, 0.0), "ignore_index": -1}, {}),
     ):
-        loss = TracerLoss(**form)(*student, teacher=teacher, labels=labels, **biases).loss
+        made = TracerLoss(**form, projection_product=0)
+        loss = made(*student, teacher=teacher, labels=labels, **biases).loss
         expected = contrastive_loss(
             *student, labels=labels, **given, **weights, **form, **biases, impl="eager"
         ).loss
         leaves = [*student, *([bias] if biases else [])]
         assert_same_gradients(loss, expected, leaves, rtol=1e-9, atol=1e-9)
-    unused = TracerLoss()(*student, teacher=teacher, labels=labels, logit_bias=bias).loss
-    assert unused == TracerLoss()(*student, teacher=teacher, labels=labels).loss
+    plain = TracerLoss(projection_product=0)
+    unused = plain(*student, teacher=teacher, labels=labels, logit_bias=bias).loss
+    assert unused == plain(*student, teacher=teacher, labels=labels).loss
+
+
+def test_tracer_loss_takes_the_output_of_a_teacher_with_a_bias():
+    student, teacher = pairs()
+    loss = TracerLoss(contrast="sigmoid", projection_product=0)
+    expected = loss(*student, teacher=teacher, logit_bias=-5.0, teacher_logit_bias=-4.0).loss
+    biased = (*teacher, torch.tensor(-4.0))
+    assert loss(*student, teacher=biased, logit_bias=-5.0).loss == expected
+    assert loss(*student, teacher=biased, logit_bias=-5.0, teacher_logit_bias=-3.0).loss != expected
 
 
 def test_dictionary_of_losses():
@@ -199,6 +226,82 @@ def test_dictionary_of_losses():
     assert all(name.endswith("_loss") for name in terms)
     total = loss(*student, teacher=teacher, projections=projections).loss
     torch.testing.assert_close(sum(terms.values()), total, rtol=1e-6, atol=0.0)
+
+
+UNKNOWN = {
+    "ClipLoss contrast": "it is always 'softmax'; SigLipLoss is 'sigmoid', and TracerLoss takes either",
+    "SigLipLoss contrast": "it is always 'sigmoid'",
+    "ClipLoss margin": "MPMNCELoss, TracerLoss and contrastive_loss take it",
+    "SigLipLoss smoothing": "MPMNCELoss, TracerLoss and contrastive_loss take it",
+    "SigLipLoss directions": "ClipLoss, MPMNCELoss, TracerLoss and contrastive_loss take it",
+    "MPMNCELoss ignore_index": "TracerLoss and contrastive_loss take it",
+    "ClipLoss relational": "TracerLoss and contrastive_loss take it",
+    "ClipLoss distill_weight": "TracerLoss takes it",
+    "ClipLoss group": "for several ranks pass rank and world_size; TracerLoss and contrastive_loss take a group",
+    "TracerLoss world_size": r"for several ranks pass group=torch\.distributed\.group\.WORLD",
+    "TracerLoss local_loss": "ClipLoss and MPMNCELoss take it",
+    "SigLipLoss logit_bias": "pass it in each call of the loss",
+    "TracerLoss teacher": "pass it in each call of the loss",
+    "MPMNCELoss labels": "pass it in each call of the loss",
+    "MPMNCELoss temperature": "its options are margin, smoothing, local_loss, .*, directions$",
+}
+
+
+@pytest.mark.parametrize(("given", "remedy"), UNKNOWN.items(), ids=UNKNOWN)
+def test_an_unknown_option_is_answered_with_who_takes_it(given, remedy):
+    """Regression: Python's own TypeError alone."""
+    name, option = given.split()
+    with pytest.raises(TypeError, match=f"^{name} has no option '{option}': {remedy}") as caught:
+        getattr(losses, name)(**{option: 1})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_subclass_has_options_of_its_own_and_losses_can_be_copied():
+    class Named(ClipLoss):
+        def __init__(self, *args, **options):
+            self.title = options.pop("title")
+            super().__init__(*args, **options)
+
+    assert Named(title="mine", impl="eager").impl == "eager"
+    for loss in (ClipLoss(directions=(1, 0)), MPMNCELoss(), SigLipLoss(), TracerLoss(margin=0.1)):
+        assert vars(pickle.loads(pickle.dumps(loss))).keys() == vars(copy.deepcopy(loss)).keys()
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (ClipLoss, {"impl": "cuda"}, "unknown impl 'cuda'; choose one of auto"),
+        (ClipLoss, {"directions": (0, 0)}, "directions must be two finite weights >= 0"),
+        (ClipLoss, {"mesh": "star"}, r"mesh must be None, 'ring' or \(P, Q\) with P·Q = the number of ranks"),
+        (ClipLoss, {"mesh": (2, 2), "world_size": 2}, r"mesh must be .* with P·Q = 2 ranks, got \(2, 2\)"),
+        (MPMNCELoss, {"margin": -1}, "margin must be a finite number >= 0, got -1"),
+        (MPMNCELoss, {"smoothing": 1}, r"smoothing must lie in \[0, 1\), got 1"),
+        (SigLipLoss, {"impl": "cuda"}, "unknown impl 'cuda'"),
+        (SigLipLoss, {"mesh": (0, 1)}, "mesh must be None, 'ring'"),
+        (
+            TracerLoss,
+            {"group": "x"},
+            r"group must be a torch.distributed.ProcessGroup or None, got 'x'; .*WORLD",
+        ),
+        (TracerLoss, {"mesh": 3}, "mesh must be None, 'ring'"),
+        (TracerLoss, {"contrast": "hinge"}, "unknown contrast 'hinge'; choose one of softmax, sigmoid"),
+        (TracerLoss, {"contrast": "sigmoid", "smoothing": 0.1}, "smoothing = 0.1 has no meaning"),
+        (TracerLoss, {"teacher_temperature": 0}, "teacher_temperature must be a finite number > 0"),
+        (TracerLoss, {"distill_weight": -1}, "weight distill_weight must be a finite number >= 0, got -1"),
+        (TracerLoss, {"projection_orthogonal": -1}, "weight projection_orthogonal must be a finite number"),
+        (TracerLoss, {"ignore_index": 0.5}, "ignore_index must be an integer or None, got 0.5"),
+    ],
+    ids=str,
+)
+def test_options_out_of_their_range_are_refused_when_a_loss_is_made(module, options, message):
+    """Regression: only the first call told, in the name of contrastive_loss."""
+    with pytest.raises(ValueError, match=f"^{module.__name__}: {message}") as caught:
+        module(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_loss_may_be_made_on_ranks_outside_of_its_group():
+    assert TracerLoss(group=dist.GroupMember.NON_GROUP_MEMBER).options["group"] is not None
 
 
 @pytest.mark.parametrize("module", [ClipLoss, MPMNCELoss])
@@ -267,7 +370,8 @@ def test_tracer_equals_the_published_form(impl):
 def test_projection_penalties_by_hand():
     student, _ = pairs()
     wv, wt = 2 * torch.eye(4), torch.eye(4)
-    output = TracerLoss(projection_product=1.0, projection_orthogonal=1.0)(*student, projections=(wv, wt))
+    loss = TracerLoss(distill_weight=0, projection_product=1.0, projection_orthogonal=1.0)
+    output = loss(*student, projections=(wv, wt))
     assert output.terms["projection_product"] == pytest.approx(4.0)  # ‖2I‖ for 4 × 4
     assert output.terms["projection_orthogonal"] == pytest.approx(6.0)  # ‖4I − I‖
     assert output.loss.item() == pytest.approx(ClipLoss()(*student).item() + 10.0)
@@ -276,13 +380,44 @@ def test_projection_penalties_by_hand():
 def test_tracer_without_teacher_is_the_contrastive_loss():
     student, _ = pairs()
     labels = torch.arange(48) % 7
-    output = TracerLoss(margin=0.1, smoothing=0.1)(*student, labels=labels)
+    alone = {"distill_weight": 0, "projection_product": 0}
+    output = TracerLoss(margin=0.1, smoothing=0.1, **alone)(*student, labels=labels)
     assert output.loss == contrastive_loss(*student, labels=labels, margin=0.1, smoothing=0.1).loss
     assert not any(output.terms[name] for name in ("relational", "interactive", "cross", "feature"))
 
 
+def test_tracer_refuses_a_call_that_lacks_what_a_term_needs():
+    """Regression: its terms were left out unnoticed."""
+    student, teacher = pairs()
+    matrices = torch.eye(32), torch.eye(32)
+    with pytest.raises(
+        ValueError, match=r"TracerLoss: relational, interactive, cross, feature need a teacher: pass teacher="
+    ):
+        TracerLoss()(*student, projections=matrices)
+    with pytest.raises(ValueError, match=r"TracerLoss: cross needs a teacher: .*distill_weight=0"):
+        TracerLoss(relational=0, interactive=0, feature=0)(*student, projections=matrices)
+    with pytest.raises(
+        ValueError, match=r"projection_product needs the projections: pass .*\(Wv, Wt\).*projection_product=0"
+    ):
+        TracerLoss()(*student, teacher=teacher)
+    assert TracerLoss()(*student, teacher=teacher, projections=matrices).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "got"),
+    [(torch.tensor(-10.0), "a Tensor;"), ((1, 2), "a tuple of 2;"), ({}, "a dict;")],
+    ids=str,
+)
+def test_what_is_not_a_teacher_is_named(teacher, got):
+    """A SigLIP model returns its bias fourth, where the loss takes the teacher."""
+    student, _ = pairs()
+    with pytest.raises(ValueError, match=rf"TracerLoss: teacher must be .*\(image, text, .* got {got}"):
+        TracerLoss(projection_product=0)(*student, teacher)
+
+
 def test_tracer_stats_follow_the_request():
     student, teacher = pairs()
-    assert TracerLoss()(*student, teacher=teacher).stats == {}
-    stats = TracerLoss()(*student, teacher=teacher, stats=True).stats
+    loss = TracerLoss(projection_product=0)
+    assert loss(*student, teacher=teacher).stats == {}
+    stats = loss(*student, teacher=teacher, stats=True).stats
     assert "pair/image_to_text/kl" in stats

@@ -43,6 +43,8 @@ REFUSALS = {
     "negative weight": ({"cross": -1.0}, "weight cross must be a finite number >= 0"),
     "logit_scale": ({"logit_scale": torch.ones(3)}, "logit_scale must hold one element"),
     "impl": ({"impl": "cuda"}, "unknown impl 'cuda'; choose one of auto, triton, blocked, eager"),
+    "mesh": ({"mesh": "star"}, r"mesh must be None, 'ring' or \(P, Q\) with P·Q = the number of ranks, got"),
+    "group": ({"group": "all"}, "group must be a torch.distributed.ProcessGroup or None, got 'all'; .*WORLD"),
     "triton float64": (
         {"impl": "triton"},
         "'triton' cannot take torch.float64 features; use impl blocked, eager",

@@ -29,21 +29,25 @@ def check_numbers(
     teacher_temperature: float,
     weights: dict[str, float],
     impl: str,
+    caller: str = "contrastive_loss",
 ) -> None:
-    """Refuse options out of their range and an unknown implementation."""
+    """Refuse options out of their range and an unknown implementation.
+
+    The message begins with what the user calls, ``caller``.
+    """
     if impl not in IMPLS:
-        raise ValueError(f"contrastive_loss: unknown impl {impl!r}; choose one of {', '.join(IMPLS)}")
+        raise ValueError(f"{caller}: unknown impl {impl!r}; choose one of {', '.join(IMPLS)}")
     if not 0 <= margin < math.inf:
-        raise ValueError(f"contrastive_loss: margin must be a finite number >= 0, got {margin}")
+        raise ValueError(f"{caller}: margin must be a finite number >= 0, got {margin}")
     if not 0 <= smoothing < 1:
-        raise ValueError(f"contrastive_loss: smoothing must lie in [0, 1), got {smoothing}")
+        raise ValueError(f"{caller}: smoothing must lie in [0, 1), got {smoothing}")
     if not 0 < teacher_temperature < math.inf:
         raise ValueError(
-            f"contrastive_loss: teacher_temperature must be a finite number > 0, got {teacher_temperature}"
+            f"{caller}: teacher_temperature must be a finite number > 0, got {teacher_temperature}"
         )
     for name, weight in weights.items():
         if not 0 <= weight < math.inf:
-            raise ValueError(f"contrastive_loss: weight {name} must be a finite number >= 0, got {weight}")
+            raise ValueError(f"{caller}: weight {name} must be a finite number >= 0, got {weight}")
 
 
 def with_form(
@@ -52,33 +56,30 @@ def with_form(
     directions: tuple[float, float],
     logit_bias: Tensor | float | None,
     teacher_logit_bias: Tensor | float | None,
+    caller: str = "contrastive_loss",
 ) -> Options:
     """Return the options with the form of the contrastive term, once it is known that they fit together."""
     if contrast not in CONTRASTS:
-        raise ValueError(
-            f"contrastive_loss: unknown contrast {contrast!r}; choose one of {', '.join(CONTRASTS)}"
-        )
-    rows, cols = _weights(directions)
+        raise ValueError(f"{caller}: unknown contrast {contrast!r}; choose one of {', '.join(CONTRASTS)}")
+    rows, cols = _weights(directions, caller)
     sigmoid = contrast == "sigmoid"
     if sigmoid and options.smoothing:
         raise ValueError(
-            f"contrastive_loss: smoothing = {options.smoothing} has no meaning for contrast='sigmoid', whose "
+            f"{caller}: smoothing = {options.smoothing} has no meaning for contrast='sigmoid', whose "
             "targets are those of single pairs; use smoothing=0"
         )
     if sigmoid and (rows, cols) != (0.5, 0.5):
         raise ValueError(
-            f"contrastive_loss: directions = {directions} have no meaning for contrast='sigmoid', which looks at "
+            f"{caller}: directions = {directions} have no meaning for contrast='sigmoid', which looks at "
             "each pair once; leave them out"
         )
     for name, bias in (("logit_bias", logit_bias), ("teacher_logit_bias", teacher_logit_bias)):
         if bias is not None and not sigmoid:
-            raise ValueError(
-                f"contrastive_loss: {name} changes no softmax; use contrast='sigmoid', or leave it out"
-            )
+            raise ValueError(f"{caller}: {name} changes no softmax; use contrast='sigmoid', or leave it out")
     return options._replace(sigmoid=sigmoid, image_to_text=rows, text_to_image=cols)
 
 
-def _weights(directions: tuple[float, float]) -> tuple[float, float]:
+def _weights(directions: tuple[float, float], caller: str) -> tuple[float, float]:
     """Return the weights of both directions."""
     try:
         rows, cols = (float(weight) for weight in directions)
@@ -86,21 +87,28 @@ def _weights(directions: tuple[float, float]) -> tuple[float, float]:
         rows = cols = math.nan
     if not (0 <= rows < math.inf and 0 <= cols < math.inf and rows + cols > 0):
         raise ValueError(
-            "contrastive_loss: directions must be two finite weights >= 0, image to text and text to image, and "
+            f"{caller}: directions must be two finite weights >= 0, image to text and text to image, and "
             f"one of them > 0, got {directions!r}"
         )
     return rows, cols
+
+
+def check_ignore_index(ignore_index: int | None, caller: str = "contrastive_loss") -> int | None:
+    """Return the label of what has no partner as Python's integer, NumPy's too."""
+    if ignore_index is None:
+        return None
+    if isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__"):
+        raise ValueError(f"{caller}: ignore_index must be an integer or None, got {ignore_index!r}")
+    return operator.index(ignore_index)
 
 
 def without_partners(
     labels: Tensor | None, text_labels: Tensor | None, ignore_index: int | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the labels, those equal to ``ignore_index`` replaced by two that no other label equals."""
+    ignore_index = check_ignore_index(ignore_index)
     if ignore_index is None:
         return labels, text_labels
-    if isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__"):
-        raise ValueError(f"contrastive_loss: ignore_index must be an integer or None, got {ignore_index!r}")
-    ignore_index = operator.index(ignore_index)  # NumPy's integers too
     if labels is None or text_labels is None:
         raise ValueError("contrastive_loss: ignore_index needs labels; pass them, or leave it out")
     lowest = torch.iinfo(torch.int64).min

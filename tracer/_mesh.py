@@ -61,27 +61,42 @@ def default_shape(size: int, ranks_per_host: int) -> tuple[int, int]:
     return size // cols, cols
 
 
-def check_shape(shape: MeshShape, size: int) -> MeshShape:
-    """Return the shape of the mesh of so many ranks; None: the default, which the ranks find together."""
+def check_shape(shape: MeshShape, size: int | None, caller: str = "contrastive_loss") -> MeshShape:
+    """Return the shape of the mesh of so many ranks; None: the default, which the ranks find together.
+
+    With ``size`` None nobody knows yet how many ranks there will be.
+    """
     if shape is None or shape == "ring":
         return shape
     is_pair = isinstance(shape, (tuple, list)) and len(shape) == 2 and all(isinstance(n, int) for n in shape)
-    if not is_pair or shape[0] < 1 or shape[0] * shape[1] != size:
+    if not is_pair or min(shape) < 1 or (size is not None and shape[0] * shape[1] != size):
+        ranks = "the number of" if size is None else size
         raise ValueError(
-            f"contrastive_loss: mesh must be None, 'ring' or (P, Q) with P·Q = {size} ranks, got {shape!r}"
+            f"{caller}: mesh must be None, 'ring' or (P, Q) with P·Q = {ranks} ranks, got {shape!r}"
         )
     return shape[0], shape[1]
 
 
+def is_outside(group: object) -> bool:
+    """Return whether this is what torch gives to ranks that are not in a group in its place."""
+    return isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER
+
+
+def refuse_no_group(group: object, caller: str = "contrastive_loss") -> None:
+    """Raise ValueError for what is neither a process group nor None, nor stands for one elsewhere."""
+    if not (group is None or isinstance(group, ProcessGroup) or is_outside(group)):
+        raise ValueError(
+            f"{caller}: group must be a torch.distributed.ProcessGroup or None, got {group!r}; for all ranks pass "
+            "torch.distributed.group.WORLD"
+        )
+
+
 def check_group(group: object) -> ProcessGroup | None:
     """Return the group, or None for a group of one, which needs no communication."""
+    refuse_no_group(group)
     if group is None:
         return None
-    if not isinstance(group, ProcessGroup):
-        raise ValueError(
-            f"contrastive_loss: group must be a torch.distributed.ProcessGroup or None, got {group!r}"
-        )
-    if dist.get_rank(group) < 0:
+    if not isinstance(group, ProcessGroup) or dist.get_rank(group) < 0:
         raise ValueError(
             "contrastive_loss: this process is not a rank of group; call it on the group's ranks"
         )

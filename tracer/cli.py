@@ -376,12 +376,19 @@ def run(command: str, config: Any) -> None:
 
 @contextmanager
 def _warnings_of_one_line() -> Iterator[None]:
-    """Print each warning of this program and of the libraries as one line, whichever module raises it."""
+    """Print each warning of this program and of the libraries as one line, whichever module raises it.
+
+    The line goes above a progress bar, if there is one. That DeepSpeed calls old names of torch's collectives is
+    left out: nobody who runs a command can change it.
+    """
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"tracer: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        bars = sys.modules.get("tqdm")  # without it there is none
+        write = bars.tqdm.write if bars else print
+        write(f"tracer: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         warnings.showwarning = show  # type: ignore[assignment]
         yield
 

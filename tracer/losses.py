@@ -12,6 +12,9 @@ targets of a row spread 1 − smoothing evenly over its positives and the rest o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,12 +22,23 @@ from torch.distributed import ProcessGroup
 
 from tracer._agreement import agree
 from tracer._checks import Labels
-from tracer._mesh import MeshShape
+from tracer._constructors import check_options, refuse_unknown
+from tracer._mesh import MeshShape, check_group
 from tracer.ops import Ahead, ContrastiveOutput, contrastive_loss
 from tracer.recipes import R_ADAPTER, TRACER
 
 
-class _Loss(nn.Module):
+class _Named(nn.Module):
+    """What all losses share: an unknown option is refused by a line that says which of them takes it."""
+
+    def __new__(cls, *_: Any, **given: Any) -> Any:
+        """Refuse unknown options; a subclass of the user's has options of its own."""
+        if cls in _LOSSES:
+            refuse_unknown(cls, given, _LOSSES, contrastive_loss)
+        return super().__new__(cls)
+
+
+class _DropIn(_Named):
     """What the drop-ins for open_clip's losses share: the ranks of the default process group."""
 
     rank: int
@@ -59,7 +73,7 @@ class _Loss(nn.Module):
         return everyone
 
 
-class ClipLoss(_Loss):
+class ClipLoss(_DropIn):
     """The CLIP loss; with labels, every pair of equal labels is a positive.
 
     Constructor arguments are those of ``open_clip.loss.ClipLoss`` in the same order. ``local_loss``,
@@ -71,8 +85,9 @@ class ClipLoss(_Loss):
     ``group`` of :func:`tracer.ops.contrastive_loss`, and ``mesh`` and ``directions`` there.
 
     Raises:
-        ValueError: ``use_horovod`` with several ranks; when called, a ``rank`` or ``world_size`` that is not
-            that of the default process group.
+        TypeError: an option that it does not have; the message says which loss takes it.
+        ValueError: ``use_horovod`` with several ranks, or an option out of its range; when called, a ``rank`` or
+            ``world_size`` that is not that of the default process group.
     """
 
     margin = 0.0
@@ -95,6 +110,7 @@ class ClipLoss(_Loss):
             raise ValueError(
                 f"{type(self).__name__}: use_horovod is not supported; start the ranks with torch.distributed"
             )
+        check_options(type(self).__name__, impl=impl, mesh=mesh, ranks=world_size, directions=directions)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -136,7 +152,7 @@ class ClipLoss(_Loss):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-class SigLipLoss(_Loss):
+class SigLipLoss(_DropIn):
     """The SigLIP loss (arXiv 2303.15343): a sigmoid of each pair; with labels, equal ones make positives.
 
     Constructor arguments are those of ``open_clip.loss.SigLipLoss`` in the same order. ``cache_labels``,
@@ -149,8 +165,9 @@ class SigLipLoss(_Loss):
     ``mesh="ring"`` sends texts and their gradients round the ranks, as open_clip's does.
 
     Raises:
-        ValueError: an unknown ``dist_impl`` or a negative ``chunk_size``; when called, a ``rank`` or
-            ``world_size`` that is not that of the default process group.
+        TypeError: an option that it does not have; the message says which loss takes it.
+        ValueError: an unknown ``dist_impl``, a negative ``chunk_size``, or an option out of its range; when
+            called, a ``rank`` or ``world_size`` that is not that of the default process group.
     """
 
     def __init__(
@@ -171,6 +188,7 @@ class SigLipLoss(_Loss):
             )
         if chunk_size < 0:
             raise ValueError(f"SigLipLoss: chunk_size must be >= 0, got {chunk_size}")
+        check_options(type(self).__name__, impl=impl, mesh=mesh, ranks=world_size)
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
@@ -184,13 +202,15 @@ class SigLipLoss(_Loss):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
+        logit_bias: Tensor | float | None,
         output_dict: bool = False,
-        labels: Tensor | None = None,
+        labels: Labels | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Return the loss of normalised features [N, D]; ``labels`` [N], integer, name the class of each pair.
 
-        ``logit_scale`` and ``logit_bias`` are numbers or tensors of one element, which get their gradients.
+        ``logit_scale`` and ``logit_bias`` are numbers or tensors of one element, which get their gradients. As in
+        open_clip's loss, ``logit_bias`` must be given: without one, another loss would be taken unnoticed. None
+        says that the model has none.
         """
         loss = self._of(image_features, text_features, logit_scale, logit_bias, labels, labels, self._group)
         return {"contrastive_loss": loss} if output_dict else loss
@@ -219,8 +239,8 @@ class SigLipLoss(_Loss):
         text: Tensor,
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None,
-        labels: Tensor | None,
-        text_labels: Tensor | None,
+        labels: Labels | None,
+        text_labels: Labels | None,
         group: ProcessGroup | None,
     ) -> Tensor:
         return contrastive_loss(
@@ -250,14 +270,21 @@ class MPMNCELoss(ClipLoss):
         **options: bool | int | str | tuple[float, float],
     ) -> None:
         super().__init__(**options)  # type: ignore[arg-type]
+        check_options(
+            type(self).__name__, impl=self.impl, mesh=self.mesh, ranks=self.world_size,
+            margin=margin, smoothing=smoothing,
+        )  # fmt: skip
         self.margin = margin
         self.smoothing = smoothing
 
 
-class TracerLoss(nn.Module):
+class TracerLoss(_Named):
     """The full TRACER objective (arXiv 2605.29380); the defaults are its settings for ViT-B/16.
 
         CON + λ (α_crd CRD + α_fd FD + α_icl ICL + α_xkd XKD) + λ_F ‖Wv Wtᵀ‖_F + λ_O ‖Wvᵀ Wv − I‖_F
+
+    Each call takes a teacher and the projections; where there is none of one, say so: ``distill_weight=0``,
+    ``projection_product=0``.
 
     Args:
         distill_weight: λ.
@@ -269,6 +296,10 @@ class TracerLoss(nn.Module):
             the label of what has no partner.
         impl, group, mesh: see :func:`tracer.ops.contrastive_loss`. The penalties on the projections are the same
             on every rank, and their gradients carry no factor.
+
+    Raises:
+        TypeError: an option that it does not have; the message says which loss takes it.
+        ValueError: an option out of its range.
     """
 
     def __init__(
@@ -291,14 +322,6 @@ class TracerLoss(nn.Module):
         ignore_index: int | None = None,
     ) -> None:
         super().__init__()
-        self.distill_weights = {
-            "relational": distill_weight * relational,
-            "interactive": distill_weight * interactive,
-            "cross": distill_weight * cross,
-            "feature": distill_weight * feature,
-        }
-        self.projection_product = projection_product
-        self.projection_orthogonal = projection_orthogonal
         self.options = {
             "margin": margin,
             "smoothing": smoothing,
@@ -310,13 +333,31 @@ class TracerLoss(nn.Module):
             "directions": directions,
             "ignore_index": ignore_index,
         }
+        weights = {
+            "distill_weight": distill_weight,
+            "relational": relational,
+            "feature": feature,
+            "interactive": interactive,
+            "cross": cross,
+            "projection_product": projection_product,
+            "projection_orthogonal": projection_orthogonal,
+        }
+        check_options(type(self).__name__, weights=weights, **self.options)  # type: ignore[arg-type]
+        self.distill_weights = {
+            "relational": distill_weight * relational,
+            "interactive": distill_weight * interactive,
+            "cross": distill_weight * cross,
+            "feature": distill_weight * feature,
+        }
+        self.projection_product = projection_product
+        self.projection_orthogonal = projection_orthogonal
 
     def forward(
         self,
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        teacher: tuple[Tensor, Tensor, Tensor | float] | None = None,
+        teacher: Sequence[Tensor | float] | None = None,
         labels: Labels | None = None,
         text_labels: Labels | None = None,
         projections: tuple[Tensor, Tensor] | None = None,
@@ -330,20 +371,30 @@ class TracerLoss(nn.Module):
 
         Args:
             image_features: [N, D]. text_features: [M, D]. logit_scale: exponentiated.
-            teacher: the same three of the teacher; without it no distillation term is taken.
+            teacher: the same three of the teacher, and its logit bias if it has one. It may be left out only where
+                no distillation term has a weight (``distill_weight=0``).
             labels: [N]. text_labels: [M]. As in :func:`tracer.ops.contrastive_loss`.
             projections: Wv [width of the image tower, D] and Wt [width of the text tower, D], the layout
-                of open_clip's ``visual.proj`` and ``text_projection`` (of a Linear: its ``weight.T``).
-                Without them no penalty is taken.
+                of open_clip's ``visual.proj`` and ``text_projection`` (of a Linear: its ``weight.T``). They may be
+                left out only where no penalty has a weight.
             output_dict: return the *weighted* terms, named ``..._loss``, in a dictionary.
-            logit_bias, teacher_logit_bias: b and b' of the sigmoid; with softmaxes, which no bias changes, they
-                are accepted and have no part in the loss.
+            logit_bias, teacher_logit_bias: b and b' of the sigmoid, as in :func:`tracer.ops.contrastive_loss`;
+                with softmaxes, which no bias changes, they are accepted and have no part in the loss.
             ahead: gathers over ``group`` that have begun already, see :class:`tracer.ops.Ahead`.
+
+        Raises:
+            ValueError: no teacher or no projections where a term needs them, or a teacher that is something
+                else; on several ranks all of them raise.
         """
-        weights = self.distill_weights if teacher is not None else dict.fromkeys(self.distill_weights, 0.0)
-        teacher_image, teacher_text, teacher_logit_scale = (
-            teacher if teacher is not None else (None, None, None)
-        )
+        weights = self.distill_weights
+        if projections is None and (needed := [name for name, weight in self._penalties.items() if weight]):
+            self._refuse(
+                f"{' and '.join(needed)} {_need(needed)} the projections: pass projections=(Wv, Wt) in each "
+                f"call, or make the loss with {' and '.join(f'{name}=0' for name in needed)}"
+            )
+        teacher_image, teacher_text, teacher_logit_scale, bias_of_teacher = self._parts_of(teacher)
+        if teacher_logit_bias is None:
+            teacher_logit_bias = bias_of_teacher
         biases = {"logit_bias": logit_bias, "teacher_logit_bias": teacher_logit_bias}
         if self.options["contrast"] == "softmax":
             biases = {}
@@ -365,11 +416,7 @@ class TracerLoss(nn.Module):
         weighted = {"contrastive": terms["contrastive"]}
         weighted |= {name: weight * terms[name] for name, weight in weights.items() if weight}
         if projections is not None:
-            penalties = {
-                "projection_product": self.projection_product,
-                "projection_orthogonal": self.projection_orthogonal,
-            }
-            for name, weight in penalties.items():
+            for name, weight in self._penalties.items():
                 if weight:
                     terms[name] = getattr(self, f"_{name}")(*projections)
                     weighted[name] = weight * terms[name]
@@ -377,6 +424,41 @@ class TracerLoss(nn.Module):
         if output_dict:
             return {f"{name}_loss": value for name, value in weighted.items()}
         return ContrastiveOutput(loss, terms, measured)
+
+    @property
+    def _penalties(self) -> dict[str, float]:
+        """Return the weights of the penalties on the projections."""
+        return {
+            "projection_product": self.projection_product,
+            "projection_orthogonal": self.projection_orthogonal,
+        }
+
+    def _parts_of(self, teacher: Sequence[Tensor | float] | None) -> tuple[Any, Any, Any, Any]:
+        """Return the teacher's features, scale and bias, each None where there is none."""
+        if teacher is None:
+            needed = [name for name, weight in self.distill_weights.items() if weight]
+            if needed:
+                self._refuse(
+                    f"{', '.join(needed)} {_need(needed)} a teacher: pass teacher=(image, text, logit_scale) in "
+                    "each call, or make the loss with distill_weight=0"
+                )
+            return None, None, None, None
+        if not isinstance(teacher, (tuple, list)) or len(teacher) not in (3, 4):
+            of = f" of {len(teacher)}" if isinstance(teacher, (tuple, list)) else ""
+            self._refuse(
+                "teacher must be the teacher's (image, text, logit_scale), with its logit bias behind them if it "
+                f"has one, got a {type(teacher).__name__}{of}; a student's bias is logit_bias=..."
+            )
+        image, text, scale, *bias = teacher
+        return image, text, scale, bias[0] if bias else None
+
+    def _refuse(self, why: str) -> NoReturn:
+        """Raise ValueError, on the other ranks too, which would wait for this one."""
+        refusal = ValueError(f"{type(self).__name__}: {why}")
+        group = check_group(self.options["group"])
+        if group is not None and not torch.compiler.is_compiling():
+            agree(group, 0, 0, {"class": type(self).__name__}, refusal)
+        raise refusal
 
     def compares_teacher(self, stats: bool) -> bool:
         """Return whether the teacher's images are compared with its texts, on all ranks."""
@@ -392,3 +474,10 @@ class TracerLoss(nn.Module):
         """Return ‖Wvᵀ Wv − I‖_F, [D, D]."""
         gram = image.float().T @ image.float()
         return torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device))
+
+
+def _need(names: Sequence[str]) -> str:
+    return "needs" if len(names) == 1 else "need"
+
+
+_LOSSES = (ClipLoss, SigLipLoss, MPMNCELoss, TracerLoss)

@@ -168,6 +168,7 @@ def contrastive_loss(
 
     ranks = _mesh.check_group(group)
     if ranks is None:
+        _mesh.check_shape(mesh, None)
         call, N, M = make(), len(image), len(text)
         terms, measured = _terms_of(call)
     else:
@@ -196,7 +197,8 @@ def _terms_of(call: Call, ranks: _sigmoid.Ranks | None = None) -> tuple[Tensor, 
         of_pairs = _sigmoid.contrastive_terms(impl, inputs, biases, options, ranks)
         if not (options.crossed or options.stats):
             return of_pairs, of_pairs.new_empty(0)
-        options = options._replace(contrastive=False, relational=False)
+        # The margin is the contrastive term's.
+        options = options._replace(contrastive=False, relational=False, margin=0.0)
         if (
             not options.crossed
         ):  # diagnostics alone, which have no gradient: no backward walk for a gradient of 0

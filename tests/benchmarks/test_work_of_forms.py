@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton_interpreter import HAS_GPU
 
 from benchmarks.work import counting
-from tracer.kernels import contrastive_blocked, contrastive_triton, sigmoid_blocked, sigmoid_triton
+from tracer.kernels import _tiles, contrastive_blocked, contrastive_triton, sigmoid_blocked, sigmoid_triton
 from tracer.kernels._tiles import Tile
 from tracer.kernels.contrastive import Biases, Inputs, Needs, Options
 from tracer.kernels.sigmoid import PairNeeds
@@ -90,6 +90,33 @@ def test_diagnostics_of_a_sigmoid_cost_one_product(stats, floor, monkeypatch):
     form = {"contrast": "sigmoid", "logit_bias": -5.0, "impl": "blocked", "stats": stats}
     contrastive_loss(*leaves, 10.0, **form).loss.backward()
     assert sum(done) / (2 * N * N * D) == floor
+
+
+@pytest.mark.parametrize("impl", ["blocked", "triton"])
+@pytest.mark.parametrize(
+    ("terms", "floor"),
+    [("interactive", 9), ("cross", 11), ("relational interactive cross", 14)],
+)
+def test_terms_with_softmaxes_beside_a_sigmoid_leave_s_alone(impl, terms, floor, monkeypatch):
+    """Regression: the blocked walk formed s, and took the products of a gradient of 0 to both features."""
+    done, sigmoid, softmax = [], *MODULES[impl]
+    for module, name in ((sigmoid, "walk"), (softmax, "forward"), (softmax, "backward")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name), done))
+    monkeypatch.setattr(_tiles, "choose", lambda *_: TILE)  # which divides N and D
+    given = inputs()
+    dtype = torch.float64 if impl == "blocked" else torch.float32
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in given[:2]]
+    form = {"contrast": "sigmoid", "logit_bias": -5.0, "margin": 0.1, "impl": impl}
+    form |= {"teacher_image": leaves[1].detach(), "teacher_text": leaves[0].detach()}
+    with counting() as work:
+        contrastive_loss(*leaves, 10.0, **form, **dict.fromkeys(terms.split(), 0.5)).loss.backward()
+    assert (work.flops + sum(done)) / (2 * N * N * D) == floor
+
+
+MODULES = {
+    "blocked": (sigmoid_blocked, contrastive_blocked),
+    "triton": (sigmoid_triton, contrastive_triton),
+}
 
 
 def counted(call, done):

@@ -54,6 +54,26 @@ def test_blocked_equals_the_definition(n, m, d, classes, options, dtype):
     assert_right("blocked", problem(n, m, d, classes, dtype=dtype) | options, upstream=3.0)
 
 
+@pytest.mark.parametrize("terms", [("cross",), ("interactive",), ("interactive", "cross")], ids="+".join)
+def test_terms_of_the_cross_logits_alone_share_their_references(terms, monkeypatch):
+    """Regression: beside a sigmoid, at a scale such as SigLIP's, the image's gradient was NaN.
+
+    The log-sum-exps of s, which no term needs, were checked all the same; unshared references then gave 0 · ∞.
+    """
+    kwargs = problem(16, 16, scale=150.0, dtype=torch.float32) | {"contrast": "sigmoid", "logit_bias": -2.0}
+    kwargs |= dict.fromkeys(("text", "teacher_image", "teacher_text"), kwargs["image"])
+    made, slopes = [], contrastive_blocked.slopes
+
+    def slopes_seen(*arguments):
+        made.extend(slopes(*arguments))
+        return made
+
+    monkeypatch.setattr(contrastive_blocked, "slopes", slopes_seen)
+    assert_right("blocked", kwargs | dict.fromkeys(terms, 0.7), 1e-5)
+    assert all(isinstance(side.references["t"], float) for side in made)
+    assert len(made) == 2
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS_ALONE.values(), ids=OPTIONS_ALONE)

@@ -25,7 +25,7 @@ from tracer.data.skipped import Skipped
 from tracer.errors import Stopped, UserError
 from tracer.losses import TracerLoss
 from tracer.machine import resolve_precision
-from tracer.models.clip import BiasedFeatures, Clip, Features, contrast_of, texts_stand_alone
+from tracer.models.clip import BiasedFeatures, Clip, Features, contrast_of, projections, texts_stand_alone
 from tracer.models.freezing import trained_batchnorm
 from tracer.models.heads import without_fusion
 from tracer.models.prefix import SharedPrefix
@@ -456,7 +456,9 @@ def teacher_schedule(config: Config) -> Schedule:
 
 
 def objective(config: Config, model: nn.Module) -> TracerLoss:
-    """Return the loss that ``config`` describes; called without a teacher, it is the contrastive term alone.
+    """Return the loss that ``config`` describes; without a teacher, it is the contrastive term alone.
+
+    Penalties on the projections are left out where the model has no such matrices, or adapters leave them frozen.
 
     Raises:
         UserError: settings that have no meaning for the model's form of the contrastive term.
@@ -472,15 +474,16 @@ def objective(config: Config, model: nn.Module) -> TracerLoss:
         raise UserError(
             f"--logit_bias {config.logit_bias} changes no softmax: leave it out, or give --contrast sigmoid"
         )
+    penalised = config.penalised and projections(model) is not None
     return TracerLoss(
         **across_ranks(config),
-        distill_weight=config.distill_weight,
+        distill_weight=config.distill_weight if config.method == "tracer" else 0.0,
         relational=config.relational,
         feature=config.feature,
         interactive=config.interactive,
         cross=config.cross,
-        projection_product=config.projection_product,
-        projection_orthogonal=config.projection_orthogonal,
+        projection_product=config.projection_product if penalised else 0.0,
+        projection_orthogonal=config.projection_orthogonal if penalised else 0.0,
         teacher_temperature=config.teacher_temperature,
         margin=config.recipe.margin,
         smoothing=0.0 if contrast == "sigmoid" else config.recipe.smoothing,
