@@ -151,6 +151,15 @@ def test_parts_of_r_adapter_are_methods_of_the_same_protocol(config, tmp_path):
     assert alpha == {"r-adapter-trial-0": 0.5, "r-adapter-no-scaling-trial-0": 1.0}
 
 
+def test_a_sweep_that_loads_with_dali(config, tmp_path):
+    """The others load with torch, which auto takes without a GPU."""
+    changes = {"methods": ("flyp",), "grid": {"lr": [1e-2]}, "seeds": 1, "soups": False}
+    own = dataclasses.replace(config, **changes, loader="dali", output=tmp_path / "run")
+    sweep(own)
+    assert [m["key"] for m in results_of(own)["methods"]] == ["zero-shot", "flyp", "wise-ft"]
+    assert yaml.safe_load((own.output / "flyp-trial-0/config.yaml").read_text())["loader"] == "dali"
+
+
 def test_what_each_part_of_r_adapter_sets(config):
     own = dataclasses.replace(config, methods=("flyp",), ablate=True, adapter_momentum=0.9)
     keys = ("positives", "margin", "smoothing", "adapter_drop", "adapter_momentum", "adapter_alpha")
