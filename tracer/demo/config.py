@@ -147,11 +147,11 @@ class DemoConfig(SweepConfig):
     """A sweep that takes minutes: fewer methods, seeds and steps, and no soups."""
 
     output: Path = Path("runs/demo")
-    methods: tuple[str, ...] = ("flyp", "frozen", "ema", "wma")
+    methods: tuple[str, ...] = ("flyp", "frozen", "ema", "wma", "r-adapter")
     seeds: int = 2
     soups: bool = False
 
-    default_steps: ClassVar[int] = 200
+    default_steps: ClassVar[int] = 150
 
 
 @dataclass
