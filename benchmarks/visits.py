@@ -113,19 +113,19 @@ def count(arch: str, text: str, tile: Tile, warps: int, width: int) -> tuple[Vis
 
 def _parsed(text: str) -> tuple[list[_Instruction], list[_Loop]]:
     """Return the instructions of a listing and its loops."""
-    found: list[_Instruction] = []
+    instructions: list[_Instruction] = []
     labels: dict[str, int] = {}
     ends: dict[int, int] = {}
     for line in text.splitlines():
         if label := _LABEL.match(line):
-            labels[label[1]] = len(found)
+            labels[label[1]] = len(instructions)
         elif match := _NVIDIA.match(line) or _AMD.match(line):
             opcode, operands = match[1], match[2]
             target = _TARGET.search(operands) if opcode.startswith(("BRA", "s_branch", "s_cbranch")) else None
             if target and target[1] in labels:  # jumps back
-                ends[labels[target[1]]] = len(found)
-            found.append(_Instruction(opcode, operands))
-    return found, [_Loop(first, last) for first, last in ends.items()]
+                ends[labels[target[1]]] = len(instructions)
+            instructions.append(_Instruction(opcode, operands))
+    return instructions, [_Loop(first, last) for first, last in ends.items()]
 
 
 def _multiplying(loops: list[_Loop], products: list[int]) -> _Loop | None:

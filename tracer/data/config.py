@@ -1,6 +1,6 @@
 """The settings by which every command reads and decodes pictures, and those of the command ``index``."""
 
-from __future__ import annotations
+# Annotations are not postponed: jsonargparse would look for their names in the modules of the subclasses.
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -148,7 +148,7 @@ class DemoConfig(SweepConfig):
 
     output: Path = Path("runs/demo")
     methods: tuple[str, ...] = ("flyp", "frozen", "ema", "wma", "r-adapter")
-    seeds: int = 2
+    seeds: int = 1
     soups: bool = False
 
     default_steps: ClassVar[int] = 150

@@ -1,6 +1,6 @@
 """Published baselines by one switch: what ``--baseline NAME`` sets, and the settings of their terms."""
 
-from __future__ import annotations
+# Annotations are not postponed: jsonargparse would look for their names in the modules of the subclasses.
 
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple

@@ -1,6 +1,6 @@
 """The sections of a fine-tuning run's settings; their docstrings are the command line's help."""
 
-from __future__ import annotations
+# Annotations are not postponed: jsonargparse would look for their names in the modules of the subclasses.
 
 import math
 import re
@@ -329,7 +329,7 @@ class EngineSettings:
             )
 
     @property
-    def mesh_shape(self) -> MeshShape:
+    def mesh_shape(self) -> "MeshShape":
         """Return ``mesh`` as the loss takes it."""
         if self.mesh == "auto":
             return None
