@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tracer.train.run import prepare
 
 
 def count(config: Config, size: int, results: Path) -> dict[str, Any]:
-    """Return what rank 0 of real ranks keeps and sends in the second step of a run on random pictures."""
+    """Return what rank 0 of real ranks keeps and sends in an early step of a run on random pictures."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -54,20 +55,19 @@ def rank_main(rank: int, size: int, port: int, config: Config, results: Path) ->
         trainer = Trainer(config, clip.model)
         trainer.distinct = False
         trainer.step(1, [batch(config, rank, size)], measure=False)
-        gc.collect()  # whatever of the first step lies in reference cycles
-        gc.disable()  # else what was allocated before decides when those of this step go, as in the dry run
-        began = time.time_ns()
-        with accounts:
-            trainer.step(2, [batch(config, rank, size)], measure=False)
-        ended = time.time_ns()
+        spans = []  # ns of several steps: threads let go of some of what was sent late, so the least counts
+        for number in range(2, 6):
+            dist.barrier()
+            gc.collect()  # whatever of the step before lies in reference cycles
+            gc.disable()  # else what was allocated before decides when those of this step go, as in the dry run
+            began = time.time_ns()
+            with accounts if number == 2 else nullcontext():
+                trainer.step(number, [batch(config, rank, size)], measure=False)
+            spans.append((began, time.time_ns()))
     if rank == 0:
-        rest = peak = total = 0
-        for at, change in allocations(allocator):
-            total += change
-            if at < began:
-                rest = total
-            elif at < ended:
-                peak = max(peak, total)
+        changes = allocations(allocator)
+        rest = min(sum(change for at, change in changes if at < began) for began, _ in spans)
+        peak = min(_peak(changes, *span) for span in spans)
         sent = [[name, list(group), list(sent)] for (name, group), sent in accounts.sent.items()]
         results.write_text(json.dumps({"rest": rest, "peak": peak, "sent": sent}))
     dist.barrier()
@@ -78,6 +78,16 @@ def batch(config: Config, rank: int, size: int) -> Batch:
     n = config.batch_size // size
     image, text = torch.randn(n, 3, 64, 64), torch.randint(1, 900, (n, 16))
     return Batch(image, text, torch.arange(n) + rank * n, torch.arange(n))
+
+
+def _peak(changes: list[tuple[int, int]], began: int, ended: int) -> int:
+    """Return the most bytes at any moment between two."""
+    total = peak = 0
+    for at, change in changes:
+        total += change
+        if began <= at < ended:
+            peak = max(peak, total)
+    return peak
 
 
 def allocations(allocator: Any) -> list[tuple[int, int]]:

@@ -151,7 +151,7 @@ def test_estimates_are_labelled_and_no_faster_than_a_card_allows(results):
     for row in rows:
         products = 12 * 2 * row["rows"] ** 2 * row["width"]
         floor = products / roofline.CARDS[row["architecture"]].tensor
-        assert floor <= sum(row["estimate_seconds"].values()) < 5 * floor
+        assert floor <= sum(row["estimate_seconds"].values()) < 8 * floor
         assert all(0.5 < share <= 1 for share in row["busy"].values())
     page = machine_code.report(results)
     assert "### Roofline: estimate, not measured" in page
@@ -162,7 +162,8 @@ def test_estimates_are_labelled_and_no_faster_than_a_card_allows(results):
 
 def test_names_are_unique_and_the_table_shows_every_kernel(results):
     exact = machine_code.exact(results)
-    assert len(exact) == 3 * len(results["kernels"]) + len(results["variants"])
+    visits = sum(len(row.get("visit") or {}) for row in results["kernels"])
+    assert len(exact) == 3 * len(results["kernels"]) + visits + len(results["variants"])
     summary, full = machine_code.report(results), machine_code.report(results | {"full_table": True})
     assert full.count("\n| ") - summary.count("\n| ") == len(results["kernels"]) + 2  # and the table's head
     assert machine_code.highlights(results)[0].ours == "0 bytes"

@@ -252,7 +252,7 @@ def test_the_command(config, capsys):
     ("settings", "changes", "line"),
     [
         (DemoConfig, {}, "make demo"),
-        (DemoConfig, {"ablate": True, "seeds": 1}, 'make demo ARGS="--seeds 1 --ablate true"'),
+        (DemoConfig, {"ablate": True, "seeds": 2}, 'make demo ARGS="--seeds 2 --ablate true"'),
         (
             DemoConfig,
             {"eval_data": {"a b": Path("x y.csv")}, "alphas": (0.5,), "lr": None},

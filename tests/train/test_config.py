@@ -154,7 +154,7 @@ def test_each_method_has_its_published_recipe(options, recipe):
 
 
 def test_epochs_stand_in_place_of_steps():
-    for command, steps in (("finetune", 2000), ("demo", 100)):
+    for command, steps in (("finetune", 2000), ("demo", 150)):
         options = [command, *(["--train_data", "x.csv"] if command == "finetune" else [])]
         assert parse(options)[1].steps == steps
         config = parse([*options, "--epochs", "3"])[1]
