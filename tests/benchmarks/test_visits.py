@@ -119,7 +119,8 @@ def test_the_products_of_a_visit_are_those_of_its_tile(rows):
         )
         needed = (1,) if row["products"] == "one" else several
         assert products
-        # Within a twentieth: the compiler may move a step of a loop in front of it.
+        # Within a twentieth, which hides a known defect: a loop that is unrolled by four (sm_90, TF32, forward with
+        # stats, 32×16×32) is counted about four times too often.
         nearest = min((max(1, round(products / n)) * n for n in needed), key=lambda p: abs(p - products))
         assert products == pytest.approx(nearest, rel=0.05), row
 
@@ -147,5 +148,5 @@ def test_bytes_of_a_visit_are_at_least_its_operands(rows):
         if row["visit"] and row["bits"] == 16:
             n, m, _ = row["tile"]
             operands = 1 if row["products"] == "one" else 2
-            # An eighth less on sm_100, where loads of the first step stand in front of the loop.
+            # An eighth less hides a known defect: on sm_100 the copies in front of a loop are not counted.
             assert row["visit"]["cache_bytes"] >= 7 / 8 * operands * (n + m) * row["width"] * 2
