@@ -119,7 +119,7 @@ def test_the_products_of_a_visit_are_those_of_its_tile(rows):
         )
         needed = (1,) if row["products"] == "one" else several
         assert products
-        # Within a twentieth, which hides a known defect: a loop that is unrolled by four (sm_90, TF32, forward with
+        # Within a twentieth, which hides a known defect: a loop unrolled by four (sm_90, TF32, forward with
         # stats, 32×16×32) is counted about four times too often.
         nearest = min((max(1, round(products / n)) * n for n in needed), key=lambda p: abs(p - products))
         assert products == pytest.approx(nearest, rel=0.05), row
