@@ -112,8 +112,7 @@ def count(arch: str, text: str, tile: Tile, warps: int, width: int) -> tuple[Vis
     ahead, behind = range(outer.first, inner.first), range(inner.last + 1, outer.last + 1)
     one_pass, copied = total(inner.indices), total(inner.indices, _COPY)
     unrolled = _unrolled(total(ahead), total(ahead, _COPY), one_pass, copied, tile.num_stages)
-    if unrolled > 1:
-        behind = _taken(behind, jumps, products)
+    behind = _taken(behind, instructions, jumps)
     around, copies = total([*ahead, *behind]), total([*ahead, *behind], _COPY)
     # A product that the compiler has taken out of the loop is one that the loop has not to take.
     taken_out = unrolled * around.multiply_adds // one_pass.multiply_adds if one_pass.multiply_adds else 0
@@ -140,18 +139,20 @@ def _unrolled(ahead: Visit, copied_ahead: Visit, one_pass: Visit, copied: Visit,
     return max(1, round((stages - 1) / waiting)) if waiting > 0 else 1
 
 
-def _taken(behind: range, jumps: dict[int, int], products: list[int]) -> list[int]:
-    """Return the indices ``behind`` an unrolled loop that are executed where it leaves no block over.
+def _taken(behind: range, instructions: list[_Instruction], jumps: dict[int, int]) -> list[int]:
+    """Return the indices ``behind`` the loop over D that each visit executes.
 
-    The compiler multiplies blocks that are left over in code that is jumped over otherwise.
+    A whole program jumps together over code with a barrier in it: over the blocks that an unrolled loop leaves
+    over, of which there are none, and over the positives without labels, which lie in tiles on the diagonal alone.
     """
-    over = {
+    barriers = [i for i in behind if _is_barrier(instructions[i].opcode)]
+    left_out = {
         i
         for first, target in jumps.items()
-        if first in behind and any(first < product < target for product in products)
+        if first in behind and target - 1 in behind and any(first < barrier < target for barrier in barriers)
         for i in range(first + 1, target)
     }
-    return [i for i in behind if i not in over]
+    return [i for i in behind if i not in left_out]
 
 
 def _parsed(text: str) -> tuple[list[_Instruction], dict[int, int]]:
@@ -202,11 +203,15 @@ def _of_one(arch: str, x: _Instruction, tile: Tile, warps: int) -> Iterator[int]
     read, multiplied = _product(arch, x, tile, warps)
     yield int(not amd or (x.opcode.startswith("v_") and not x.opcode.startswith("v_mfma")))
     yield int(bool(re.match(r"SHFL|REDUX|ds_bpermute|ds_swizzle", x.opcode)))
-    yield int(bool(re.match(r"BAR\.|s_barrier", x.opcode)))
+    yield int(_is_barrier(x.opcode))
     yield int(bool(re.match(r"MUFU\.EX2|v_exp_f32", x.opcode)))
     yield threads * (_word(x.opcode) if _is_global(x.opcode) else 0)
     yield threads * _shared_word(x.opcode) + read
     yield multiplied
+
+
+def _is_barrier(opcode: str) -> bool:
+    return bool(re.match(r"BAR\.|s_barrier", opcode))
 
 
 def _is_global(opcode: str) -> bool:
