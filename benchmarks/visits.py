@@ -112,8 +112,8 @@ def count(arch: str, text: str, tile: Tile, warps: int, width: int) -> tuple[Vis
     ahead, behind = range(outer.first, inner.first), range(inner.last + 1, outer.last + 1)
     one_pass, copied = total(inner.indices), total(inner.indices, _COPY)
     unrolled = _unrolled(total(ahead), total(ahead, _COPY), one_pass, copied, tile.num_stages)
-    behind = _taken(behind, instructions, jumps)
-    around, copies = total([*ahead, *behind]), total([*ahead, *behind], _COPY)
+    executed = [*ahead, *_taken(behind, instructions, jumps)]
+    around, copies = total(executed), total(executed, _COPY)
     # A product that the compiler has taken out of the loop is one that the loop has not to take.
     taken_out = unrolled * around.multiply_adds // one_pass.multiply_adds if one_pass.multiply_adds else 0
     # Each block is copied once: the loop's last passes mask out as many copies as stand ahead of it.

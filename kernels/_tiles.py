@@ -62,8 +62,12 @@ def _table(tiles_16: Tiles, tiles_19: Tiles, tiles_32: Tiles) -> Table:
     }
 
 
-# Kernels that take the tiles of another one where a table names none for them.
-LIKE = {"sigmoid": "backward", "forward, one way": "forward", "backward, one way": "backward"}
+# Kernels that take the tiles of another one where a table names none for them. Plain ones have one product and
+# neither labels nor margin nor smoothing: the CLIP loss, whose few registers allow larger tiles.
+LIKE = {
+    "sigmoid": "backward",
+    **{f"{kernel}, {form}": kernel for kernel in ("forward", "backward") for form in ("one way", "plain")},
+}
 
 
 def tiles_of(table: Table, kernel: str, many: bool, bits: int) -> tuple[Tile, ...]:
@@ -96,6 +100,8 @@ TABLES: dict[str, Table] = {
             "forward with stats, one product": (Tile(64, 32, 32, 8, 3), _TINY),
             "backward, one product": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
             "sigmoid": (Tile(32, 32, 64, 4, 3),),
+            "forward, plain, one product": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), _TINY),
+            "backward, plain, one product": (Tile(256, 64, 64, 8, 3), Tile(128, 64, 64, 4, 3), _TINY),
         },
         _FLOAT32
         | {
@@ -118,6 +124,18 @@ TABLES: dict[str, Table] = {
             "forward with stats, one product": (Tile(64, 64, 64, 8, 3), _TINY),
             "backward, one product": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
             "forward, one way": (Tile(64, 64, 32, 8, 3), Tile(32, 32, 32, 4, 3)),
+            "forward, plain, one product": (
+                Tile(256, 64, 64, 8, 3),
+                Tile(128, 64, 64, 4, 3),
+                Tile(64, 64, 64, 4, 3),
+                _TINY,
+            ),
+            "backward, plain, one product": (
+                Tile(128, 128, 64, 8, 3),
+                Tile(128, 64, 64, 8, 3),
+                Tile(64, 64, 64, 4, 3),
+                _TINY,
+            ),
         },
         _FLOAT32
         | {
@@ -147,6 +165,7 @@ TABLES: dict[str, Table] = {
                 Tile(32, 32, 64, 4, 2),  # three stages spill
             ),
             "forward, one way": (Tile(32, 32, 64, 8, 3), Tile(32, 16, 64, 4, 3)),
+            "forward, plain, one product": (Tile(128, 64, 32, 4, 3), Tile(64, 64, 64, 8, 3), _TINY),
         },
         {},  # several products spill in TF32, so float32 stays exact here
         _FLOAT32
@@ -168,6 +187,7 @@ TABLES: dict[str, Table] = {
             "forward with stats, one product": (Tile(64, 32, 32, 4, 3), _TINY),
             "backward, one product": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 32, 8, 3), _TINY),
             "sigmoid": (Tile(64, 64, 32, 8, 3), _TINY),
+            "forward, plain, one product": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), _TINY),
         },
         _FLOAT32,
         _FLOAT32,

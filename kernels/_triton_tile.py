@@ -194,7 +194,7 @@ def contrastive_part(
     row_zero, col_zero = tl.zeros([b_s.shape[0]], tl.float32), tl.zeros([b_s.shape[1]], tl.float32)
     row_max, row_sum, row_positive, row_negative = row_zero, row_zero, row_zero, row_zero
     col_max, col_sum, col_positive, col_negative = col_zero, col_zero, col_zero, col_zero
-    if SLOTS[Z_POSITIVE] >= 0:
+    if SLOTS[Z_POSITIVE] >= 0:  # noqa: SIM102 (decided by the compiler, the inner one by the program)
         if has_positives:
             b_at_positives = tl.where(b_positive, b_s, 0.0)
             row_positive = tl.sum(b_at_positives, 1)
@@ -251,7 +251,7 @@ def cross_part(b_x, b_positive, has_positives, inside, pad, SLOTS: tl.constexpr,
     if SLOTS[COUNT] >= 0:
         ones = tl.expand_dims(tl.where(inside, 1.0, 0.0), 1 - AXIS)
         count = tl.sum(tl.where(b_positive, ones, 0.0), AXIS)
-    if SLOTS[X_POSITIVE] >= 0:
+    if SLOTS[X_POSITIVE] >= 0:  # noqa: SIM102 (decided by the compiler, the inner one by the program)
         if has_positives:
             positive = tl.sum(tl.where(b_positive, b_x, 0.0), AXIS)
     if SLOTS[X_MAX] >= 0:
