@@ -89,17 +89,19 @@ _FLOAT32 = _everywhere(Tile(32, 32, 32, 4, 2)) | {
     "backward, one product": (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
 }
 _TINY = Tile(32, 32, 64, 4, 3)
+_ONE_WARP = Tile(32, 32, 32, 1, 3)  # of gfx942, whose warps would repeat the one product that a small tile is
 
 TABLES: dict[str, Table] = {
     "sm_80": _table(
         {
-            "forward": (Tile(64, 32, 64, 4, 3), _TINY),
-            "forward with stats": (Tile(32, 16, 32, 8, 2),),
+            "forward": (Tile(32, 64, 64, 4, 3), _TINY),
+            "forward with stats": (Tile(32, 64, 64, 8, 3), Tile(32, 16, 32, 8, 2)),
             "backward": (Tile(128, 32, 64, 8, 3), Tile(64, 32, 64, 4, 3), Tile(32, 32, 64, 8, 3)),
             "forward, one product": (Tile(64, 64, 64, 8, 3), _TINY),
             "forward with stats, one product": (Tile(64, 32, 32, 8, 3), _TINY),
-            "backward, one product": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
+            "backward, one product": (Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3), _TINY),
             "sigmoid": (Tile(32, 32, 64, 4, 3),),
+            "sigmoid, one product": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
             "forward, plain, one product": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), _TINY),
             "backward, plain, one product": (Tile(256, 64, 64, 8, 3), Tile(128, 64, 64, 4, 3), _TINY),
         },
@@ -117,13 +119,14 @@ TABLES: dict[str, Table] = {
     ),
     "sm_90": _table(
         {
-            "forward": (Tile(64, 64, 32, 8, 3), _TINY),
+            "forward": (Tile(32, 64, 64, 4, 3), _TINY),
             "forward with stats": (Tile(64, 32, 32, 8, 2),),
             "backward": (Tile(64, 64, 64, 8, 3), _TINY),
             "forward, one product": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
             "forward with stats, one product": (Tile(64, 64, 64, 8, 3), _TINY),
-            "backward, one product": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
+            "backward, one product": (Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3), _TINY),
             "forward, one way": (Tile(64, 64, 32, 8, 3), Tile(32, 32, 32, 4, 3)),
+            "sigmoid, one product": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
             "forward, plain, one product": (
                 Tile(256, 64, 64, 8, 3),
                 Tile(128, 64, 64, 4, 3),
@@ -154,10 +157,10 @@ TABLES: dict[str, Table] = {
     ),
     "sm_100": _table(
         {
-            "forward": (Tile(64, 32, 64, 8, 3), Tile(32, 16, 64, 4, 3)),
-            "forward with stats": (Tile(64, 32, 32, 8, 2),),
-            "backward": (Tile(64, 32, 32, 8, 3), _TINY),
-            "forward, one product": (Tile(64, 64, 64, 8, 3), _TINY),
+            "forward": (Tile(64, 64, 64, 8, 3), Tile(64, 32, 64, 8, 3), Tile(32, 16, 64, 4, 3)),
+            "forward with stats": (Tile(64, 64, 64, 8, 3), Tile(64, 32, 32, 8, 2)),
+            "backward": (Tile(64, 64, 64, 8, 3), Tile(64, 32, 32, 8, 3), _TINY),
+            "forward, one product": (Tile(64, 64, 64, 4, 3), _TINY),
             "forward with stats, one product": (Tile(64, 32, 64, 8, 3), _TINY),
             "backward, one product": (
                 Tile(128, 64, 64, 8, 3),
@@ -180,14 +183,14 @@ TABLES: dict[str, Table] = {
     ),
     "gfx942": _table(
         {
-            "forward": (Tile(64, 32, 32, 4, 3), _TINY),
-            "forward with stats": (Tile(64, 32, 32, 4, 3), _TINY),
-            "backward": (Tile(64, 64, 64, 8, 3), _TINY),
-            "forward, one product": (Tile(128, 64, 64, 8, 3), _TINY),
-            "forward with stats, one product": (Tile(64, 32, 32, 4, 3), _TINY),
-            "backward, one product": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 32, 8, 3), _TINY),
-            "sigmoid": (Tile(64, 64, 32, 8, 3), _TINY),
-            "forward, plain, one product": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), _TINY),
+            "forward": (Tile(64, 64, 32, 4, 3), _ONE_WARP),
+            "forward with stats": (Tile(64, 64, 32, 4, 3), _ONE_WARP),
+            "backward": (Tile(64, 64, 32, 4, 3), _ONE_WARP),
+            "forward, one product": (Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3), _ONE_WARP),
+            "forward with stats, one product": (Tile(64, 128, 32, 4, 3), _ONE_WARP),
+            "backward, one product": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 32, 8, 3), _ONE_WARP),
+            "sigmoid": (Tile(64, 64, 32, 4, 3), _ONE_WARP),
+            "forward, plain, one product": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), _ONE_WARP),
         },
         _FLOAT32,
         _FLOAT32,
