@@ -5,6 +5,10 @@
 tiles on the first call of a size instead, and prints the choice once per kernel and size. (Another tile
 sums in another order: results then agree to rounding, not bit for bit.)
 
+**Which entry.** Of the tiles that do not spill, the largest of an entry takes the fewest clocks per logit by
+what ``benchmarks/visits.py`` counts in its machine code and ``benchmarks/roofline.py`` makes of it. Fewer warps
+often win: each then has more of a tile, exchanges less with the others, and repeats no product.
+
 **Small batches.** Work is dealt out in tiles, so a GPU is busy only if there are as many tiles as
 multiprocessors. N = M = 512 has 64 tiles of 64×64, half of an H100's 132 multiprocessors, but 256 of
 32×32, and 256×256 has 64 of those. So each entry lists tiles from large (fewer operand reads) to small,
@@ -14,8 +18,8 @@ less than the launch.
 
 **Wide features.** D is the inner loop only: registers and scratch do not depend on it, and operand
 traffic per product does not either. A visit of an n×m tile reads 2(n+m)·D operands for 4·n·m·D
-multiply-adds (the full objective), in 16 bits 2·n·m/(n+m) FLOP per byte: 64 for 64×64, and n·m/(n+m) =
-43 for one product at 128×64, all from the second-level cache, where a row of rectangles shares its
+multiply-adds (the full objective), in 16 bits 2·n·m/(n+m) FLOP per byte: 43 for 32×64, and n·m/(n+m) =
+51 for one product at 256×64, all from the second-level cache, where a row of rectangles shares its
 operands. So D 1024 and 1280 use the same tiles as D 512 and only take longer, and the share of the
 elementwise work, which is independent of D, falls.
 """
