@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -291,7 +291,16 @@ def parse(argv: list[str] | None = None) -> tuple[str, Any]:
     ):  # an option overrides either one of the file
         if name in given and other not in given and other in values:
             values[other] = None
-    return namespace.command, COMMANDS[namespace.command].settings(**values)
+    settings = COMMANDS[namespace.command].settings
+    if issubclass(settings, Config):
+        settings.check_given(values, _named(given, values))
+    return namespace.command, settings(**values)
+
+
+def _named(given: set[str], fields: Iterable[str]) -> set[str]:
+    """Return the settings that the words of the command line name, whole or by their first letters."""
+    whole = {name for name in fields if name in given}
+    return whole | {name for name in fields for word in given - whole if name.startswith(word)}
 
 
 def _parser_of(name: str, command: Command) -> ArgumentParser:
