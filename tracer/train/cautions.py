@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
+from torch import nn
+
 from tracer.evaluation.sets import EvaluationSet
+from tracer.models.clip import projections
 from tracer.train.config import Config
 from tracer.train.ranks import ranks
 
@@ -76,6 +79,17 @@ def _chosen(config: Config, name: str) -> bool:
     (field,) = (field for field in dataclasses.fields(config) if field.name == name)
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return getattr(config, name) != default
+
+
+def missing_parts(config: Config, model: nn.Module) -> list[str]:
+    """Return a sentence if a term of ``config`` does nothing because the model has not the weights that it is of."""
+    if not config.penalised or projections(model) is not None:
+        return []
+    weights = [f"--{name} {value:g}" for name in OF_PENALTIES if (value := getattr(config, name))]
+    return [
+        f"{' and '.join(weights)} {'has' if len(weights) == 1 else 'have'} no effect: a tower of the model does not "
+        "end with a linear projection (a ResNet ends with attention), so that there is none to penalise"
+    ]
 
 
 def resting_averages(config: Config) -> Iterator[str]:

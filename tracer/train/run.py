@@ -43,21 +43,22 @@ from tracer.files import (
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.architecture import Architecture
 from tracer.models.choice import check_model
-from tracer.models.clip import contrast_of, load_clip
+from tracer.models.clip import Clip, contrast_of, load_clip
 from tracer.models.freezing import freeze, lock_batchnorm, locked_buffers, trained_batchnorm
 from tracer.models.heads import START_HEAD, head_state
 from tracer.models.towers import checkpoint_activations
 from tracer.models.weights import first_not_finite, save_weights
-from tracer.train.cautions import cautions_of_sizes, idle_options, resting_averages
+from tracer.train.cached import refuse_batch_statistics
+from tracer.train.cautions import cautions_of_sizes, idle_options, missing_parts, resting_averages
 from tracer.train.checkpoint import WHOLE, Checkpoints
 from tracer.train.classifier import begin_classifier, check_classes
 from tracer.train.config import Config
 from tracer.train.engine import deepspeed_settings
-from tracer.train.extras import add_baseline
+from tracer.train.extras import add_baseline, check_extras
 from tracer.train.identity import IDENTITY, INDEX, Identity, differences_from, identity_of, training_index
 from tracer.train.log import StepLog, read_log
 from tracer.train.loggers import check_loggers
-from tracer.train.loop import Trained, train
+from tracer.train.loop import Trained, objective, train
 from tracer.train.ranks import Ranks, check_batch_size, check_mesh, join, ranks
 from tracer.train.scoring import (
     BEST,
@@ -139,6 +140,7 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
     here.agree(partial(begin_classifier, config, clip, index, sets))
     asked, config = config, with_form_of(config, clip)
     start = {name: value.clone() for name, value in clip.model.state_dict().items()}
+    notices += here.once(lambda: _say(missing_parts(config, clip.model)))
     prepare(config, clip.model)
     with ExitStack() as stack:
         own = here.leaders_first(lambda: identity_of(asked, index))
@@ -246,7 +248,11 @@ def _read_evaluation(config: Config, index: Index) -> list[EvaluationSet]:
 def _notices(config: Config, sets: list[EvaluationSet], series: Series | None) -> list[str]:
     """Print what the user should know before the training, and return it."""
     idle = [] if series else idle_options(config)
-    notices = [*idle, *resting_averages(config), *cautions_of_sizes(sets)]
+    return _say([*idle, *resting_averages(config), *cautions_of_sizes(sets)])
+
+
+def _say(notices: list[str]) -> list[str]:
+    """Print sentences as warnings, and return them."""
     for text in notices:
         warnings.warn(text, stacklevel=2)
     return notices
@@ -264,18 +270,45 @@ def _scorer(
 def prepare(config: Config, model: nn.Module) -> None:
     """Add adapters, freeze, lock BatchNorm and switch activation checkpointing on, as ``config`` says.
 
+    It prints which share of the model trains, where that is not all of it.
+
     Raises:
         UserError: the model does not allow what the settings ask for; names the settings.
     """
+    if share := _fit(config, model):
+        tqdm.write(str(share))
+
+
+def check_trainable(config: Config, clip: Clip) -> None:
+    """Refuse a run whose settings do not fit the model, as its training would, but before any training.
+
+    Args:
+        config: settings of the run.
+        clip: the start, which is changed and of no further use.
+
+    Raises:
+        UserError: the model does not allow what the settings ask for; names the settings.
+    """
+    config = with_form_of(config, clip)
+    clip.model.train()
+    _fit(config, clip.model)
+    objective(config, clip.model)
+    check_extras(config, clip.model)
+    if config.micro_batches(ranks().size) > 1:
+        refuse_batch_statistics(clip.model)
+
+
+def _fit(config: Config, model: nn.Module) -> Share | None:
+    """Change the model as ``config`` says; return which share of it trains, None for all of it."""
+    share = None
     if config.logit_bias is not None and contrast_of(model) == "sigmoid":
         nn.init.constant_(model.get_parameter("logit_bias"), config.logit_bias)
     if config.adapted:
-        tqdm.write(str(adapt(config, model)))
+        share = adapt(config, model)
     freeze(model, config.freeze, config.freeze_image_blocks, config.freeze_text_blocks)
     if config.freezing:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         share = Share(trained, sum(p.numel() for p in model.parameters()))
-        tqdm.write(str(share))
     add_baseline(config, model)
     lock_batchnorm(model, all_layers=config.lock_batchnorm)
     layer = trained_batchnorm(model)
@@ -290,6 +323,7 @@ def prepare(config: Config, model: nn.Module) -> None:
                 "step: add --lock_batchnorm true"
             )
         checkpoint_activations(model)
+    return share
 
 
 def _frozen(model: nn.Module) -> list[str]:
