@@ -218,7 +218,10 @@ R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pret
         (["demo", "--baseline", "wma"], "--baseline wma has no effect: --methods says which"),
         # Regression: an option whose value is the default looked unset, and was overridden silently.
         (["demo", "--teacher", "wma"], "--teacher wma has no effect: each of --methods has its own teacher"),
-        (["demo", "--methods", "[flyp, carot]", "--distill_w=0.9"], "carot has 1.0: leave --distill_weight out"),
+        (
+            ["demo", "--methods", "[flyp, carot]", "--distill_w=0.9"],
+            "carot has 1.0: leave --distill_weight out",
+        ),
         ([*CAROT, "--distill_weight", "0.9"], "in place of which --baseline carot has 1.0: leave"),
         ([*CAROT, "--positives", "true"], "in place of which --baseline carot has False: leave"),
         (["demo", "--train_data", "photos"], "settings are chosen by --validation PATH"),

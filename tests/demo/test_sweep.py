@@ -246,8 +246,14 @@ def test_a_model_without_transformers_is_refused_before_any_training(config, tmp
     ("changes", "says"),
     [
         # Regression: the methods before were trained first, for hours, and then the sweep ended.
-        ({"methods": ("flyp", "l2-sp"), "micro_batch": 4}, r'l2-sp at {"lr": 0.01} .*--l2_sp needs the whole'),
-        ({"methods": ("flyp", "linear-probe"), "zero_stage": 3}, "linear-probe at .*leave out --zero_stage 3"),
+        (
+            {"methods": ("flyp", "l2-sp"), "micro_batch": 4},
+            r'l2-sp at {"lr": 0.01} .*--l2_sp needs the whole',
+        ),
+        (
+            {"methods": ("flyp", "linear-probe"), "zero_stage": 3},
+            "linear-probe at .*leave out --zero_stage 3",
+        ),
         ({"methods": ("flyp",), "smoothing": 0.1, "contrast": "sigmoid"}, "flyp at .*--smoothing 0.1 has no"),
         ({"grid": {"freeze_image_blocks": [0, 9]}}, r'flyp at {"freeze_image_blocks": 9} of --grid: '),
     ],
@@ -268,7 +274,8 @@ def test_a_classifier_without_labels_is_refused_before_a_model_is_loaded(config,
         writer = csv.DictWriter(file, ["image", "captions"])
         writer.writeheader()
         writer.writerows(
-            {"image": str(config.train_data.parent / row["image"]), "captions": row["captions"]} for row in rows
+            {"image": str(config.train_data.parent / row["image"]), "captions": row["captions"]}
+            for row in rows
         )
     changes = {"train_data": tmp_path / "train.csv", "eval_data": {"same": config.eval_data["same"]}}
     own = dataclasses.replace(config, methods=("flyp", "linear-probe"), output=tmp_path / "run", **changes)

@@ -214,8 +214,14 @@ def test_the_users_own_settings_come_first():
         ({"l2_sp": 0.1, "micro_batch": 4}, "--l2_sp needs the whole weights in each pass: leave out"),
         ({"l2_sp": math.nan}, "--l2_sp is nan: it must be at least 0"),
         # Regression: such runs stood in the report under the name of the baseline.
-        ({"baseline": "wma", "method": "flyp"}, "--method flyp is not --baseline wma, whose method is tracer"),
-        ({"baseline": "ema", "teacher": "frozen"}, "--teacher frozen is not --baseline ema, whose teacher is"),
+        (
+            {"baseline": "wma", "method": "flyp"},
+            "--method flyp is not --baseline wma, whose method is tracer",
+        ),
+        (
+            {"baseline": "ema", "teacher": "frozen"},
+            "--teacher frozen is not --baseline ema, whose teacher is",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_one_line(config, changes, says):

@@ -157,9 +157,7 @@ DEFAULTS = {field.name: field.default for field in fields(SweepConfig)}
 
 
 def _without_effect(name: str, value: Any) -> UserError:
-    return UserError(
-        f"--{name} {value} has no effect: {DECIDED[name]}, so leave it out, or use finetune"
-    )
+    return UserError(f"--{name} {value} has no effect: {DECIDED[name]}, so leave it out, or use finetune")
 
 
 @dataclass

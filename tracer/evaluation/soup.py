@@ -40,6 +40,7 @@ def soup(config: SoupConfig) -> Path:
     files = [_file_of(run) for run in config.runs]
     architecture = _common_architecture(files)
     sets = _validation(config)
+    check_prompts(sets, "auto", str(files[0]))
     models = [load_file(file) for file in files]
     try:
         mixed = uniform(models) if config.kind == "uniform" else _mixed(config, sets, files, models)
@@ -97,7 +98,6 @@ def _mixed(
 ) -> Weights:
     """Return the greedy or the Fisher-weighted soup."""
     clip = load_clip("auto", str(files[0]))
-    check_prompts(sets, clip.tokenizer)
     clip.model.to(compute_device())
     if config.kind == "fisher":
         return fisher_weighted(models, [_fisher(clip, sets[0], model, config.workers) for model in models])

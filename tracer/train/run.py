@@ -51,7 +51,7 @@ from tracer.models.weights import first_not_finite, save_weights
 from tracer.train.cached import refuse_batch_statistics
 from tracer.train.cautions import cautions_of_sizes, idle_options, missing_parts, resting_averages
 from tracer.train.checkpoint import WHOLE, Checkpoints
-from tracer.train.classifier import begin_classifier, check_classes
+from tracer.train.classifier import begin_classifier, check_classes, prompts_of_training
 from tracer.train.config import Config
 from tracer.train.engine import deepspeed_settings
 from tracer.train.extras import add_baseline, check_extras
@@ -134,13 +134,14 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
     here.agree(lambda: deepspeed_settings(config))
     config = config.resolve(len(index))
     notices = here.once(lambda: _notices(config, sets, series))
+    prompts = here.agree(lambda: prompts_of_training(config, index, sets))
+    here.agree(lambda: check_prompts(sets, config.model, config.pretrained))
     torch.manual_seed(config.seed)  # for random initial weights, and for adapters of a given rank
     clip = here.leaders_first(lambda: load_clip(config.model, config.pretrained))
-    check_prompts(sets, clip.tokenizer)
-    here.agree(partial(begin_classifier, config, clip, index, sets))
+    here.agree(partial(begin_classifier, config, clip, index, prompts))
     asked, config = config, with_form_of(config, clip)
     start = {name: value.clone() for name, value in clip.model.state_dict().items()}
-    notices += here.once(lambda: _say(missing_parts(config, clip.model)))
+    notices += here.once(partial(_missing, config, clip.model))
     prepare(config, clip.model)
     with ExitStack() as stack:
         own = here.leaders_first(lambda: identity_of(asked, index))
@@ -249,6 +250,11 @@ def _notices(config: Config, sets: list[EvaluationSet], series: Series | None) -
     """Print what the user should know before the training, and return it."""
     idle = [] if series else idle_options(config)
     return _say([*idle, *resting_averages(config), *cautions_of_sizes(sets)])
+
+
+def _missing(config: Config, model: nn.Module) -> list[str]:
+    """Print which terms the model does not allow, and return it."""
+    return _say(missing_parts(config, model))
 
 
 def _say(notices: list[str]) -> list[str]:
