@@ -212,6 +212,9 @@ def test_points_and_rates(config):
         ({"methods": ("flyp", "r-adapter"), "freeze": "image"}, "--freeze image: r-adapter trains adapters"),
         ({"grid": {"rate": [1.0]}}, "--grid.rate is not a setting of a run"),
         ({"grid": {"lr": []}}, "--grid.lr has no values"),
+        # Regression: both passed the checks.
+        ({"grid": {"steps": [3, 4.0]}}, "--grid.steps has 4.0: --steps takes whole numbers"),
+        ({"grid": {"precision": [16]}}, "--grid.precision: a grid holds numbers, and --precision takes none"),
         ({"grid": {"lr": [1.0, 1.0]}}, "--grid.lr has a value twice"),
         ({"grid": {"lr": [0.0]}}, r'flyp at {"lr": 0.0} of --grid: --lr is 0.0: it must be above 0'),
         ({"grid": {"lr": [1.0], "lr_times": [1.0]}}, "--grid.lr and --grid.lr_times exclude each other"),
@@ -228,8 +231,10 @@ def test_what_makes_no_sense_is_one_line(config, tmp_path, monkeypatch, changes,
 
 
 @pytest.mark.parametrize(("name", "option"), [("same", "eval_data.same"), ("other", "train_data")])
-def test_validation_on_test_or_training_pictures_is_refused(config, tmp_path, name, option):
-    changes = {"validation": config.eval_data[name], "output": tmp_path / "run"}
+def test_validation_on_test_or_training_pictures_is_refused(config, tmp_path, monkeypatch, name, option):
+    """Regression: pictures that one option names from the working directory passed for others."""
+    monkeypatch.chdir(config.eval_data[name].parent)
+    changes = {"validation": Path(config.eval_data[name].name), "output": tmp_path / "run"}
     with pytest.raises(UserError, match=rf"png' is in --validation and in --{option}: a choice by pictures"):
         sweep(dataclasses.replace(config, **changes))
     assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shlex
 import time
 from pathlib import Path
@@ -150,12 +151,12 @@ def validation_set(config: SweepConfig, sets: list[EvaluationSet]) -> Evaluation
         raise UserError(
             "--validation has captions and no labels: methods are compared by classification, so label them"
         )
-    known = set(map(str, own.index.images))
+    known = {os.path.abspath(str(image)) for image in own.index.images}
     for option, index in [
         ("train_data", training),
         *((f"eval_data.{each.name}", each.index) for each in sets),
     ]:
-        shared = next((str(image) for image in index.images if str(image) in known), None)
+        shared = next((str(image) for image in index.images if os.path.abspath(str(image)) in known), None)
         if shared:
             raise UserError(
                 f"'{shared}' is in --validation and in --{option}: a choice by pictures of the training or of a "

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from tracer.demo.methods import METHODS
 from tracer.errors import UserError
@@ -137,6 +137,12 @@ class SweepConfig(Config):
                 )
             if not values:
                 raise UserError(f"--grid.{name} has no values: give a list of at least one")
+            kinds = NUMBERS.get(name, {float})
+            if not kinds:
+                raise UserError(f"--grid.{name}: a grid holds numbers, and --{name} takes none: leave it out")
+            fraction = next((value for value in values if isinstance(value, float)), None)
+            if fraction is not None and float not in kinds:
+                raise UserError(f"--grid.{name} has {fraction}: --{name} takes whole numbers, such as 10")
             if len(set(values)) < len(values):
                 raise UserError(f"--grid.{name} has a value twice: each trial is trained once")
         if {"lr", "lr_times"} <= self.grid.keys():
@@ -152,6 +158,9 @@ class SweepConfig(Config):
                     f"--kinds.{name} names no evaluation set: the sets are {', '.join(self.eval_data)}"
                 )
 
+
+# What numbers each setting of a run takes; whole ones count as fractions where these are taken.
+NUMBERS = {field.name: {int, float} & {field.type, *get_args(field.type)} for field in fields(Config)}
 
 DEFAULTS = {field.name: field.default for field in fields(SweepConfig)}
 
