@@ -128,6 +128,10 @@ def test_a_sweep_goes_on_and_refuses_another_grid(config, monkeypatch):
     stamps = {p: p.stat().st_mtime_ns for p in config.output.glob("*/student.safetensors")}
     sweep(dataclasses.replace(config, soups=False, seeds=1))
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
+    # Regression: where WiSE-FT is FLYP itself, each pair was told twice.
+    sweep(dataclasses.replace(config, soups=False, seeds=1, wise_alpha=1.0))
+    pairs = [(p["one"], p["other"], p["column"], p["measure"]) for p in results_of(config)["pairs"]]
+    assert len(set(pairs)) == len(pairs)
     monkeypatch.setattr(judge, "load_clip", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(
         UserError,

@@ -294,9 +294,9 @@ class Results:
 
     @cached_property
     def plain(self) -> Method | None:
-        """Return the method without regularisation: flyp, or else the first trained method."""
-        named = next((m for m in self.methods if m.key == "flyp"), None)
-        return named or next((m for m in self.methods if m.trained), None)
+        """Return the method without regularisation: flyp, or flyp-multi, or else the first trained method."""
+        named = [m for key in ("flyp", "flyp-multi") for m in self.methods if m.key == key]
+        return next((m for m in (*named, *self.methods) if m in named or m.trained), None)
 
     @cached_property
     def in_distribution(self) -> Column:
