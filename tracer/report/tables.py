@@ -140,7 +140,7 @@ class Mixture:
     scores: list[tuple[float, float]]  # accuracy and ece in each column of the summary
 
 
-KINDS = {"uniform": "uniform", "greedy": "greedy", "fisher": "Fisher-weighted"}
+MIXTURES = {"uniform": "uniform", "greedy": "greedy", "fisher": "Fisher-weighted"}
 
 
 def mixtures(results: Results) -> list[Mixture]:
@@ -156,7 +156,7 @@ def mixtures(results: Results) -> list[Mixture]:
         tested = [(f"chosen of {len(trials)} trials", trials[chosen["run"]], method.runs[0].eval)]
         for kind, soup in soups.items():
             of = f", {len(soup['trials'])} of {len(trials)} trials" if "trials" in soup else ""
-            name = KINDS.get(kind, kind) + of
+            name = MIXTURES.get(kind, kind) + of
             tested.append((name, number(soup["validation"]), scores_of(soup["eval"])))
         for name, validation, scores in tested:
             read = [(c.read(scores, "accuracy"), c.read(scores, "ece")) for c in columns]

@@ -127,7 +127,7 @@ BASELINES = {
 
 
 # Settings that tell one method from another: with another value a run is not the baseline that its tables name.
-KINDS = ("method", "teacher", "classifier", "positives")
+DECISIVE = ("method", "teacher", "classifier", "positives")
 
 
 @dataclass
@@ -196,7 +196,7 @@ class BaselineSettings:
                 f"--baseline is '{self.baseline}': it must be one of {', '.join(BASELINES)}, or left out"
             )
         own = {"method": "tracer"} | BASELINES[self.baseline].settings if self.baseline else {}
-        for name in KINDS:
+        for name in DECISIVE:
             if name in own and getattr(self, name) != own[name]:
                 raise UserError(
                     f"--{name} {getattr(self, name)} is not --baseline {self.baseline}, whose {name} is "

@@ -25,7 +25,7 @@ from tracer.data.loader import announce, choose
 from tracer.errors import UserError
 from tracer.evaluation.recognise import check_eval_data, check_prompts, read_sets
 from tracer.evaluation.record import digest_of_start, head, sentences
-from tracer.evaluation.sets import EvaluationSet
+from tracer.evaluation.sets import EvaluationSet, Prompts
 from tracer.files import (
     aside,
     check_ours,
@@ -134,8 +134,7 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
     here.agree(lambda: deepspeed_settings(config))
     config = config.resolve(len(index))
     notices = here.once(lambda: _notices(config, sets, series))
-    prompts = here.agree(lambda: prompts_of_training(config, index, sets))
-    here.agree(lambda: check_prompts(sets, config.model, config.pretrained))
+    prompts = here.agree(lambda: _check_prompts(config, index, sets))
     torch.manual_seed(config.seed)  # for random initial weights, and for adapters of a given rank
     clip = here.leaders_first(lambda: load_clip(config.model, config.pretrained))
     here.agree(partial(begin_classifier, config, clip, index, prompts))
@@ -244,6 +243,13 @@ def _read_evaluation(config: Config, index: Index) -> list[EvaluationSet]:
             f"--keep_best {config.keep_best} names no evaluation set: the sets are {', '.join(names)}"
         )
     return sets
+
+
+def _check_prompts(config: Config, index: Index, sets: list[EvaluationSet]) -> Prompts:
+    """Refuse prompts that no model could be scored with, and return those with which a classifier begins."""
+    prompts = prompts_of_training(config, index, sets)
+    check_prompts(sets, config.model, config.pretrained)
+    return prompts
 
 
 def _notices(config: Config, sets: list[EvaluationSet], series: Series | None) -> list[str]:
