@@ -13,6 +13,7 @@ from typing import Any
 from tracer.data.names import is_hidden, is_picture, note
 from tracer.data.sample import Fault, Sample
 from tracer.errors import UserError, how_to_install
+from tracer.words import counted
 
 CAPTION_SEPARATOR = "|"
 
@@ -52,7 +53,8 @@ def read_table(source: Path) -> Iterator[Sample | Fault]:
             last = image
             yield Sample(os.path.join(folder, image), label, captions)
     if hidden:
-        note(f"'{source}': left out {hidden} rows that name hidden files")
+        left_out = counted(hidden, "row that names a hidden file", "rows that name hidden files")
+        note(f"'{source}': left out {left_out}")
 
 
 Row = tuple[int, str, str | None, list[str]]  # line, picture, label and captions
