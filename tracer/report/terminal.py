@@ -18,7 +18,7 @@ from tracer.report.verdict import verdicts
 
 OF_INTERVALS = (
     "Second line of a cell: 95 % interval over the choice of the pictures. They are drawn in groups: the classes, "
-    "where the set has no others; in retrieval each picture alone."
+    "unless the column 'group' of a table or a published set names others; in retrieval each picture alone."
 )
 
 
