@@ -6,8 +6,8 @@ import gc
 import json
 import os
 import socket
+import threading
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tracer.train.run import prepare
 
 
 def count(config: Config, size: int, results: Path) -> dict[str, Any]:
-    """Return what rank 0 of real ranks keeps and sends in an early step of a run on random pictures."""
+    """Return what rank 0 of real ranks keeps and sends in the second step of a run on random pictures."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -48,30 +48,51 @@ def rank_main(rank: int, size: int, port: int, config: Config, results: Path) ->
     )  # fmt: skip
     join(60)
     torch.manual_seed(0)
-    accounts = Accounts()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocator:
+    accounts = Witness()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocator, accounts:
         clip = load_clip(config.model, None)
         prepare(config, clip.model)
         trainer = Trainer(config, clip.model)
         trainer.distinct = False
         trainer.step(1, [batch(config, rank, size)], measure=False)
-        spans = []  # ns of several steps: threads let go of some of what was sent late, so the least counts
-        for number in range(2, 6):
-            dist.barrier()
-            gc.collect()  # whatever of the step before lies in reference cycles
-            gc.disable()  # else what was allocated before decides when those of this step go, as in the dry run
-            began = time.time_ns()
-            with accounts if number == 2 else nullcontext():
-                trainer.step(number, [batch(config, rank, size)], measure=False)
-            spans.append((began, time.time_ns()))
+        dist.barrier()
+        gc.collect()  # whatever of the step before lies in reference cycles
+        gc.disable()  # else what was allocated before decides when those of this step go, as in the dry run
+        accounts.restart()
+        began = time.time_ns()
+        trainer.step(2, [batch(config, rank, size)], measure=False)
+        ended = time.time_ns()
     if rank == 0:
-        changes = allocations(allocator)
-        rest = min(sum(change for at, change in changes if at < began) for began, _ in spans)
-        peak = min(_peak(changes, *span) for span in spans)
+        rest = peak = total = 0
+        for at, change in sorted(allocations(allocator) + accounts.unseen):
+            total += change
+            if at < began:
+                rest = total
+            elif at < ended:
+                peak = max(peak, total)
         sent = [[name, list(group), list(sent)] for (name, group), sent in accounts.sent.items()]
         results.write_text(json.dumps({"rest": rest, "peak": peak, "sent": sent}))
     dist.barrier()
     dist.destroy_process_group()
+
+
+class Witness(Accounts):
+    """Accounts that note what other threads than the main one give back: the profiler does not hear of it.
+
+    A thread of gloo holds what it sends, and is now and then the last to let go of it.
+
+    Attributes:
+        unseen: the moment in ns, and the bytes, negative.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unseen: list[tuple[int, int]] = []
+
+    def _add(self, kind: str, size: int) -> None:
+        super()._add(kind, size)
+        if threading.get_ident() != threading.main_thread().ident:
+            self.unseen.append((time.time_ns(), size))
 
 
 def batch(config: Config, rank: int, size: int) -> Batch:
@@ -80,17 +101,7 @@ def batch(config: Config, rank: int, size: int) -> Batch:
     return Batch(image, text, torch.arange(n) + rank * n, torch.arange(n))
 
 
-def _peak(changes: list[tuple[int, int]], began: int, ended: int) -> int:
-    """Return the most bytes at any moment between two."""
-    total = peak = 0
-    for at, change in changes:
-        total += change
-        if began <= at < ended:
-            peak = max(peak, total)
-    return peak
-
-
 def allocations(allocator: Any) -> list[tuple[int, int]]:
     """Return what the allocator gave and took back: the moment in ns, and the bytes."""
     events = allocator.profiler.kineto_results.events()
-    return sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
@@ -29,6 +30,7 @@ from safetensors.torch import load_file
 from spoiled_sets import silent
 
 from tracer.data.batches import TrainingBatches
+from tracer.data.decoded import DecodedPictures
 from tracer.errors import Refused, Stopped, UserError
 from tracer.files import aside
 from tracer.losses import TracerLoss
@@ -204,6 +206,47 @@ def signalled_within_a_step() -> None:
         assert file.read_bytes() == (whole / file.name).read_bytes(), file.name
 
 
+def signalled_within_an_evaluation() -> None:
+    """The first rank scores while another has the signal: it leaves off, and all stop. The next attempt scores."""
+    sets = {"eval_data": {"test": folder() / "train.csv"}, "eval_every": 1}
+    changes = {"steps": 2, "warmup": 0, "zero_stage": 2, **sets}
+    config = dataclasses.replace(settings(), output=folder() / "evaluation", **changes)
+    whole, begun, mark = DecodedPictures.batches, [], folder() / "evaluates"
+    gathered = loop.gathered
+
+    def slow(*args: Any, **options: Any) -> Iterator[Any]:
+        for batch in whole(*args, **options):
+            begun.append(1)
+            mark.touch()
+            time.sleep(3)  # several looks of the watch
+            yield batch
+
+    def signalled(*args: Any) -> Any:
+        weights = gathered(*args)
+        if dist.get_rank():
+            while not mark.exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return weights
+
+    with (
+        mock.patch("tracer.evaluation.zero_shot.PICTURES_AT_ONCE", 8),
+        mock.patch.object(DecodedPictures, "batches", slow),
+        mock.patch.object(loop, "gathered", signalled),
+        pytest.raises(Stopped) as e,
+    ):
+        finetune(config)
+    assert e.value.code == 0
+    assert "stopped after step 1 of 2, which is saved" in str(e.value)
+    assert len(begun) <= 1
+    dist.barrier()
+    assert newest(aside(config.output)).name == "checkpoint-1"
+    dist.barrier()
+    run = finetune(config)
+    dist.barrier()
+    assert all("eval/student/test/accuracy" in row for row in read_log(run))
+
+
 def signalled_after_the_last_point() -> None:
     """All ranks stop, though one alone has heard of it; without that the others would wait for it for ever."""
     config = dataclasses.replace(settings(), output=folder() / "signalled", steps=2, warmup=0)
@@ -313,7 +356,7 @@ def refused() -> None:
     config = dataclasses.replace(settings(), output=folder() / "refused")
     with pytest.raises(UserError, match="equally: give"):
         finetune(dataclasses.replace(config, batch_size=12 * size + 1))
-    with pytest.raises(UserError, match="--mesh 3x2 has 6 places, and there are 2 ranks: give two numbers"):
+    with pytest.raises(UserError, match="--mesh 3x2 has 6 places, and the run has 2 ranks: give two numbers"):
         finetune(dataclasses.replace(config, mesh="3x2"))
     resnet = {"model": str(folder() / "resnet.json"), "pretrained": None, "projection_orthogonal": 0.0}
     with pytest.raises(
@@ -392,4 +435,5 @@ def cases(world_size: int) -> dict[str, Callable[[], None]]:
     table["spoiled-on-other-numbers-of-ranks"] = spoiled_on_other_numbers_of_ranks
     table |= {"damaged-on-one-rank": damaged_on_one_rank, "signalled-within-a-step": signalled_within_a_step}
     table |= {"signalled-late": signalled_after_the_last_point}
+    table |= {"signalled-within-an-evaluation": signalled_within_an_evaluation}
     return table | {"refused": refused}

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -38,6 +38,7 @@ from tracer.options import NAMED, check_command, check_options, normalised, unkn
 from tracer.settings import check_set_names
 from tracer.train.config import Config
 from tracer.train.finished import FoldConfig, ShowConfig, WiseConfig
+from tracer.words import counted
 
 # Each command imports its libraries when it runs, so that --help and bad options answer at once.
 
@@ -66,7 +67,7 @@ def _finetune(config: Config) -> None:
 
 def _dry_run(config: Config, ranks: int) -> None:
     config.validate()
-    what = f"dry run of {config.model} on {ranks:,} ranks"
+    what = f"dry run of {config.model} on {counted(ranks, 'rank')}"
     print(f"{what}: counting one step of one of them; a large model takes minutes", flush=True)
     try:
         from tracer.train.dry_report import report
@@ -293,14 +294,8 @@ def parse(argv: list[str] | None = None) -> tuple[str, Any]:
             values[other] = None
     settings = COMMANDS[namespace.command].settings
     if issubclass(settings, Config):
-        settings.check_given(values, _named(given, values))
+        settings.check_given(values, given)
     return namespace.command, settings(**values)
-
-
-def _named(given: set[str], fields: Iterable[str]) -> set[str]:
-    """Return the settings that the words of the command line name, whole or by their first letters."""
-    whole = {name for name in fields if name in given}
-    return whole | {name for name in fields for word in given - whole if name.startswith(word)}
 
 
 def _parser_of(name: str, command: Command) -> ArgumentParser:

@@ -19,14 +19,14 @@ class Stopped(BaseException):
         together: whether all ranks of the run have agreed to stop here; otherwise this one alone was asked to.
 
     Attributes:
-        together: as given.
+        signal, together: as given.
         code: the exit code: 0 where SIGTERM was obeyed and the work saved, since the system that sent it did what
             it should; else 128 + the signal's number, as shells have it.
     """
 
     def __init__(self, message: str, signal: int, saved: bool = False, together: bool = False) -> None:
         super().__init__(message)
-        self.together = together
+        self.signal, self.together = signal, together
         self.code = 0 if saved and signal == SIGTERM else 128 + signal
 
 

@@ -133,7 +133,12 @@ def test_masked_and_augmented_features_equal_a_plain_torch_loop(config, kind):
         losses.append(loss.item())
     assert [row["loss"] for row in log] == pytest.approx(losses, rel=2e-3)
     for name, value in clip.model.state_dict().items():
-        torch.testing.assert_close(student[name], value, rtol=2e-3, atol=2e-3)
+        own = student[name]
+        if name.endswith(
+            "in_proj_bias"
+        ):  # Adam makes steps of the rounding of a key bias's gradient, which is 0
+            own, value = (bias.view(3, -1)[[0, 2]] for bias in (own, value))
+        torch.testing.assert_close(own, value, rtol=2e-3, atol=2e-3)
 
 
 ALONE = {"interactive": 0.0, "cross": 0.0, "feature": 0.0, "projection_product": 0.0, "teacher": "frozen"}
@@ -173,7 +178,12 @@ def test_a_baseline_equals_a_plain_torch_loop(config, changes):
         losses.append(loss.item())
     assert [row["loss"] for row in log] == pytest.approx(losses, rel=2e-3)
     for name, value in clip.model.state_dict().items():
-        torch.testing.assert_close(student[name], value, rtol=2e-3, atol=2e-3)
+        own = student[name]
+        if name.endswith(
+            "in_proj_bias"
+        ):  # Adam makes steps of the rounding of a key bias's gradient, which is 0
+            own, value = (bias.view(3, -1)[[0, 2]] for bias in (own, value))
+        torch.testing.assert_close(own, value, rtol=2e-3, atol=2e-3)
 
 
 def test_a_switch_sets_what_its_source_says():

@@ -29,13 +29,12 @@ SMALL = {
     "text_cfg": {"context_length": 16, "vocab_size": 1000, "width": 64, "heads": 2, "layers": 2},
 }
 GB, K = 1e9, 1024
-BUCKET = 100_000  # elements
 
 
 def config(folder: Path, **settings) -> Config:
     (folder / "small.json").write_text(json.dumps(SMALL))
     # DeepSpeed's buckets of 500 million elements would hide all else.
-    small = {"zero_optimization": {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}}
+    small = {"zero_optimization": {"reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000}}
     (folder / "deepspeed.json").write_text(json.dumps(small))
     given = {"batch_size": 48, "precision": "fp32", "steps": 10, "deepspeed": folder / "deepspeed.json"}
     model = folder / "small.json"
@@ -48,25 +47,16 @@ def config(folder: Path, **settings) -> Config:
         {"zero_stage": 2, "micro_batch": 8},
         {"zero_stage": 1, "precision": "bf16", "grad_checkpointing": True},
         {"zero_stage": 0},
+        {"zero_stage": 3},
     ],
-    ids=["cached gradients", "recomputed activations", "stage 0"],
+    ids=["cached gradients", "recomputed activations", "stage 0", "stage 3"],
 )
 def test_a_dry_run_counts_what_two_real_ranks_allocate_and_send(settings, tmp_path):
     run = config(tmp_path, **settings)
     real = dry_ranks.count(run, 2, tmp_path / "results.json")
     dry = dry_run(run, 2, impl="blocked")
-    # DeepSpeed holds up to three of its buckets longer or not, from run to run.
-    for counted, measured in ((dry.at_rest, real["rest"]), (dry.at_peak, real["peak"])):
-        more = measured - sum(counted.values())
-        assert -0.05 * measured <= more <= 0.05 * measured + 3 * 4 * BUCKET
-    assert [[name, list(group), list(sent)] for (name, group), sent in dry.sent.items()] == real["sent"]
-
-
-def test_a_dry_run_at_stage_3_counts_what_two_real_ranks_send(tmp_path):
-    """Regression: DeepSpeed compares the order of the layers of all ranks, which it reads from tensors."""
-    run = config(tmp_path, zero_stage=3)
-    real = dry_ranks.count(run, 2, tmp_path / "results.json")
-    dry = dry_run(run, 2, impl="blocked")
+    assert sum(dry.at_rest.values()) == pytest.approx(real["rest"], rel=0.01)
+    assert sum(dry.at_peak.values()) == pytest.approx(real["peak"], rel=0.05)
     assert [[name, list(group), list(sent)] for (name, group), sent in dry.sent.items()] == real["sent"]
 
 

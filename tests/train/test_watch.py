@@ -83,6 +83,21 @@ def test_a_rank_that_is_stopped_alone_on_its_host_ends_too(tmp_path):
     assert re.fullmatch(LINE.format(1, 5, reason), line)
 
 
+def test_a_job_that_is_suspended_as_a_whole_goes_on(tmp_path):
+    """As Slurm suspends one. Regression: each rank took the time for silence of the others, and ended all."""
+    ranks = watched_ranks.start(3, tmp_path, 3.0)
+    wait_for_step(tmp_path, 3)
+    for number, pause in ((signal.SIGSTOP, 6.0), (signal.SIGCONT, 0.0)):
+        for process in ranks:
+            os.kill(process.pid, number)
+        time.sleep(pause)
+    wait_for_step(tmp_path, int((tmp_path / "1.step").read_text()) + 100)
+    for process in ranks:
+        os.kill(process.pid, signal.SIGTERM)
+    assert all_end(ranks, within=60) == [0, 0, 0]
+    assert not said(tmp_path)
+
+
 def test_both_sides_of_a_cut_link_end_and_say_so(tmp_path):
     with watched_ranks.cut_link(3, tmp_path, 3.0) as (ranks, link):
         wait_for_step(tmp_path, 3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -127,13 +126,12 @@ def _groups_of(path: Path, index: Index) -> list[str]:
         separator = separator_of(path, file.readline())
         file.seek(0)
         rows = csv.DictReader(file, skipinitialspace=True, delimiter=separator)
-        header = rows.fieldnames or []
+        rows.fieldnames = header = [name.strip() for name in rows.fieldnames or []]
         if "group" not in header:
             return []
         picture = "image" if "image" in header else "filepath"
-        folder = f"{path.parent}{os.sep}"
-        group = {os.path.join(folder, row[picture].strip()): row["group"].strip() for row in rows}
-    return [group[str(image)] for image in map(os.fspath, index.images)]
+        group = {path.parent / row[picture].strip(): row["group"].strip() for row in rows}
+    return [group[Path(image)] for image in index.images]
 
 
 def _check(each: EvaluationSet, given: Prompts) -> None:

@@ -37,6 +37,7 @@ def evaluate_sets(
     decoded: DecodedPictures | None = None,
     max_bad: float = 0.0,
     precision: str = "fp32",
+    point: Callable[[], None] | None = None,
 ) -> dict[str, Scored]:
     """Score a model on every set: by name, what the set's rules give.
 
@@ -47,16 +48,17 @@ def evaluate_sets(
         decoded: where pictures stay decoded for the next model; default: nowhere.
         max_bad: share of a set's pictures that may fail; they are named in a note and not scored.
         precision: fp32, or amp_bf16 for towers in bfloat16 autocast; logits are in float32 in any case.
+        point: called before each batch of pictures and of texts; what it raises ends the evaluation.
 
     Raises:
         UserError: a feature is not finite, or more pictures fail.
     """
     weights: dict[int, Tensor] = {}  # by the prompts, which several sets may share
     scored: dict[str, Scored] = {}
-    how: dict[str, Any] = {"workers": workers, "decoded": decoded, "precision": precision}
+    how: dict[str, Any] = {"workers": workers, "decoded": decoded, "precision": precision, "point": point}
     for each in sets:
         if not each.retrieval and id(each.prompts) not in weights:
-            weights[id(each.prompts)] = classifier(clip, each.prompts, precision=precision)
+            weights[id(each.prompts)] = classifier(clip, each.prompts, precision=precision, point=point)
 
         skipped = Skipped(len(each.index), max_bad)
         if each.retrieval:
@@ -98,7 +100,13 @@ def _without(each: EvaluationSet, skipped: Skipped) -> EvaluationSet:
 
 
 @torch.inference_mode()
-def classifier(clip: Clip, prompts: dict[str, list[str]], *, precision: str = "fp32") -> Tensor:
+def classifier(
+    clip: Clip,
+    prompts: dict[str, list[str]],
+    *,
+    precision: str = "fp32",
+    point: Callable[[], None] | None = None,
+) -> Tensor:
     """Return zero-shot weights [C, D]: per class the normalised mean of its prompts' normalised features.
 
     This is prompt ensembling in feature space (Radford et al. 2021, arXiv 2103.00020, section 3.1.4). The
@@ -115,7 +123,7 @@ def classifier(clip: Clip, prompts: dict[str, list[str]], *, precision: str = "f
     sizes = torch.tensor([len(group) for group in prompts.values()])
     owner = torch.repeat_interleave(torch.arange(len(prompts)), sizes)
     sums, start = None, 0
-    for features in _text_features(clip, texts, precision):
+    for features in _text_features(clip, texts, precision, point):
         if sums is None:
             sums = features.new_zeros(len(prompts), features.shape[1])
         sums.index_add_(0, owner[start : start + len(features)].to(features.device), features)
@@ -124,12 +132,16 @@ def classifier(clip: Clip, prompts: dict[str, list[str]], *, precision: str = "f
     return F.normalize(sums, dim=-1)
 
 
-def _text_features(clip: Clip, texts: list[str], precision: str) -> Iterator[Tensor]:
+def _text_features(
+    clip: Clip, texts: list[str], precision: str, point: Callable[[], None] | None
+) -> Iterator[Tensor]:
     """Yield the normalised features of texts, [≤ TEXTS_AT_ONCE, D] float32 at a time."""
     clip.model.eval()
     device = next(clip.model.parameters()).device
     parts = range(0, len(texts), TEXTS_AT_ONCE)
     for start in tqdm(parts, desc="encoding prompts", leave=False, delay=3):
+        if point:
+            point()
         tokens = clip.tokenizer(texts[start : start + TEXTS_AT_ONCE]).to(device)
         with autocast(device, precision):
             features = clip.model.encode_text(tokens, normalize=True)
@@ -145,6 +157,7 @@ def _picture_features(
     decoded: DecodedPictures | None,
     skipped: Skipped | None,
     precision: str,
+    point: Callable[[], None] | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the normalised features of pictures in order, [≤ PICTURES_AT_ONCE, D] float32, and their numbers."""
     clip.model.eval()
@@ -153,6 +166,8 @@ def _picture_features(
     batches = store.batches(index, clip.picture_format, PICTURES_AT_ONCE, workers, device, skipped)
     with tqdm(total=len(index), desc=index.name, unit="image", leave=False, delay=3) as bar:
         for images, rows in batches:
+            if point:
+                point()
             with autocast(device, precision):
                 features = clip.model.encode_image(images, normalize=True)
             features = features.float() if precision == "fp32" else F.normalize(features.float(), dim=-1)
@@ -176,6 +191,7 @@ def predict(
     decoded: DecodedPictures | None = None,
     skipped: Skipped | None = None,
     precision: str = "fp32",
+    point: Callable[[], None] | None = None,
 ) -> Predictions:
     """Classify the pictures of a set; no more logits than those of a batch of pictures are in memory.
 
@@ -185,7 +201,7 @@ def predict(
         clip: the model, on the device of ``weights``.
         each: the set.
         weights: zero-shot weights [C, D] of a :func:`classifier` of its prompts.
-        workers, decoded, precision: see :func:`evaluate_sets`.
+        workers, decoded, precision, point: see :func:`evaluate_sets`.
         skipped: the pictures that fail; without it one raises UndecodableError.
 
     Raises:
@@ -195,7 +211,7 @@ def predict(
     scale, bias, contrast = logit_scale(clip), clip.logit_bias, clip.form.contrast
     choose, truth = _choice(each, weights.device), torch.from_numpy(each.truth)
     parts = []
-    for features, rows in _picture_features(clip, each.index, workers, decoded, skipped, precision):
+    for features, rows in _picture_features(clip, each.index, workers, decoded, skipped, precision, point):
         logits = choose(scale * features @ weights.T + bias)
         parts.append(Predictions.of(logits, truth[rows].to(logits.device), contrast))
     return Predictions.joined(parts)
@@ -226,24 +242,27 @@ def retrieve(
     decoded: DecodedPictures | None = None,
     skipped: Skipped | None = None,
     precision: str = "fp32",
+    point: Callable[[], None] | None = None,
 ) -> Ranks:
     """Rank all captions of a set for each picture, and all pictures for each caption.
 
     Args:
         clip: the model, on the device where it shall run.
         index: pictures with captions.
-        workers, decoded, precision: see :func:`evaluate_sets`.
+        workers, decoded, precision, point: see :func:`evaluate_sets`.
         skipped: the pictures that fail, which are ranked no more than their captions; see :func:`predict`.
 
     Raises:
         UserError: more pictures fail than ``skipped`` allows, or a feature is not finite.
     """
-    features, rows = zip(*_picture_features(clip, index, workers, decoded, skipped, precision), strict=True)
+    features, rows = zip(
+        *_picture_features(clip, index, workers, decoded, skipped, precision, point), strict=True
+    )
     images, index = torch.cat(features), index.take(torch.cat(rows).numpy())
     counts = torch.tensor([index.caption_count(row) for row in range(len(index))])
     texts = [caption for captions in index.captions for caption in captions]
     owner = torch.repeat_interleave(torch.arange(len(index)), counts).to(images.device)
-    return ranks(images, torch.cat(list(_text_features(clip, texts, precision))), owner)
+    return ranks(images, torch.cat(list(_text_features(clip, texts, precision, point))), owner)
 
 
 def logit_scale(clip: Clip) -> Tensor:

@@ -11,6 +11,7 @@ from tracer.evaluation.sets import EvaluationSet
 from tracer.models.clip import projections
 from tracer.train.config import Config
 from tracer.train.ranks import ranks
+from tracer.words import counted
 
 FEW_PICTURES = 100  # below it the standard error of an accuracy can exceed 5 points
 
@@ -29,7 +30,10 @@ def caution_of_size(name: str, pictures: int) -> str | None:
     if pictures >= FEW_PICTURES:
         return None
     error = 50 / pictures**0.5  # of an accuracy of 50 %, the worst case
-    return f"'{name}' has {pictures} pictures: an accuracy on it has a standard error of up to {error:.0f} points"
+    return (
+        f"'{name}' has {counted(pictures, 'picture')}: an accuracy on it has a standard error of up to "
+        f"{error:.0f} points"
+    )
 
 
 def cautions_of_sizes(sets: Iterable[EvaluationSet]) -> list[str]:

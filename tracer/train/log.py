@@ -18,6 +18,8 @@ from tracer.errors import UserError
 from tracer.files import whole_file
 from tracer.train.loggers import LOGGERS, Logger
 
+SCORES = "eval/"  # what the names of scores begin with
+
 
 class StepLog:
     """A log with a row of scalars per optimizer step, in ``log.jsonl`` and in each of the ``loggers``.
@@ -34,6 +36,7 @@ class StepLog:
 
     Attributes:
         skipped: how many of all rows tell of a skipped step (``skipped`` is 1).
+        evaluated: whether the last row of an earlier attempt has scores.
         skipped_in_a_row: how many of the last rows do so; steps that fp16 skipped for too large a loss scale
             (``overflow`` is 1) are left out of this count.
 
@@ -53,6 +56,7 @@ class StepLog:
         self._loggers: list[Logger] = []
         self._rows: list[tuple[int, dict[str, Tensor | float]]] = []
         self.skipped = self.skipped_in_a_row = 0
+        self.evaluated = False
         self._file: TextIO | None = None
         if folder is not None:
             self._open(folder, after)
@@ -68,7 +72,22 @@ class StepLog:
             )
         for row in read_log(folder):
             self._count(row)
-        self._file = path.open("a")
+            self.evaluated = any(name.startswith(SCORES) for name in row)
+        self._file, self._path = path.open("a"), path
+
+    def amend(self, values: Mapping[str, float]) -> None:
+        """Add the scores that an earlier attempt could not wait for to the row of its last step."""
+        if self._file is None or not values:
+            return
+        *before, last = self._path.read_text().splitlines(keepends=True)
+        row = json.loads(last)
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._file.close()
+        with whole_file(self._path) as part:
+            part.write_text("".join(before) + json.dumps({**row, **finite}, allow_nan=False) + "\n")
+        self._file = self._path.open("a")
+        for logger in self._loggers:
+            logger.add(int(row["step"]), finite)
 
     def write(self, step: int, values: Mapping[str, Tensor | float]) -> None:
         """Note the values of one step: numbers, or tensors of one element.

@@ -59,6 +59,7 @@ from tracer.train.log import Shown, StepLog
 from tracer.train.ranks import ranks
 from tracer.train.scoring import Scorer, Weights
 from tracer.train.stop import StopHere, stop_requests
+from tracer.words import counted
 
 if TYPE_CHECKING:
     from tracer.train.engine import DeepSpeedEngine
@@ -319,6 +320,11 @@ def train(
     bar = tqdm(steps, desc=title, unit="step", initial=done, total=total, disable=not here.first)
     shown = Shown(bar, config.batch_size * config.accumulation)
 
+    def scores(step: int) -> dict[str, float]:
+        if not (config.eval_every and step and (step % config.eval_every == 0 or step == total)):
+            return {}
+        return evaluate_now(step, engine, averages, scorer, request.leave_off)
+
     def save(step: int) -> None:
         here.watch.at(step, "saves")
         log.sync()  # before the checkpoint, which relies on the log's rows
@@ -330,13 +336,13 @@ def train(
     with bar, stop_requests(not here.first, here.rank, here.size) as request:
         here.watch.request = request
         try:
+            if not here.once(lambda: log.evaluated):  # the attempt before was asked to stop meanwhile
+                log.amend(scores(done))
+            request.point()
             for step in bar:
                 measure = step % MEASURE_EVERY == 0 or step == total
                 scalars = trainer.step(step, islice(batches, config.accumulation), measure, request.point)
-                if config.eval_every and (step % config.eval_every == 0 or step == total):
-                    here.watch.at(step, "evaluates")
-                    scalars |= evaluate_now(step, engine, averages, scorer)
-                log.write(done := step, scalars)
+                log.write(done := step, scalars | scores(step))
                 shown.update(scalars["loss"], log.skipped)
                 if log.skipped_in_a_row >= config.max_skipped:
                     _end_not_finite(trainer, step, log.skipped_in_a_row, index)
@@ -394,21 +400,39 @@ def gathered(engine: DeepSpeedEngine, averages: Averages) -> tuple[Weights, Weig
 
 
 def evaluate_now(
-    step: int, engine: DeepSpeedEngine, averages: Averages, scorer: Scorer | None
+    step: int,
+    engine: DeepSpeedEngine,
+    averages: Averages,
+    scorer: Scorer | None,
+    leave_off: Callable[[], None],
 ) -> dict[str, float]:
-    """Return the scores of the present weights as scalars to log, measured by the first rank; call it on all."""
+    """Return the scores of the present weights as scalars to log, measured by the first rank; call it on all.
+
+    They are empty where ``leave_off`` has ended the evaluation, since the run is about to stop.
+    """
+    ranks().watch.at(step, "evaluates")
     _, student, teacher = gathered(engine, averages)
-    return ranks().once(lambda: scorer.during(step, student, teacher) if scorer else {})
+
+    def measure() -> dict[str, float]:
+        try:
+            return scorer.during(step, student, teacher, leave_off) if scorer else {}
+        except StopHere:
+            return {}
+
+    return ranks().once(measure)
 
 
 def _stopped(number: int | None, done: int, total: int) -> Stopped:
     assert number is not None  # the signal that asked for it
+    return Stopped(stopped_after(done, total), number, saved=done > 0, together=True)
+
+
+def stopped_after(done: int, total: int) -> str:
+    """Return the last word of a run that a signal has stopped after ``done`` of its steps."""
     what = (
         f"after step {done} of {total}, which is saved" if done else "in the first step; nothing is saved yet"
     )
-    return Stopped(
-        f"stopped {what}; the same command goes on from there", number, saved=done > 0, together=True
-    )
+    return f"stopped {what}; the same command goes on from there"
 
 
 def _end_not_finite(trainer: Trainer, step: int, skipped: int, index: Index) -> None:
@@ -427,9 +451,9 @@ def _end_not_finite(trainer: Trainer, step: int, skipped: int, index: Index) -> 
 
     def end() -> None:
         raise UserError(
-            f"the loss or its gradient was not finite in {skipped} steps in a row; the last is step {step}, "
-            f"{batches} with {named}{more}{whose}: lower --lr, give a --clip_grad above 0, or check the start's "
-            "weights (--max_skipped sets the bound)"
+            f"the loss or its gradient was not finite in {counted(skipped, 'step')} in a row; the last is "
+            f"step {step}, {batches} with {named}{more}{whose}: lower --lr, give a --clip_grad above 0, or check "
+            "the start's weights (--max_skipped sets the bound)"
         )
 
     here.agree(end)

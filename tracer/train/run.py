@@ -6,7 +6,8 @@ import os
 import socket
 import time
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from tracer.data.begun import keep
 from tracer.data.build import check_sources
 from tracer.data.index import Index
 from tracer.data.loader import announce, choose
-from tracer.errors import UserError
+from tracer.errors import Stopped, UserError
 from tracer.evaluation.recognise import check_eval_data, check_prompts, read_sets
 from tracer.evaluation.record import digest_of_start, head, sentences
 from tracer.evaluation.sets import EvaluationSet, Prompts
@@ -58,7 +59,7 @@ from tracer.train.extras import add_baseline, check_extras
 from tracer.train.identity import IDENTITY, INDEX, Identity, differences_from, identity_of, training_index
 from tracer.train.log import StepLog, read_log
 from tracer.train.loggers import check_loggers
-from tracer.train.loop import Trained, objective, train
+from tracer.train.loop import Trained, objective, stopped_after, train
 from tracer.train.ranks import Ranks, check_batch_size, check_mesh, join, ranks
 from tracer.train.scoring import (
     BEST,
@@ -129,7 +130,6 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
     choose(config, compute_device())  # refuses a loader that is missing
     # The data first: most mistakes are made there. One rank builds an index, the others find it in the cache.
     index = here.leaders_first(lambda: training_index(config))
-    check_classes(config, index)
     sets = here.agree(lambda: _read_evaluation(config, index) if here.first else [])
     here.agree(lambda: deepspeed_settings(config))
     config = config.resolve(len(index))
@@ -161,6 +161,7 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
                 note_start(config, index, sets, here)
             scorer = _scorer(config, sets, start, folder, series) if here.first else None
             title = series.title if series else config.output.name
+            stack.enter_context(_saved_when_trained(checkpoints, config.total_steps))
             trained = train(config, clip, index, log, checkpoints, scorer, title)
         if scorer is None:  # another rank than the first
             return config.output
@@ -189,6 +190,17 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
         if is_marked(unneeded):
             remove_tree(unneeded)
     return config.output
+
+
+@contextmanager
+def _saved_when_trained(checkpoints: Checkpoints, total: int) -> Iterator[None]:
+    """Say of a signal that comes after the last step, while the first rank scores, that all is saved."""
+    try:
+        yield
+    except Stopped as stopped:
+        if stopped.together or checkpoints.step < total:
+            raise
+        raise Stopped(stopped_after(total, total), stopped.signal, saved=True) from None
 
 
 def _check_folders(config: Config) -> None:
@@ -246,7 +258,8 @@ def _read_evaluation(config: Config, index: Index) -> list[EvaluationSet]:
 
 
 def _check_prompts(config: Config, index: Index, sets: list[EvaluationSet]) -> Prompts:
-    """Refuse prompts that no model could be scored with, and return those with which a classifier begins."""
+    """Refuse classes and prompts that say nothing to any model; return those that a classifier begins with."""
+    check_classes(config, index)
     prompts = prompts_of_training(config, index, sets)
     check_prompts(sets, config.model, config.pretrained)
     return prompts

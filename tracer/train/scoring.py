@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -110,12 +111,17 @@ class Scorer:
             model: {of: finite(each.score) for of, each in sets.items()} for model, sets in scored.items()
         }
 
-    def during(self, step: int, student: Weights, teacher: Weights | None) -> dict[str, float]:
-        """Return the scalars to log of the weights after a step, and keep them if they are the best so far."""
+    def during(
+        self, step: int, student: Weights, teacher: Weights | None, point: Callable[[], None]
+    ) -> dict[str, float]:
+        """Return the scalars to log of the weights after a step, and keep them if they are the best so far.
+
+        ``point`` is called between batches; what it raises ends the evaluation.
+        """
         models = whole_models(self.config, self.start, student, teacher)
         rows: dict[str, float] = {}
         for name, state in models.items():
-            for of, each in self._measure(state, self._form).items():
+            for of, each in self._measure(state, self._form, point).items():
                 measures = dict.fromkeys([each.score["measure"], "accuracy", "ece"])
                 rows |= {f"eval/{name}/{of}/{m}": each.score[m] for m in measures if m in each.score}
         if self.config.keep_best:
@@ -144,7 +150,7 @@ class Scorer:
         """The form of what is trained."""
         return trained_form(self.config, self._loaded())
 
-    def _measure(self, state: Weights, form: Form) -> Baseline:
+    def _measure(self, state: Weights, form: Form, point: Callable[[], None] | None = None) -> Baseline:
         clip = dataclasses.replace(self._loaded(), trained_with=form)
         load_state(clip.model, state)
         return evaluate_sets(
@@ -153,6 +159,7 @@ class Scorer:
             workers=self.config.workers,
             decoded=self._decoded,
             max_bad=self.config.max_bad,
+            point=point,
         )
 
     def _loaded(self) -> Clip:

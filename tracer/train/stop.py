@@ -76,6 +76,15 @@ class StopRequest:
             if self._passed == self._target:
                 raise StopHere
 
+    def leave_off(self) -> None:
+        """Leave work off that one rank does while the others wait, if the run stops at the next point.
+
+        Raises:
+            StopHere: it does. The caller tells the others, and passes that point as they do.
+        """
+        if self._closed or (self._size == 1 and self.signal is not None):
+            raise StopHere
+
     def tick(self, store: Any) -> None:
         """Take part in the agreement of the ranks; the watch calls this a few times a second, in its thread."""
         if self._target is not None or self._size == 1:

@@ -70,7 +70,7 @@ class Watch:
         self._own: list[float] = []  # seconds of this rank's own work in the last steps
         self._began = time.monotonic()  # the present phase
         self._beats = 0
-        self._contact = time.monotonic()
+        self._contact = self._turn = time.monotonic()
         self._suspicious = False  # an error of this rank says that its connection to another is lost
         self._about: dict[int, dict[str, Any]] = {}
         self._seen: dict[int, tuple[Any, float]] = {}  # rank → last beat, since when
@@ -168,6 +168,11 @@ class Watch:
     def _run(self) -> None:
         next_beat = next_survey = 0.0
         while not self._over.wait(TICK):
+            if (begins := time.monotonic()) - self._turn > self._limit / 2:
+                # This process has stood still itself, its job suspended or its host asleep: so have others.
+                self._seen.clear()
+                self._reached.clear()
+            self._turn = begins
             try:
                 if self.request is not None:
                     self.request.tick(self._store)
@@ -186,8 +191,13 @@ class Watch:
                     self._end_without_store(f"the connection is closed ({_first_line(error)})")
 
     def _mind_the_contact(self) -> None:
+        before = time.monotonic()
         while not self._over.wait(TICK):
-            if time.monotonic() - self._contact > self._limit:
+            now = time.monotonic()
+            if now - before > self._limit / 2:  # this process has stood still itself
+                self._contact = now
+            before = now
+            if now - self._contact > self._limit:
                 self._end_without_store(
                     f"no contact for {self._limit:g} s: the network is cut, or its host is down"
                 )
@@ -227,7 +237,7 @@ class Watch:
         if before != beat[0]:
             self._seen[other] = beat[0], time.monotonic()
             return
-        age = time.monotonic() - since
+        age = self._turn - since
         limit = min(self._limit, SUSPECTED) if self._suspicious else self._limit
         if age > limit:
             why = STOPPED if self._is_stopped(other) else f"{STOPPED}, or its host or network is down"
