@@ -292,7 +292,10 @@ def parse(argv: list[str] | None = None) -> tuple[str, Any]:
     ):  # an option overrides either one of the file
         if name in given and other not in given and other in values:
             values[other] = None
-    return namespace.command, COMMANDS[namespace.command].settings(**values)
+    settings = COMMANDS[namespace.command].settings
+    if issubclass(settings, Config):
+        settings.check_given(values, given)
+    return namespace.command, settings(**values)
 
 
 def _parser_of(name: str, command: Command) -> ArgumentParser:

@@ -20,7 +20,7 @@ from tracer.evaluation.prompts import check_distinct, check_labels, class_prompt
 from tracer.evaluation.record import classes_for
 from tracer.evaluation.sets import EvaluationSet, Prompts
 from tracer.evaluation.wilds import read_wilds
-from tracer.models.registry import Tokenizer
+from tracer.models.clip import load_tokenizer
 
 Reader = Callable[[Path, str, LoadingSettings], list[EvaluationSet]]
 
@@ -85,11 +85,16 @@ def read_sets(
     return sets
 
 
-def check_prompts(sets: list[EvaluationSet], tokenizer: Tokenizer) -> None:
-    """Raise UserError if two classes of the user's own prompts are the same to the model's tokenizer."""
+def check_prompts(sets: list[EvaluationSet], model: str, pretrained: str | None) -> None:
+    """Raise UserError if two classes of the user's own prompts are the same to the tokenizer of a model.
+
+    No weights are loaded.
+    """
     checked: list[int] = []
+    tokenizer = None
     for each in sets:
         if not each.layout and id(each.prompts) not in checked:
+            tokenizer = tokenizer or load_tokenizer(model, pretrained)
             check_distinct(each.prompts, tokenizer, each.alike)
             checked.append(id(each.prompts))
 
