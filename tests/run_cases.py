@@ -356,7 +356,7 @@ def refused() -> None:
     config = dataclasses.replace(settings(), output=folder() / "refused")
     with pytest.raises(UserError, match="equally: give"):
         finetune(dataclasses.replace(config, batch_size=12 * size + 1))
-    with pytest.raises(UserError, match="--mesh 3x2 has 6 places, and there are 2 ranks: give two numbers"):
+    with pytest.raises(UserError, match="--mesh 3x2 has 6 places, and the run has 2 ranks: give two numbers"):
         finetune(dataclasses.replace(config, mesh="3x2"))
     resnet = {"model": str(folder() / "resnet.json"), "pretrained": None, "projection_orthogonal": 0.0}
     with pytest.raises(

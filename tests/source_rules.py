@@ -32,8 +32,8 @@ FLOORS = (
     "benchmarks",
     "examples",
 )
-# The report stands beside the floors: it needs these two files alone, and these floors alone need it.
-REPORT_NEEDS = ("tracer.errors", "tracer.files")
+# The report stands beside the floors: it needs these files alone, and these floors alone need it.
+REPORT_NEEDS = ("tracer.errors", "tracer.files", "tracer.words")
 REPORT_USERS = ("report", "demo", "cli", "benchmarks", "examples")
 ROOMS = (*FLOORS[2:7], "report")  # the folders of tracer/, besides kernels
 

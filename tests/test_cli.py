@@ -87,6 +87,7 @@ def test_the_demo_reaches_every_setting_of_a_run():
 
 
 WHOLE = "train.csv"  # the data set that is there; x.csv is not
+CAROT = ["finetune", "--train_data", "x.csv", "--baseline", "carot"]
 R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pretrained", "null"]
 
 
@@ -98,6 +99,9 @@ R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pret
         (["finetune", "--learning-rate", "1"], "no option --learning_rate: did you mean --lr?"),
         (["finetune", "--test-data", "x.csv"], "no option --test_data: did you mean --eval_data.NAME?"),
         (["finetune", "--weight_decy", "1"], "no option --weight_decy: did you mean --weight_decay?"),
+        (["finetune", "--lr_rate", "1"], "no option --lr_rate: did you mean --lr?"),
+        (["finetune", "--epoch", "1"], "no option --epoch: did you mean --epochs?"),
+        (["finetune", "--preci", "fp32"], "no option --preci: did you mean --precision?"),
         (["evaluate", "--zzz"], "no option --zzz: 'tracer evaluate --help' lists all"),
         (["index", "photos", "--jpeg", "exact"], "tracer index has no option --jpeg: 'tracer"),
         (["finetune"], "train_data"),
@@ -215,6 +219,14 @@ R_ADAPTER = ["finetune", "--train_data", WHOLE, "--method", "r-adapter", "--pret
         (["demo", "--adapters", "true"], "--adapters True has no effect"),
         (["demo", "--seed", "3"], "--seed 3 has no effect"),
         (["demo", "--baseline", "wma"], "--baseline wma has no effect: --methods says which"),
+        # Regression: an option whose value is the default looked unset, and was overridden silently.
+        (["demo", "--teacher", "wma"], "--teacher wma has no effect: each of --methods has its own teacher"),
+        (
+            ["demo", "--methods", "[flyp, carot]", "--distill_weight=0.9"],
+            "carot has 1.0: leave --distill_weight out",
+        ),
+        ([*CAROT, "--distill_weight", "0.9"], "in place of which --baseline carot has 1.0: leave"),
+        ([*CAROT, "--positives", "true"], "in place of which --baseline carot has False: leave"),
         (["demo", "--train_data", "photos"], "settings are chosen by --validation PATH"),
         (
             [*R_ADAPTER, "--adapters", "false"],

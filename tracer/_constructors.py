@@ -76,6 +76,7 @@ def check_options(
     *,
     impl: str,
     mesh: _mesh.MeshShape,
+    rank: int = 0,
     ranks: int | None = None,
     group: ProcessGroup | None = None,
     margin: float = 0.0,
@@ -90,6 +91,7 @@ def check_options(
 
     Args:
         caller: name of the loss.
+        rank: this process, where ``ranks`` is known.
         ranks: their number, as far as it is known; ``group`` knows it too.
         weights: by the names of the loss's options.
         impl, mesh, group, margin, smoothing, teacher_temperature, contrast, directions, ignore_index: the options.
@@ -97,10 +99,16 @@ def check_options(
     Raises:
         ValueError: one of them makes no sense; the message names it.
     """
+    given = {"margin": margin, "smoothing": smoothing, "teacher_temperature": teacher_temperature}
+    for name, number in {**given, **(weights or {})}.items():
+        if number is None or isinstance(number, str):
+            raise ValueError(f"{caller}: {name} must be a number, got {number!r}")
     _checks.check_numbers(margin, smoothing, teacher_temperature, dict(weights or {}), impl, caller)
     _checks.with_form(Options(margin, smoothing), contrast, directions, None, None, caller)
     _checks.check_ignore_index(ignore_index, caller)
     _mesh.refuse_no_group(group, caller)
+    if ranks and ranks > 1 and not 0 <= rank < ranks:
+        raise ValueError(f"{caller}: rank must lie in [0, world_size), got rank = {rank} of {ranks}")
     if isinstance(group, ProcessGroup):
         ranks = group.size()
     _mesh.check_shape(mesh, ranks if ranks and ranks > 1 else None, caller)

@@ -38,6 +38,7 @@ from tracer.options import NAMED, check_command, check_options, normalised, unkn
 from tracer.settings import check_set_names
 from tracer.train.config import Config
 from tracer.train.finished import FoldConfig, ShowConfig, WiseConfig
+from tracer.words import counted
 
 # Each command imports its libraries when it runs, so that --help and bad options answer at once.
 
@@ -66,7 +67,7 @@ def _finetune(config: Config) -> None:
 
 def _dry_run(config: Config, ranks: int) -> None:
     config.validate()
-    what = f"dry run of {config.model} on {ranks:,} ranks"
+    what = f"dry run of {config.model} on {counted(ranks, 'rank')}"
     print(f"{what}: counting one step of one of them; a large model takes minutes", flush=True)
     try:
         from tracer.train.dry_report import report
@@ -291,7 +292,10 @@ def parse(argv: list[str] | None = None) -> tuple[str, Any]:
     ):  # an option overrides either one of the file
         if name in given and other not in given and other in values:
             values[other] = None
-    return namespace.command, COMMANDS[namespace.command].settings(**values)
+    settings = COMMANDS[namespace.command].settings
+    if issubclass(settings, Config):
+        settings.check_given(values, given)
+    return namespace.command, settings(**values)
 
 
 def _parser_of(name: str, command: Command) -> ArgumentParser:

@@ -110,7 +110,9 @@ class ClipLoss(_DropIn):
             raise ValueError(
                 f"{type(self).__name__}: use_horovod is not supported; start the ranks with torch.distributed"
             )
-        check_options(type(self).__name__, impl=impl, mesh=mesh, ranks=world_size, directions=directions)
+        check_options(
+            type(self).__name__, impl=impl, mesh=mesh, rank=rank, ranks=world_size, directions=directions
+        )
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -188,7 +190,7 @@ class SigLipLoss(_DropIn):
             )
         if chunk_size < 0:
             raise ValueError(f"SigLipLoss: chunk_size must be >= 0, got {chunk_size}")
-        check_options(type(self).__name__, impl=impl, mesh=mesh, ranks=world_size)
+        check_options(type(self).__name__, impl=impl, mesh=mesh, rank=rank, ranks=world_size)
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size

@@ -101,11 +101,14 @@ def check_command(argv: list[str], commands: Collection[str]) -> None:
 
 
 def check_options(command: str, argv: Iterable[str], known: Collection[str]) -> None:
-    """Raise UserError for an option that the command does not have, with the one that may have been meant."""
+    """Raise UserError for an option that the command does not have, with the one that may have been meant.
+
+    A beginning of an option is none: argparse would take it, but what reads the arguments would not know it.
+    """
     for word in argv:
         if word.startswith("--") and len(word) > 2:
             name = word[2:].partition("=")[0].partition(".")[0]
-            if not any(option.startswith(name) for option in known):
+            if name not in known:
                 raise unknown(command, name, known, "--")
 
 
@@ -125,10 +128,12 @@ def unknown(command: str, name: str, known: Collection[str], dashes: str) -> Use
 
 
 def likely_meant(name: str, known: Collection[str]) -> list[str]:
-    """Return the known option that a name may stand for: a synonym, or one that is spelt alike."""
+    """Return the known option that is meant: a synonym, or one that begins so, is spelt alike, or is in it."""
     plain = name.lower().replace("-", "_")
     by_synonym = [option for option, words in SYNONYMS.items() if option in known and plain in words.split()]
-    return by_synonym[:1] or get_close_matches(plain, known, 1, cutoff=0.6)
+    begun = [option for option in sorted(known) if option.startswith(plain)]
+    alike = get_close_matches(plain, known, 1, cutoff=0.6)
+    return (by_synonym or begun or alike or [word for word in plain.split("_") if word in known])[:1]
 
 
 def _meant(likely: list[str], dashes: str) -> str:

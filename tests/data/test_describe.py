@@ -56,7 +56,7 @@ def test_counts_formats_sizes_and_faults_are_printed(tmp_path, index):
     (tmp_path / "folder/zeroshot_classification_templates.txt").write_text("a {}\nthe {}\n")
     assert "captions: none; made from 2 templates" in index(tmp_path / "folder")
     (tmp_path / "all.csv").write_text("image,captions\na.jpg,one|two\n")
-    assert "captions: 2 of 1 pictures, 2 distinct" in index(tmp_path / "all.csv")
+    assert "captions: 2 of 1 picture, 2 distinct" in index(tmp_path / "all.csv")
 
 
 def test_decoding_everything_finds_what_the_first_sight_does_not(tmp_path, index):

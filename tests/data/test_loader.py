@@ -150,10 +150,10 @@ def test_the_loader_is_announced_with_what_it_does_to_odd_pictures(drawings, wan
     said = capsys.readouterr().err.replace("tracer: note: ", "").splitlines()
     assert said == [
         "loader torch (there is no GPU)",
-        "'announced': 3 pictures with an EXIF rotation are shown as they are stored (--exif true turns them)",
-        "'announced': 2 pictures of 16 bits a channel are scaled to 8",
+        "'announced': 3 pictures with an EXIF rotation, shown as they are stored (--exif true turns them)",
+        "'announced': 2 pictures of 16 bits a channel, scaled to 8",
         f"'announced': {effect_of_scaling(index, wanted, LoadingSettings(jpeg='scaled'))}",
-        "'announced': 3 pictures with an EXIF rotation are turned upright",
+        "'announced': 3 pictures with an EXIF rotation, turned upright",
         "loader dali (--loader dali)",
     ]
     assert "changes 0 of the first 16 pictures, by 0.00 of 255 levels on average and 0 at most" in said[3]

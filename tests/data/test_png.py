@@ -111,6 +111,7 @@ UNUSUAL = {
     "a stream that is damaged": with_rows(lambda rows: changed(50, bytes(20))(zlib.compress(rows))),
     "a filter that does not exist": with_rows(lambda rows: zlib.compress(b"\7" + rows[1:])),
     "no palette": png(8, 3).replace(png(8, 3)[33 : 45 + 3 * 256], b""),
+    "a palette of 300 colours": png(8, 3).replace(png(8, 3)[33 : 45 + 3 * 256], chunk(b"PLTE", bytes(900))),
     "16 bits": png(16, 2),
     "interlaced": png(8, 2, interlaced=1),
 }

@@ -109,7 +109,7 @@ def test_open_clip_and_img2dataset_name_their_shards(tmp_path, read):
         == [(str(n), None, [f"text {n}"]) for n in range(3)]
     )
     assert folder.digest() == braces.digest()
-    with pytest.raises(UserError, match=r"names 1 of 4 shards that do not exist, first '.*00003.tar'"):
+    with pytest.raises(UserError, match=r"names 4 shards, of which 1 cannot be found, first '.*00003.tar'"):
         read(tmp_path / "set/{00000..00003}.tar")
 
 
@@ -134,7 +134,7 @@ def test_clip_benchmarks_layout_has_names_and_templates(tmp_path, read):
     with pytest.raises(UserError, match=r"has the parts 'test', 'train': did you mean '.*test'\?"):
         read(root)
     (root / "test/nshards.txt").write_text("3")
-    with pytest.raises(UserError, match=r"counts 3 shards and 1 of them do not exist, first '.*2.tar'"):
+    with pytest.raises(UserError, match=r"counts 3 shards, of which 1 cannot be found, first '.*2.tar'"):
         read(root / "test")
 
 

@@ -102,6 +102,23 @@ def test_parquet_is_read_as_a_csv_is(tmp_path):
     assert [sample.captions for sample in read_table(path)] == [["one", "two"]]
 
 
+def test_nothing_of_parquet_is_written_in_two_ways(tmp_path):
+    """Regression: NaN, which some programs write in place of a null, was a class of that name."""
+    table = pyarrow.table({"image": ["a.png", "b.png"], "label": [3.0, float("nan")], "title": ["x", "y"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert [sample.label for sample in read_table(tmp_path / "a.parquet")] == ["3", None]
+
+
+def test_texts_of_parquet_that_are_not_utf_8_are_refused(tmp_path):
+    """Regression: a traceback of Python's decoder."""
+    offsets, content = pyarrow.array([0, 2], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"\xff\xfe")
+    title = pyarrow.StringArray.from_buffers(1, offsets, content)
+    table = pyarrow.table({"image": ["a.png"], "title": title})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet' is damaged behind row 0 \(.*utf-8"):
+        list(read_table(tmp_path / "a.parquet"))
+
+
 @pytest.mark.parametrize("column", ["captions", "title"])
 def test_a_list_of_parquet_holds_whole_captions(tmp_path, column):
     """A bar in them divides nothing; a null among them, and in place of them, is no caption."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tracer.cli import main, parse
 from tracer.data.config import LoadingSettings
-from tracer.demo import compare
+from tracer.demo import compare, judge
 from tracer.demo import sweep as protocol
 from tracer.demo.config import DemoConfig, SweepConfig
 from tracer.demo.methods import METHODS
@@ -128,7 +128,11 @@ def test_a_sweep_goes_on_and_refuses_another_grid(config, monkeypatch):
     stamps = {p: p.stat().st_mtime_ns for p in config.output.glob("*/student.safetensors")}
     sweep(dataclasses.replace(config, soups=False, seeds=1))
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
-    monkeypatch.setattr(compare, "load_clip", lambda *_: pytest.fail("a model was loaded"))
+    # Regression: where WiSE-FT is FLYP itself, each pair was told twice.
+    sweep(dataclasses.replace(config, soups=False, seeds=1, wise_alpha=1.0))
+    pairs = [(p["one"], p["other"], p["column"], p["measure"]) for p in results_of(config)["pairs"]]
+    assert len(set(pairs)) == len(pairs)
+    monkeypatch.setattr(judge, "load_clip", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(
         UserError,
         match=r"the grid of '.*run' was .*0.001.* and is now .*0.01.*: all methods must get the same",
@@ -212,6 +216,9 @@ def test_points_and_rates(config):
         ({"methods": ("flyp", "r-adapter"), "freeze": "image"}, "--freeze image: r-adapter trains adapters"),
         ({"grid": {"rate": [1.0]}}, "--grid.rate is not a setting of a run"),
         ({"grid": {"lr": []}}, "--grid.lr has no values"),
+        # Regression: both passed the checks.
+        ({"grid": {"steps": [3, 4.0]}}, "--grid.steps has 4.0: --steps takes whole numbers"),
+        ({"grid": {"precision": [16]}}, "--grid.precision: a grid holds numbers, and --precision takes none"),
         ({"grid": {"lr": [1.0, 1.0]}}, "--grid.lr has a value twice"),
         ({"grid": {"lr": [0.0]}}, r'flyp at {"lr": 0.0} of --grid: --lr is 0.0: it must be above 0'),
         ({"grid": {"lr": [1.0], "lr_times": [1.0]}}, "--grid.lr and --grid.lr_times exclude each other"),
@@ -221,15 +228,17 @@ def test_points_and_rates(config):
     ],
 )
 def test_what_makes_no_sense_is_one_line(config, tmp_path, monkeypatch, changes, says):
-    monkeypatch.setattr(compare, "load_clip", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(judge, "load_clip", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=says):
         sweep(dataclasses.replace(config, output=tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("name", "option"), [("same", "eval_data.same"), ("other", "train_data")])
-def test_validation_on_test_or_training_pictures_is_refused(config, tmp_path, name, option):
-    changes = {"validation": config.eval_data[name], "output": tmp_path / "run"}
+def test_validation_on_test_or_training_pictures_is_refused(config, tmp_path, monkeypatch, name, option):
+    """Regression: pictures that one option names from the working directory passed for others."""
+    monkeypatch.chdir(config.eval_data[name].parent)
+    changes = {"validation": Path(config.eval_data[name].name), "output": tmp_path / "run"}
     with pytest.raises(UserError, match=rf"png' is in --validation and in --{option}: a choice by pictures"):
         sweep(dataclasses.replace(config, **changes))
     assert not (tmp_path / "run").exists()
@@ -240,6 +249,47 @@ def test_a_model_without_transformers_is_refused_before_any_training(config, tmp
     with pytest.raises(UserError, match=r"ModifiedResNet.*adapt the 'text' tower alone.*--adapter_towers"):
         sweep(dataclasses.replace(config, **changes, output=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        # Regression: the methods before were trained first, for hours, and then the sweep ended.
+        (
+            {"methods": ("flyp", "l2-sp"), "micro_batch": 4},
+            r'l2-sp at {"lr": 0.01} .*--l2_sp needs the whole',
+        ),
+        (
+            {"methods": ("flyp", "linear-probe"), "zero_stage": 3},
+            "linear-probe at .*leave out --zero_stage 3",
+        ),
+        ({"methods": ("flyp",), "smoothing": 0.1, "contrast": "sigmoid"}, "flyp at .*--smoothing 0.1 has no"),
+        ({"grid": {"freeze_image_blocks": [0, 9]}}, r'flyp at {"freeze_image_blocks": 9} of --grid: '),
+    ],
+)
+def test_what_a_model_does_not_allow_is_refused_before_any_training(
+    config, tmp_path, monkeypatch, changes, says
+):
+    monkeypatch.setattr(protocol, "run_once", lambda *_: pytest.fail("a run was trained"))
+    with pytest.raises(UserError, match=says):
+        sweep(dataclasses.replace(config, output=tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_classifier_without_labels_is_refused_before_a_model_is_loaded(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "load_clip", lambda *_: pytest.fail("a model was loaded"))
+    rows = list(csv.DictReader(config.train_data.open()))
+    with (tmp_path / "train.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["image", "captions"])
+        writer.writeheader()
+        writer.writerows(
+            {"image": str(config.train_data.parent / row["image"]), "captions": row["captions"]}
+            for row in rows
+        )
+    changes = {"train_data": tmp_path / "train.csv", "eval_data": {"same": config.eval_data["same"]}}
+    own = dataclasses.replace(config, methods=("flyp", "linear-probe"), output=tmp_path / "run", **changes)
+    with pytest.raises(UserError, match=r"linear-probe at .* of --grid: 'train' has no labels"):
+        sweep(own)
 
 
 def test_the_command(config, capsys):

@@ -117,7 +117,12 @@ def test_something_to_evaluate_on_is_needed():
         evaluate(EvaluateConfig(eval_data={}))
 
 
-def test_classes_with_the_same_prompts_end_every_command_at_once(tiny_config, drawings, tmp_path, capsys):
+def test_classes_with_the_same_prompts_end_every_command_at_once(
+    tiny_config, drawings, tmp_path, capsys, monkeypatch
+):
+    """Before a model is loaded. Regression: the tokenizer was that of the loaded model."""
+    for module in ("evaluation.evaluate", "train.run", "demo.judge"):
+        monkeypatch.setattr(f"tracer.{module}.load_clip", lambda *_: pytest.fail("a model was loaded"))
     pictures, labels = sorted(drawings.glob("*.png")), ["hot_dog", "hot-dog", "cat", "cat"]
     for name, first in (("food", 0), ("other", 4)):
         rows = [f"{path},{label}" for path, label in zip(pictures[first:], labels, strict=False)]

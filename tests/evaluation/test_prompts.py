@@ -71,7 +71,7 @@ def test_classes_that_share_a_prompt_are_distinct():
     check_distinct({"a": ["one", "two"], "b": ["two"], "c": ["one", "one", "two"]}, CONTEXT)
 
 
-@pytest.mark.parametrize(("missing", "says"), [([0, 1, 2], "no labels"), ([1], "1 pictures without a label")])
+@pytest.mark.parametrize(("missing", "says"), [([0, 1, 2], "no labels"), ([1], "1 picture without a label")])
 def test_pictures_without_a_label_are_refused(missing, says):
     labels = [None if n in missing else "cat" for n in range(3)]
     index = collect("mixed", (Sample(f"{n}.png", label, ("a cat",)) for n, label in enumerate(labels)))

@@ -305,6 +305,17 @@ def test_a_column_of_groups(tmp_path):
     assert (own.groups.tolist(), own.grouped_by) == ([0, 1, 2, 0, 1, 2], "group")
 
 
+def test_groups_of_a_table_named_from_its_own_folder(tmp_path, monkeypatch):
+    """Regression: a KeyError for the path of each picture, which is written in more than one way."""
+    for n in range(4):
+        layouts.picture(tmp_path / f"{n}.png", n)
+    rows = [f"./{n}.png, {'ab'[n % 2]}, hand {n // 2} " for n in range(4)]
+    (tmp_path / "icons.csv").write_text("\n".join(["image , label, group ", *rows, ""]))
+    monkeypatch.chdir(tmp_path)
+    (own,) = read_sets({"icons": Path("icons.csv")}, LoadingSettings(workers=1))
+    assert (own.groups.tolist(), own.grouped_by) == ([0, 0, 1, 1], "group")
+
+
 def test_prompts_of_the_users_own_for_a_published_set(clip, tmp_path):
     layouts.adversarial(tmp_path / "a")
     given = {wnid: [f"class {wnid}"] for wnid in wnids("a")}

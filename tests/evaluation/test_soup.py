@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,13 @@ def files(tiny_config, tmp_path_factory) -> list[Path]:
 
 
 def config_of(files, drawings, tmp_path, kind="uniform", **changes) -> SoupConfig:
-    settings = {"validation": drawings / "test.csv", "cache": tmp_path / "cache"} | changes
-    return SoupConfig(runs=files, kind=kind, output=tmp_path / f"{kind}.safetensors", workers=1, **settings)
+    validation = None if kind == "uniform" else drawings / "test.csv"
+    settings = {
+        "output": tmp_path / f"{kind}.safetensors",
+        "validation": validation,
+        "cache": tmp_path / "cache",
+    } | changes
+    return SoupConfig(runs=files, kind=kind, workers=1, **settings)
 
 
 def test_each_kind(files, drawings, tmp_path, capsys):
@@ -128,6 +134,35 @@ def test_what_cannot_be_mixed_is_one_line_before_weights_are_read(
     monkeypatch.setattr(command, "load_file", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(UserError, match=says):
         soup(config_of([files[0], other], drawings, tmp_path))
+
+
+def test_runs_of_two_starts_are_refused_before_weights_are_read(files, drawings, tmp_path, monkeypatch):
+    """Regression: they were mixed without a word, though the page said that they are not."""
+    runs = []
+    for n, start in enumerate("aab"):
+        runs.append(tmp_path / f"run-{n}")
+        runs[-1].mkdir()
+        shutil.copy(files[n], runs[-1] / "student.safetensors")
+        (runs[-1] / "run.json").write_text(json.dumps({"weights": {"zero-shot": start}}))
+    soup(config_of(runs[:2], drawings, tmp_path, output=tmp_path / "one-start.safetensors"))
+    monkeypatch.setattr(command, "load_file", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(
+        UserError, match=r"run-0' and '.*run-2' began at different weights, so that their mean"
+    ):
+        soup(config_of(runs, drawings, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"validation": Path("v.csv")}, "--validation has no effect with --kind uniform: leave it out"),
+        ({"runs": [Path("a"), Path("b"), Path("a")]}, "'a' is named twice: a soup takes each once"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(changes, says):
+    """Regression: the mean without --kind, and a run that counted twice, came without a word."""
+    with pytest.raises(UserError, match=says):
+        SoupConfig(**{"runs": [Path("a"), Path("b")]} | changes).validate()
 
 
 def test_the_command(files, drawings, tmp_path, capsys):

@@ -70,7 +70,7 @@ def test_what_is_left_out_is_counted_once_with_its_reason(folder, evaluate):
     assert "left out 6 files" in line
     for reason in ("2 .psd", "1 .txt", "1 without a suffix", "1 .heic", "1 outside a class folder"):
         assert reason in line
-    assert "1 classes without a picture that can be read ('bat')" in line
+    assert "1 class without a picture that can be read ('bat')" in line
 
 
 def test_every_suffix_that_both_decoders_read_is_taken(folder, evaluate):

@@ -115,7 +115,7 @@ def one_class(root):
 
 
 CASES = {
-    unknown_wnid: r"has 1 class folders that are not wnids of ImageNet's 1000 classes \('n99999999'\): move",
+    unknown_wnid: r"has 1 class folder whose name is not a wnid of ImageNet's 1000 classes \('n99999999'\): move",
     missing_mapping: r"ObjectNet's mapping '.*objectnet_to_imagenet_1k.json' is missing: unpack",
     no_mappings: r"ObjectNet's mapping '.*folder_to_objectnet_label.json' is missing: unpack",
     mappings_of_another_release: r"ObjectNet's mappings in '.*mappings' do not fit together .*: unpack",
@@ -128,7 +128,7 @@ CASES = {
     captions_of_training: r"coco_train_karpathy.json' holds captions of the split 'train', not of test: give",
     captions_of_all_of_coco: r"captions_val2014.json' holds captions of the split 'captions_val2014', not of test",
     no_test_split: r"dataset_coco.json' has no pictures of the split test \(it has restval, train, val\)",
-    captions_of_other_pictures: r"none of the 6 pictures that .* names is beside it, .* those of another split",
+    captions_of_other_pictures: r"names 6 pictures, and none is beside it, .* those of another split",
     damaged_captions: r"dataset_coco.json' is not JSON in UTF-8 .*: download it again",
     a_picture_without_captions: r"has no caption for 'COCO_val2014_000000000003.jpg': download",
     no_such_part: r"there is no split 'testing': the splits are train, val, test",
@@ -155,7 +155,7 @@ def test_a_class_without_prompts(refusal, tmp_path):
     layouts.class_folders(tmp_path / "data", ["fox", "owl", "seal"], "{}.png")
     (tmp_path / "classes.json").write_text(json.dumps({"owl": ["an owl"], "fox": ["a fox"]}))
     line = refusal(tmp_path / "data", model="no-such-model", classes=tmp_path / "classes.json")
-    assert "'set' has 1 labels without prompts, first 'seal': add them to --classes" in line
+    assert "'set' has 1 label without prompts, first 'seal': add what is missing to --classes" in line
 
 
 def test_an_empty_set(refusal, tmp_path):

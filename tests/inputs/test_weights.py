@@ -316,7 +316,7 @@ def test_weights_that_are_not_finite_are_refused(name, value, state, tiny_config
     broken[name].view(-1)[0] = value
     save_file(broken, tmp_path / "w.safetensors")
     line = refused(evaluate(tiny_config, tmp_path / "w.safetensors"))
-    assert f"are not finite: '{name}' holds 1 NaN or infinite values" in line
+    assert f"are not finite: '{name}' holds 1 NaN or infinite value of" in line
     assert "w.safetensors" in line
 
 

@@ -43,7 +43,9 @@ def with_format(monkeypatch, **fields) -> str:
     model = nn.Module()
     model.visual = nn.Module()
     model.visual.preprocess_cfg = fields
-    register_model("formatted", lambda path: (model, lambda texts: torch.zeros(len(texts), 1)), Path("none"))
+    register_model(
+        "formatted", lambda _: model, lambda: lambda texts: torch.zeros(len(texts), 1), Path("none")
+    )
     return "formatted"
 
 
@@ -93,11 +95,11 @@ def test_a_registered_model_is_loaded_by_its_name(clip, tmp_path, monkeypatch):
 
     def load(path):
         asked.append(path)
-        return clip.model, clip.tokenizer
+        return clip.model
 
     own, other = tmp_path / "own.safetensors", tmp_path / "other.safetensors"
     other.touch()
-    register_model("mine", load, own)
+    register_model("mine", load, lambda: clip.tokenizer, own)
     loaded = load_clip("mine", None)
     assert (loaded.name, loaded.picture_format) == ("mine", clip.picture_format)
     load_clip("mine", str(other))

@@ -133,6 +133,26 @@ def test_trials_are_drawn_for_each_setting_of_the_grid(
     assert re.findall(r'aria-label="Validation score against (\w+)', text) == ["lr_times", "steps"]
 
 
+def test_soups_stand_beside_the_trial_that_was_chosen(small: dict[str, Any], tmp_path: Path) -> None:
+    """Regression: they were in the results alone."""
+    assert "Soups" not in page.render(Results.from_json(small), tmp_path)
+    trials = [{"point": {"lr": n}, "run": f"flyp-trial-{n}", "validation": n / 10} for n in (1, 2, 3)]
+    scores = {d["name"]: {"accuracy": 0.5, "ece": 0.125} for d in small["domains"]}
+    soups = {kind: {"validation": 0.25, "eval": scores} for kind in ("uniform", "greedy", "fisher")}
+    soups["greedy"]["trials"] = ["flyp-trial-3", "flyp-trial-1"]
+    choice = {"trials": trials, "chosen": {"lr": 3}, "why": "best"}
+    results = Results.from_json(small | {"choices": {"flyp": choice}, "soups": {"flyp": soups}})
+    first, *others = tables.mixtures(results)
+    column, run = results.in_distribution, results.plain.runs[0]
+    assert (first.kind, first.validation) == ("chosen of 3 trials", 0.3)
+    assert first.scores[0] == (column.read(run.eval, "accuracy"), column.read(run.eval, "ece"))
+    assert [m.kind for m in others] == ["uniform", "greedy, 2 of 3 trials", "Fisher-weighted"]
+    assert all((m.validation, m.scores) == (0.25, [(0.5, 0.125)] * 2) for m in others)
+    text = page.render(results, tmp_path)
+    assert text.count('data-cell="soup/flyp/') == 2 * 4
+    assert ">50.0<small>ECE 12.5</small></td>" in text
+
+
 def test_an_incomplete_set_is_marked_in_every_table_and_figure(
     tmp_path: Path, written: tuple[dict[str, Any], str, Page]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report.samples import content_with
@@ -67,3 +68,13 @@ def test_long_logs_are_averaged_not_cut() -> None:
     assert len(curve.steps) == 100
     assert (curve.steps[0], curve.mean[0], curve.low[0], curve.high[0]) == (5.5, 6.0, 5.5, 6.5)
     assert (curve.mean[-1], curve.low[-1], curve.high[-1]) == (995.5, 995.5, 995.5)
+
+
+def test_plain_is_flyp_in_either_form(small: dict[str, Any]) -> None:
+    """Regression: without flyp the first method that was trained was called plain, whichever it was."""
+    start, flyp = small["methods"]
+    methods = [start, flyp | {"key": "wma"}, flyp | {"key": "flyp-multi"}]
+    for kept, key in ((methods, "flyp-multi"), (methods[:2], "wma")):
+        plain = Results.from_json(small | {"methods": kept}).plain
+        assert plain is not None
+        assert plain.key == key

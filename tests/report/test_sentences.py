@@ -129,3 +129,35 @@ def test_names_with_commas_are_divided_by_semicolons() -> None:
     assert sentences.listing(["A"]) == "A"
     assert sentences.listing(["A", "B", "C"]) == "A, B and C"
     assert sentences.listing(["TRACER, EMA", "B", "C"]) == "TRACER, EMA; B; and C"
+
+
+def test_what_beats_what_is_told_by_the_paired_intervals(small: dict[str, Any]) -> None:
+    """Regression: differences of the calibration error were in the results and not in the report."""
+
+    def pair(one: str, column: str, measure: str, *values: float) -> dict[str, Any]:
+        names = ("one", "other", "column", "measure", "value", "low", "high")
+        return dict(zip(names, (one, "flyp", column, measure, *values), strict=True))
+
+    pairs = [
+        pair("ema", "in-distribution", "accuracy", 0.01, -0.01, 0.03),
+        pair("ema", "shifted", "accuracy", 0.02, 0.01, 0.03),
+        pair("ema", "shifted", "ece", 0.02, -0.01, 0.05),
+        pair("wma", "in-distribution", "accuracy", 0.05, 0.04, 0.06),
+        pair("wma", "shifted", "accuracy", -0.02, -0.03, -0.01),
+        pair("wma", "shifted", "ece", -0.02, -0.03, -0.01),
+        pair("wise-ft", "shifted", "accuracy", 0.0, -0.01, 0.01),
+        pair("wise-ft", "shifted", "ece", 0.02, 0.01, 0.03),
+    ]
+    others = {"ema": "EMA teacher", "wma": "TRACER (WMA)", "wise-ft": "WiSE-FT"}
+    methods = [*small["methods"], *({"key": key, "name": name} for key, name in others.items())]
+    results = Results.from_json(small | {"pairs": pairs, "methods": methods})
+    assert sentences.pair_sentences(results) == [
+        (
+            "Against FLYP, paired 95 % intervals",
+            "Under shift, EMA teacher (+2.0 points, +1.0 to +3.0; not told apart in distribution) beats FLYP. "
+            "Under shift, TRACER (WMA) (−2.0 points, −3.0 to −1.0; in distribution +5.0) falls below FLYP. "
+            "Not to be told apart from FLYP under shift: WiSE-FT (0.0 points, −1.0 to +1.0). "
+            "Under shift, TRACER (WMA) (−2.0 points, −3.0 to −1.0) is better calibrated than FLYP. "
+            "Under shift, WiSE-FT (+2.0 points, +1.0 to +3.0) is worse calibrated than FLYP.",
+        )
+    ]

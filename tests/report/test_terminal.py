@@ -52,3 +52,11 @@ def test_scores_of_each_model_and_set_are_printed(capsys: pytest.CaptureFixture[
     terminal.print_scores({"ViT-B-32": {"photos": {"accuracy": 0.4567, "ece": 0.012, "pictures": 300.0}}})
     out = capsys.readouterr().out
     assert re.search(r"ViT-B-32\W+photos\W+300\W+45\.7\W+1\.2", out)
+    assert "95 %" not in out
+
+
+def test_the_second_line_of_a_cell_has_a_caption(capsys: pytest.CaptureFixture[str]) -> None:
+    score = {"accuracy": 0.4567, "accuracy_low": 0.4, "accuracy_high": 0.5, "ece": 0.012, "pictures": 300.0}
+    terminal.print_scores({"ViT-B-32": {"photos": score}})
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Second line of a cell: 95 % interval" in out

@@ -73,6 +73,14 @@ def test_the_verdict_says_how_sure_a_change_is(gain, low, high, says):
     assert line.startswith(says)
 
 
+@pytest.mark.parametrize(("groups", "size"), [(3, "36 pictures in 3 groups"), (36, "36 pictures")])
+def test_the_verdict_says_what_was_drawn(groups, size):
+    """Regression: +36 points on 36 pictures "could be chance", without a word of their three classes."""
+    known = {"accuracy_gain": 0.36, "accuracy_gain_low": 0.0, "accuracy_gain_high": 0.66, "groups": groups}
+    (line,) = verdicts({"student": {"a": score(0.5, 36, **known)}})
+    assert f"+36.0 points on {size} could be chance" in line
+
+
 def test_a_set_is_judged_by_the_measure_of_its_publication():
     gains = {"accuracy_gain": 0.1, "accuracy_gain_low": 0.05, "accuracy_gain_high": 0.15}
     gains |= {"macro_f1_gain": -0.1, "macro_f1_gain_low": -0.15, "macro_f1_gain_high": -0.05}

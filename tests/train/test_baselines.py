@@ -133,7 +133,12 @@ def test_masked_and_augmented_features_equal_a_plain_torch_loop(config, kind):
         losses.append(loss.item())
     assert [row["loss"] for row in log] == pytest.approx(losses, rel=2e-3)
     for name, value in clip.model.state_dict().items():
-        torch.testing.assert_close(student[name], value, rtol=2e-3, atol=2e-3)
+        own = student[name]
+        if name.endswith(
+            "in_proj_bias"
+        ):  # Adam makes steps of the rounding of a key bias's gradient, which is 0
+            own, value = (bias.view(3, -1)[[0, 2]] for bias in (own, value))
+        torch.testing.assert_close(own, value, rtol=2e-3, atol=2e-3)
 
 
 ALONE = {"interactive": 0.0, "cross": 0.0, "feature": 0.0, "projection_product": 0.0, "teacher": "frozen"}
@@ -173,7 +178,12 @@ def test_a_baseline_equals_a_plain_torch_loop(config, changes):
         losses.append(loss.item())
     assert [row["loss"] for row in log] == pytest.approx(losses, rel=2e-3)
     for name, value in clip.model.state_dict().items():
-        torch.testing.assert_close(student[name], value, rtol=2e-3, atol=2e-3)
+        own = student[name]
+        if name.endswith(
+            "in_proj_bias"
+        ):  # Adam makes steps of the rounding of a key bias's gradient, which is 0
+            own, value = (bias.view(3, -1)[[0, 2]] for bias in (own, value))
+        torch.testing.assert_close(own, value, rtol=2e-3, atol=2e-3)
 
 
 def test_a_switch_sets_what_its_source_says():
@@ -213,6 +223,15 @@ def test_the_users_own_settings_come_first():
         ({"method": "flyp", "gradient": 1.0}, "--gradient 1 needs a teacher, which --method flyp has not"),
         ({"l2_sp": 0.1, "micro_batch": 4}, "--l2_sp needs the whole weights in each pass: leave out"),
         ({"l2_sp": math.nan}, "--l2_sp is nan: it must be at least 0"),
+        # Regression: such runs stood in the report under the name of the baseline.
+        (
+            {"baseline": "wma", "method": "flyp"},
+            "--method flyp is not --baseline wma, whose method is tracer",
+        ),
+        (
+            {"baseline": "ema", "teacher": "frozen"},
+            "--teacher frozen is not --baseline ema, whose teacher is",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_one_line(config, changes, says):

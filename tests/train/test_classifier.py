@@ -180,8 +180,9 @@ def test_another_method_starts_from_the_towers_alone(probed, tmp_path):
         ({"classes": True}, "the class 'bar' of --train_data has no prompts in --classes: add them"),
     ],
 )
-def test_what_a_classifier_cannot_do_is_one_line(config, changes, says, tmp_path):
-    if "classes" in changes:
+def test_what_a_classifier_cannot_do_is_one_line(config, changes, says, tmp_path, monkeypatch):
+    if "classes" in changes:  # before a model is loaded
+        monkeypatch.setattr("tracer.train.run.load_clip", lambda *_: pytest.fail("a model was loaded"))
         changes = {"classes": tmp_path / "classes.json", "eval_data": {}}
         changes["classes"].write_text('{"circle": ["a circle"], "square": ["a square"]}')
     with pytest.raises(UserError, match=says):

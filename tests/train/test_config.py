@@ -7,10 +7,12 @@ import inspect
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from tracer.cli import parse
 from tracer.losses import TracerLoss
-from tracer.train.cautions import caution_of_size, idle_options, resting_averages
+from tracer.train.cautions import caution_of_size, idle_options, missing_parts, resting_averages
 from tracer.train.config import Config
 
 
@@ -110,6 +112,7 @@ def test_defaults_follow_the_length_of_the_run(changes, every, warmup):
         ("--baseline flyp", ""),
         ("--baseline carot", ""),
         ("--classes c.json", "--classes c.json has no effect without evaluation sets"),
+        ("--classes c.json --method flyp --classifier probe", ""),  # it begins with their prompts
         ("--micro_batch 512", "--micro_batch 512 has no effect as it is not below --batch_size 512"),
         ("--mesh ring", "--mesh ring has no effect on a single process"),
         ("", ""),
@@ -170,3 +173,18 @@ def test_the_loss_and_the_settings_have_the_same_defaults():
     assert len(shared) == 8
     for name in shared:
         assert settings[name] == parameters[name].default, name
+
+
+def test_penalties_without_projections_are_said():
+    """Regression: a ResNet was trained without them, and without a word."""
+    config, resnet, vit = Config(train_data="x.csv"), nn.Module(), nn.Module()
+    resnet.visual, vit.visual = nn.Module(), nn.Module()
+    vit.visual.proj = resnet.text_projection = vit.text_projection = nn.Parameter(torch.zeros(4, 4))
+    assert missing_parts(config, vit) == []
+    (text,) = missing_parts(config, resnet)
+    assert text.startswith(
+        f"--projection_product {config.projection_product:g} has no effect: a tower of the model"
+    )
+    assert missing_parts(dataclasses.replace(config, method="flyp"), resnet) == []
+    both = missing_parts(dataclasses.replace(config, projection_orthogonal=0.2), resnet)
+    assert " and --projection_orthogonal 0.2 have no effect" in both[0]

@@ -111,7 +111,7 @@ def test_epochs_are_steps(config, tmp_path):
         fingerprint(same) == fingerprint(config) == json.loads((run / "run.json").read_text())["fingerprint"]
     )
     few = dataclasses.replace(config, epochs=1, warmup=1, output=tmp_path / "few")
-    with pytest.raises(UserError, match="--warmup is 1: it must be below the 1 steps that --epochs 1 makes"):
+    with pytest.raises(UserError, match="--warmup is 1: it must be below the 1 step that --epochs 1 makes"):
         finetune(few)
     assert not aside(few.output).exists()
 

@@ -23,6 +23,7 @@ from tracer.data.skipped import Skipped
 from tracer.data.tokens import Tokens
 from tracer.errors import UserError
 from tracer.models.clip import Clip
+from tracer.words import counted
 
 TOKENS_AHEAD = 4  # batches whose tokens are made before they are asked for
 WAITED = 0.05  # share of the time that training may wait for pictures without a word about it
@@ -109,7 +110,7 @@ class TrainingBatches:
             raise ValueError(f"batch_size is {batch_size}: it must be divisible by world_size {world_size}")
         if len(index) < batch_size:
             raise UserError(
-                f"'{index.name}' holds {len(index)} pictures, fewer than one batch of {batch_size}: "
+                f"'{index.name}' holds {counted(len(index), 'picture')}, fewer than one batch of {batch_size}: "
                 "lower --batch_size or add pictures"
             )
         loading = replace(loading or LoadingSettings(), workers=workers)

@@ -32,6 +32,7 @@ from tracer.data.table import read_table
 from tracer.data.text import TEMPLATE, read_names, read_templates, sorted_ids, words
 from tracer.errors import UserError
 from tracer.files import is_marked, remove_tree, whole_folder
+from tracer.words import counted
 
 VERSION = 1  # of the index's files
 KEPT_FROM = 1000  # samples: a smaller index is built in less time than anybody notices
@@ -129,12 +130,12 @@ def _judge(name: str, about: About, max_bad: float) -> None:
     bad = sum(about.reasons.values())
     if not bad:
         return
-    report = f"{bad} of {about.total} pictures of '{name}' cannot be used: {faults_of(about)}"
+    report = f"{bad} of {counted(about.total, 'picture')} of '{name}' cannot be used: {faults_of(about)}"
     if max_bad < 1 and (bad == about.total or bad > max_bad * about.total):
         raise UserError(
-            f"{report}; that is more than --max_bad {max_bad:g} allows: repair them or remove their rows"
+            f"{report}; that is more than --max_bad {max_bad:g} allows: repair the files or remove their rows"
         )
-    note(f"{report}; they are left out")
+    note(f"{report}; {'it is' if bad == 1 else 'they are'} left out")
 
 
 def faults_of(about: About) -> str:

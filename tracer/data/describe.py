@@ -9,6 +9,7 @@ import numpy as np
 from tracer.data.build import read_index
 from tracer.data.config import IndexConfig
 from tracer.data.index import Index
+from tracer.words import counted
 
 SHOWN = 20  # faults that are named
 
@@ -29,8 +30,9 @@ def describe(index: Index) -> str:
     names = Counter(about.names)
     shared = [name for name, count in names.items() if count > 1]
     lines = [
-        f"{index.name}: {len(index)} pictures in {len(np.unique(columns.file))} files, {about.bytes / 1e6:.1f} MB",
-        f"classes: {len(about.classes)}, {labelled} pictures with a label"
+        f"{index.name}: {counted(len(index), 'picture')} in {counted(len(np.unique(columns.file)), 'file')}, "
+        f"{about.bytes / 1e6:.1f} MB",
+        f"classes: {len(about.classes)}, {counted(labelled, 'picture')} with a label"
         + (f"; names of several classes: {', '.join(shared[:5])}" if shared else ""),
         f"captions: {_captions(index)}",
         f"formats: {', '.join(f'{n} {name}' for name, n in sorted(about.formats.items())) or 'none'}",
@@ -47,7 +49,7 @@ def describe(index: Index) -> str:
 def _captions(index: Index) -> str:
     """Say how many captions there are, and what the pictures without any get."""
     columns, templates = index.columns, len(index.templates)
-    made = f"{templates} template" + "s" * (templates > 1)
+    made = counted(templates, "template")
     has = columns.count > 0
     own = int(has.sum())
     if not own:
@@ -57,5 +59,5 @@ def _captions(index: Index) -> str:
     np.add.at(edges, columns.first[has] + columns.count[has], -1)
     distinct = np.zeros(len(columns.texts), bool)
     distinct[columns.captions[edges.cumsum(dtype=np.int8)[:-1] > 0]] = True
-    said = f"{int(columns.count.sum())} of {own} pictures, {int(distinct.sum())} distinct"
+    said = f"{int(columns.count.sum()):,} of {counted(own, 'picture')}, {int(distinct.sum()):,} distinct"
     return said if own == len(index) else f"{said}; made from {made} for the others"

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 
-from tracer.data.names import counted, is_hidden, is_picture, note
+from tracer.data.names import is_hidden, is_picture, note, tally
 from tracer.data.sample import Sample
 from tracer.errors import UserError
+from tracer.words import counted
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval", "evaluation"}
 SPLITS |= {"holdout", "held_out", "train_set", "val_set", "test_set"}
@@ -103,11 +104,11 @@ def _note_left_out(source: Path, files: list[str], images: list[str], classes: s
     empty = sorted(folders - classes)
     lines = []
     if reasons:
-        count = reasons.total()
-        what = "file that is not a picture" if count == 1 else "files that are not pictures"
-        lines.append(f"left out {count} {what} of a class ({counted(reasons)})")
+        files_ = counted(reasons.total(), "file that is not a picture", "files that are not pictures")
+        lines.append(f"left out {files_} of a class ({tally(reasons)})")
     if empty:
-        lines.append(f"left out {len(empty)} classes without a picture that can be read ({named(empty)})")
+        classes_ = counted(len(empty), "class", "classes")
+        lines.append(f"left out {classes_} without a picture that can be read ({named(empty)})")
     if lines:
         note(f"'{source}': {'; '.join(lines)}")
 

@@ -14,6 +14,7 @@ from tracer.data.names import note
 from tracer.data.plan import Plan
 from tracer.errors import UserError
 from tracer.models.picture_format import PictureFormat
+from tracer.words import counted
 
 
 def load(plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
@@ -72,9 +73,9 @@ def announce(
     about = index.about
     if about.turned:
         done = "turned upright" if settings.exif else "shown as they are stored (--exif true turns them)"
-        note(f"'{index.name}': {about.turned} pictures with an EXIF rotation are {done}")
+        note(f"'{index.name}': {counted(about.turned, 'picture')} with an EXIF rotation, {done}")
     if about.sixteen:
-        note(f"'{index.name}': {about.sixteen} pictures of 16 bits a channel are scaled to 8")
+        note(f"'{index.name}': {counted(about.sixteen, 'picture')} of 16 bits a channel, scaled to 8")
     if settings.jpeg == "scaled":
         from tracer.data.threads import effect_of_scaling
 

@@ -30,7 +30,7 @@ def is_hidden(path: PurePath) -> bool:
     return any((part.startswith(".") and part != "..") or part.lower() in SYSTEM_NAMES for part in path.parts)
 
 
-def counted(reasons: Counter[str]) -> str:
+def tally(reasons: Counter[str]) -> str:
     """Return "3 .gif, 1 .txt": each reason with its count, the most frequent first."""
     return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
 

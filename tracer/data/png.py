@@ -19,6 +19,7 @@ from PIL import Image
 SMALL = 0xFFFF  # bytes of filtered rows
 BLOCK = 0xFFFF  # bytes, the most that one block of a stream without compression holds
 FILTERS = 5
+LARGEST_PALETTE = 3 * 256  # bytes
 
 # Bits and colour type → channels, and the name of the layout in PIL's decoder; the mode precedes a semicolon.
 _LAYOUTS = {
@@ -65,6 +66,8 @@ def inflated(content: bytes) -> Filtered | None:
     except (LookupError, ValueError, struct.error, zlib.error):
         return None
     whole = inflating.eof and len(rows) == height * stride
+    if len(palette or b"") > LARGEST_PALETTE:  # which PIL refuses, and unfiltering must not fail
+        return None
     if not whole or max(rows[::stride]) >= FILTERS or (palette is None) == (colour == 3):
         return None
     return Filtered(width, height, layout, rows, palette)

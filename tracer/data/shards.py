@@ -22,6 +22,7 @@ from tracer.data.names import SUFFIXES, is_hidden
 from tracer.data.remote import ShardCache, address_of
 from tracer.data.sample import Fault, Sample
 from tracer.errors import UserError
+from tracer.words import counted
 
 TEXTS = {"txt", "json", "cls"}
 LIMIT = 1 << 24  # bytes of a caption file; more is not one
@@ -71,7 +72,8 @@ def shards_of(source: Path) -> Shards | None:
         if len(files) == 1:
             return None  # the caller says that it does not exist
         raise UserError(
-            f"data '{text}' names {len(missing)} of {len(files)} shards that do not exist, first '{missing[0]}'"
+            f"data '{text}' names {counted(len(files), 'shard')}, of which {len(missing):,} cannot be found, "
+            f"first '{missing[0]}'"
         )
     parents = {Path(file).absolute().parent for file in local}
     return Shards(files, _about(parents.pop()) if len(parents) == 1 else None)
@@ -86,16 +88,17 @@ def _in_folder(source: Path) -> Shards | None:
             raise UserError(f"'{source}' has the parts {names}: did you mean '{splits[0]}'?")
         return _in_folder(splits[0])
     files = sorted(str(path) for path in source.iterdir() if path.name.endswith((".tar", ".tar.gz", ".tgz")))
-    counted = source / "nshards.txt"
-    if counted.is_file():
-        text = counted.read_text().strip()
+    count = source / "nshards.txt"
+    if count.is_file():
+        text = count.read_text().strip()
         if not text.isdecimal():
-            raise UserError(f"'{counted}' must hold the number of shards, not '{text[:40]}'")
+            raise UserError(f"'{count}' must hold the number of shards, not '{text[:40]}'")
         files = [str(source / f"{n}.tar") for n in range(int(text))]
         missing = [file for file in files if not os.path.isfile(file)]
         if missing:
             raise UserError(
-                f"'{counted}' counts {text} shards and {len(missing)} of them do not exist, first '{missing[0]}'"
+                f"'{count}' counts {counted(len(files), 'shard')}, of which {len(missing):,} cannot be found, "
+                f"first '{missing[0]}'"
             )
     return Shards(files, _about(source)) if files else None
 

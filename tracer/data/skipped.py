@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from tracer.errors import UserError
+from tracer.words import counted
 
 
 class Skipped:
@@ -58,8 +59,8 @@ class Skipped:
                 count = self._before + self._count(row) if new else 0
         if count > max(self._max_bad * self._total, 0) or count >= self._total:
             raise UserError(
-                f"{count} of {self._total} pictures failed during the run, more than --max_bad {self._max_bad:g} "
-                f"allows, last '{name}' ({reason}): repair them, or raise --max_bad"
+                f"{count} of {counted(self._total, 'picture')} failed during the run, more than --max_bad "
+                f"{self._max_bad:g} allows, last '{name}' ({reason}): repair what failed, or raise --max_bad"
             )
 
     def _keep(self, entry: dict[str, Any]) -> None:

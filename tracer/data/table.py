@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from tracer.data.names import is_hidden, is_picture, note
 from tracer.data.sample import Fault, Sample
 from tracer.errors import UserError, how_to_install
+from tracer.words import counted
 
 CAPTION_SEPARATOR = "|"
 
@@ -52,7 +54,8 @@ def read_table(source: Path) -> Iterator[Sample | Fault]:
             last = image
             yield Sample(os.path.join(folder, image), label, captions)
     if hidden:
-        note(f"'{source}': left out {hidden} rows that name hidden files")
+        left_out = counted(hidden, "row that names a hidden file", "rows that name hidden files")
+        note(f"'{source}': left out {left_out}")
 
 
 Row = tuple[int, str, str | None, list[str]]  # line, picture, label and captions
@@ -111,12 +114,13 @@ def _parquet(source: Path) -> Iterator[Row]:
     while True:
         try:
             batch = next(batches, None)
+            columns_ = [batch.column(name).to_pylist() for name in wanted] if batch else []
         except (OSError, ValueError, NotImplementedError) as error:  # the last: an unknown compression
             what = " ".join(str(error).split())[:200]
             raise UserError(f"'{source}' is damaged behind row {line} ({what}): copy it again") from error
         if batch is None:
             return
-        for values in zip(*(batch.column(name).to_pylist() for name in wanted), strict=True):
+        for values in zip(*columns_, strict=True):
             line += 1
             cells: list[str | list[str]] = [""] * len(header)
             for name, value in zip(wanted, values, strict=True):
@@ -139,6 +143,8 @@ def _cell(value: object) -> str | list[str]:
     """Return a value of a Parquet column as text, a list as texts; what is null is empty."""
     if isinstance(value, list):
         return ["" if item is None else str(item) for item in value]
+    if isinstance(value, float) and math.isnan(value):  # which other programs write in place of a null
+        return ""
     if isinstance(value, float) and value.is_integer():  # as pandas writes whole numbers beside a null
         value = int(value)
     return "" if value is None else str(value)

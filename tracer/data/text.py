@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from tracer.errors import UserError
+from tracer.words import counted
 
 TEMPLATE = "a photo of a {}"
 
@@ -66,7 +67,7 @@ def read_names(folder: Path, present: list[str]) -> tuple[list[str], list[str]] 
         return numbers, lines
     if len(lines) != len(present):
         raise UserError(
-            f"'{path}' names {len(lines)} classes and the data has {len(present)}: "
+            f"'{path}' names {counted(len(lines), 'class', 'classes')} and the data has {len(present)}: "
             "write a line for each class in sorted order, or 'id name' on each line"
         )
     return present, lines
@@ -81,7 +82,8 @@ def _from_json(path: Path, present: list[str]) -> tuple[list[str], list[str]]:
         raise UserError(f"'{path}' must hold {{id: name}}, with a name for each class")
     unknown = sorted(set(present) - set(names))
     if unknown:
-        raise UserError(f"'{path}' has no name for {len(unknown)} classes, first '{unknown[0]}': add them")
+        count = counted(len(unknown), "class", "classes")
+        raise UserError(f"'{path}' has no name for {count}, first '{unknown[0]}': add what is missing")
     return list(names), list(names.values())
 
 

@@ -21,6 +21,7 @@ from tracer.data.plan import Plan, Work
 from tracer.data.png import Filtered, inflated, unfiltered
 from tracer.errors import UserError
 from tracer.models.picture_format import PictureFormat
+from tracer.words import counted
 
 TOGETHER = 1 << 16  # levels that are normalised in one piece: of a few small pictures, or of one large one
 COMPARED = 16  # pictures by which the effect of --jpeg scaled is measured
@@ -121,6 +122,6 @@ def effect_of_scaling(index: Index, picture_format: PictureFormat, settings: Loa
     difference = np.abs(shown[0].astype(int) - shown[1])
     changed = int(difference.any((1, 2, 3)).sum())
     return (
-        f"--jpeg scaled changes {changed} of the first {len(rows)} pictures, by {difference.mean():.2f} of 255 "
-        f"levels on average and {difference.max():.0f} at most"
+        f"--jpeg scaled changes {changed} of the first {counted(len(rows), 'picture')}, by "
+        f"{difference.mean():.2f} of 255 levels on average and {difference.max():.0f} at most"
     )

@@ -17,6 +17,7 @@ from tracer.settings import as_paths, check_set_names
 from tracer.train.baselines import BASELINES
 from tracer.train.config import Config
 from tracer.train.finished import NEEDED, read_run
+from tracer.words import counted
 
 HEAD = ("schema", "model", "weights", "classes", "prompts", "sets")  # what files of results begin with
 
@@ -142,8 +143,8 @@ def _domains(config: CompareConfig, runs: list[FinishedRun]) -> list[dict[str, A
             before = domains.setdefault(name, own | {"classes": size, "chance": 1 / size})
             if before["pictures"] != score["pictures"]:
                 raise UserError(
-                    f"'{name}' has {score['pictures']} pictures in '{run.folder}' and {before['pictures']} in "
-                    "another run: compare runs that were evaluated on the same sets"
+                    f"'{name}' has {counted(score['pictures'], 'picture')} in '{run.folder}' and "
+                    f"{before['pictures']:,} in another run: compare runs that were evaluated on the same sets"
                 )
     if not domains:
         raise UserError("the runs were evaluated on captions alone: the report compares accuracies")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shlex
 import time
 from pathlib import Path
@@ -15,7 +16,6 @@ import yaml
 from tracer.demo.benchmark import HOME, prepare
 from tracer.demo.config import ICONS, DemoConfig, SweepConfig
 from tracer.demo.judge import Judge, Rows
-from tracer.demo.methods import METHODS
 from tracer.demo.runs import VALIDATION
 from tracer.errors import UserError
 from tracer.evaluation.evaluate import refuse_nothing
@@ -25,13 +25,13 @@ from tracer.evaluation.sets import EvaluationSet
 from tracer.files import whole_file, write_json
 from tracer.machine import machine, versions
 from tracer.models.choice import choose_model
-from tracer.models.clip import Clip, load_clip
+from tracer.models.clip import Clip
 from tracer.models.registry import registered_model
 from tracer.report.page import write_report
 from tracer.report.results import read_results
 from tracer.report.terminal import print_results
 from tracer.train.cautions import cautions_of_sizes
-from tracer.train.run import adapt, training_index
+from tracer.train.identity import training_index
 
 
 def described(config: SweepConfig, judge: Judge, clock: Clock, title: str, command: str) -> dict[str, Any]:
@@ -151,24 +151,18 @@ def validation_set(config: SweepConfig, sets: list[EvaluationSet]) -> Evaluation
         raise UserError(
             "--validation has captions and no labels: methods are compared by classification, so label them"
         )
-    known = set(map(str, own.index.images))
+    known = {os.path.abspath(str(image)) for image in own.index.images}
     for option, index in [
         ("train_data", training),
         *((f"eval_data.{each.name}", each.index) for each in sets),
     ]:
-        shared = next((str(image) for image in index.images if str(image) in known), None)
+        shared = next((str(image) for image in index.images if os.path.abspath(str(image)) in known), None)
         if shared:
             raise UserError(
                 f"'{shared}' is in --validation and in --{option}: a choice by pictures of the training or of a "
                 "test says nothing, so divide them"
             )
     return own
-
-
-def refuse_unadaptable(config: SweepConfig) -> None:
-    """Raise UserError if a method trains adapters, which the model cannot take as ``config`` describes them."""
-    if any(METHODS[method].adapted for method in config.compared):
-        adapt(config, load_clip(config.model, config.pretrained).model)
 
 
 def method_row(key: str, name: str, note: str, runs: Rows, variant_of: str | None = None) -> dict[str, Any]:

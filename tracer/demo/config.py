@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from tracer.demo.methods import METHODS
 from tracer.errors import UserError
 from tracer.files import cache_folder
 from tracer.recipes import R_ADAPTER
 from tracer.settings import check_ranges, check_set_names
+from tracer.train.baselines import overridden
 from tracer.train.config import Config
 
 ICONS = cache_folder() / "demo" / "icons"  # where the demo keeps its data
@@ -77,14 +79,26 @@ class SweepConfig(Config):
         parts = [name for name, method in METHODS.items() if "r-adapter" in (name, method.variant_of)]
         return [*self.methods, *(name for name in parts if self.ablate and name not in self.methods)]
 
+    @classmethod
+    def check_given(cls, values: Mapping[str, Any], given: Collection[str]) -> None:
+        """Raise UserError for an option on the command line that the protocol or a method would override."""
+        for name in DECIDED:
+            if name in given:
+                raise _without_effect(name, values[name])
+        for method in values["methods"]:
+            settings = METHODS[method].settings if method in METHODS else {}
+            for name, own in overridden(settings, values, given, Config):
+                raise UserError(
+                    f"--{name} {values[name]} is the default of finetune, in place of which {method} has {own}: "
+                    f"leave --{name} out, or give --grid.{name} '[{values[name]}]' for all methods"
+                )
+
     def validate(self) -> None:
         """Raise UserError for the first setting that makes no sense, naming it and the remedy."""
         super().validate()
-        for name, why in DECIDED.items():
+        for name in DECIDED:
             if getattr(self, name) != DEFAULTS[name]:
-                raise UserError(
-                    f"--{name} {getattr(self, name)} has no effect: {why}, so leave it out, or use finetune"
-                )
+                raise _without_effect(name, getattr(self, name))
         check_ranges(
             self, {"at least 1": "seeds", "from 0 to 1": "alphas wise_alpha", "above 0": "adapter_lr"}
         )
@@ -123,6 +137,12 @@ class SweepConfig(Config):
                 )
             if not values:
                 raise UserError(f"--grid.{name} has no values: give a list of at least one")
+            kinds = NUMBERS.get(name, {float})
+            if not kinds:
+                raise UserError(f"--grid.{name}: a grid holds numbers, and --{name} takes none: leave it out")
+            fraction = next((value for value in values if isinstance(value, float)), None)
+            if fraction is not None and float not in kinds:
+                raise UserError(f"--grid.{name} has {fraction}: --{name} takes whole numbers, such as 10")
             if len(set(values)) < len(values):
                 raise UserError(f"--grid.{name} has a value twice: each trial is trained once")
         if {"lr", "lr_times"} <= self.grid.keys():
@@ -139,7 +159,14 @@ class SweepConfig(Config):
                 )
 
 
+# What numbers each setting of a run takes; whole ones count as fractions where these are taken.
+NUMBERS = {field.name: {int, float} & {field.type, *get_args(field.type)} for field in fields(Config)}
+
 DEFAULTS = {field.name: field.default for field in fields(SweepConfig)}
+
+
+def _without_effect(name: str, value: Any) -> UserError:
+    return UserError(f"--{name} {value} has no effect: {DECIDED[name]}, so leave it out, or use finetune")
 
 
 @dataclass

@@ -6,12 +6,11 @@ import copy
 import gzip
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
 from open_clip import tokenizer
-from torch import Tensor, nn
+from torch import nn
 
 from tracer.demo.packages import ASSETS
 from tracer.models.architecture import Architecture
@@ -48,9 +47,9 @@ def demo_model(checkpoint: Path | None = CHECKPOINT) -> open_clip.CLIP:
     return model
 
 
-def load(checkpoint: Path | None) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
-    """Return model and tokenizer, with the shipped weights unless ``checkpoint`` names others."""
-    return demo_model(checkpoint or CHECKPOINT), demo_tokenizer()
+def load(checkpoint: Path | None) -> nn.Module:
+    """Return the model, with the shipped weights unless ``checkpoint`` names others."""
+    return demo_model(checkpoint or CHECKPOINT)
 
 
 def demo_architecture() -> Architecture:
@@ -59,4 +58,4 @@ def demo_architecture() -> Architecture:
     return Architecture(NAME, CONFIG, PictureFormat(size, tuple(PIXEL_MEAN), tuple(PIXEL_STD)))
 
 
-register_model(NAME, load, weights=CHECKPOINT, config=CONFIG)
+register_model(NAME, load, demo_tokenizer, weights=CHECKPOINT, config=CONFIG)

@@ -6,18 +6,21 @@ its settings; the other seeds are trained with them. Only then are the test sets
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from tracer.demo.compare import (
     Clock,
     command_line,
     described,
     prepare_data,
-    refuse_unadaptable,
     report,
     validation_set,
 )
@@ -30,7 +33,11 @@ from tracer.errors import UserError
 from tracer.evaluation.recognise import check_prompts
 from tracer.files import check_folder, claim_folder, whole_file, write_json
 from tracer.models.choice import check_model
-from tracer.train.run import Series
+from tracer.models.clip import Clip
+from tracer.train.classifier import check_classes
+from tracer.train.config import Config
+from tracer.train.identity import training_index
+from tracer.train.run import Series, check_trainable
 from tracer.train.scoring import Baseline
 
 DECLARED = "declared.json"  # what the trials are, written before the first of them
@@ -68,13 +75,13 @@ def sweep(config: SweepConfig) -> Path:
     check_model(config.model, config.pretrained)
     config, sets = prepare_data(config)
     validation = validation_set(config, sets)
-    _check_trials(config)
-    refuse_unadaptable(config)
+    _check_settings(config)
+    check_prompts([*sets, validation], config.model, config.pretrained)
+    judge = Judge.of(config, sets)
+    _check_model(config, judge.clip)
     claim_folder(config.output)
     _declare(config)
     clock.lap("data")
-    judge = Judge.of(config, sets)
-    check_prompts([*sets, validation], judge.clip.tokenizer)
     validating = dataclasses.replace(judge, sets=[validation], start_scored={})
     training = Training(config, validating.baseline())
     choices = {method: choose(training.trials(method), validation.measure) for method in config.compared}
@@ -128,13 +135,34 @@ def _declare(config: SweepConfig) -> None:
         write_json(part, {"grid": config.grid})
 
 
-def _check_trials(config: SweepConfig) -> None:
-    """Raise UserError for the first trial whose settings make no sense, before any is trained."""
+def _check_trials(config: SweepConfig, check: Callable[[Config], None]) -> None:
+    """Let ``check`` see the settings of each trial before any is trained; its UserError then names the trial."""
     for method, point in itertools.product(config.compared, points(config.grid)):
         try:
-            settings_of(config, method, point, 0, method).validate()
+            check(settings_of(config, method, point, 0, method))
         except UserError as error:
             raise UserError(f"{method} at {json.dumps(point)} of --grid: {error}") from error
+
+
+def _check_settings(config: SweepConfig) -> None:
+    """Refuse a trial whose settings make no sense, or not for the training data."""
+    index = training_index(config)
+
+    def check(run: Config) -> None:
+        run.validate()
+        check_classes(run, index)
+
+    _check_trials(config, check)
+
+
+def _check_model(config: SweepConfig, clip: Clip) -> None:
+    """Refuse a trial whose settings the model does not allow."""
+
+    def check(run: Config) -> None:
+        check_trainable(run, dataclasses.replace(clip, model=copy.deepcopy(clip.model)))
+
+    with torch.random.fork_rng(devices=[]):  # new parts draw their first values
+        _check_trials(config, check)
 
 
 class Training:

@@ -97,7 +97,7 @@ class Tested:
         plain, wise = (self._plain, 1.0), (self._plain, self._config.wise_alpha)
         keys = {plain: self._plain, wise: "wise-ft"} | {(m, 1.0): m for m in self._main}
         pairs = []
-        for other in (plain, wise):
+        for other in dict.fromkeys((plain, wise)):  # one where WiSE-FT's α is 1
             for one in keys:
                 for role, names in columns.items() if one != other else ():
                     a, b = ([s[name] for s in self._at[k] for name in names] for k in (one, other))

@@ -14,6 +14,7 @@ from tracer.data.config import LoadingSettings
 from tracer.data.sample import Sample
 from tracer.errors import UserError
 from tracer.evaluation.sets import EvaluationSet
+from tracer.words import counted
 
 # The published sets by a part of a file's name: pictures of their test split, and folders of pictures beside
 # the file.
@@ -141,7 +142,7 @@ def _samples(path: Path, captioned: list[Captioned]) -> Iterator[Sample]:
     there = [next((each for each in options if each.is_file()), None) for options in paths]
     if not any(there):
         raise UserError(
-            f"none of the {len(captioned)} pictures that '{path}' names is beside it, first "
+            f"'{path}' names {counted(len(captioned), 'picture')}, and none is beside it, first "
             f"'{captioned[0][0][0]}': "
             "its captions may be those of another split; put the file beside the folder of its pictures"
         )

@@ -44,6 +44,14 @@ class SoupConfig(LoadingSettings):
             raise UserError("a soup mixes the weights of several runs: give at least two")
         if self.kind != "uniform" and self.validation is None:
             raise UserError(f"--kind {self.kind} needs labelled pictures: give --validation PATH")
+        repeated = next((run for run in self.runs if self.runs.count(run) > 1), None)
+        if repeated:
+            raise UserError(f"'{repeated}' is named twice: a soup takes each once")
+        idle = [n for n in ("validation", "classes", "prompt_template") if getattr(self, n)]
+        if self.kind == "uniform" and idle:
+            raise UserError(
+                f"--{idle[0]} has no effect with --kind uniform: leave it out, or choose greedy or fisher"
+            )
 
 
 @dataclass

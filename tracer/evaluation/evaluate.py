@@ -37,8 +37,8 @@ def evaluate(config: EvaluateConfig) -> Scores:
     sets = read_sets(config.eval_data, config, config.classes, templates=config.prompt_template, run=run)
     for text in sentences(sets):
         note(text)
+    check_prompts(sets, config.model, config.pretrained)
     clip = load_clip(config.model, config.pretrained)
-    check_prompts(sets, clip.tokenizer)
     for each in sets:
         announce(each.index, clip.picture_format, config, compute_device())
     weights = {"model": digest_of_start(config.model, config.pretrained, clip.model.state_dict())}

@@ -19,6 +19,7 @@ from tracer.data.names import is_hidden, is_picture, note
 from tracer.errors import UserError
 from tracer.evaluation.sets import EvaluationSet
 from tracer.models.imagenet import prompts, wnids
+from tracer.words import counted
 
 WNID = re.compile(r"n\d{8}")
 SIZES = {"ImageNet": 50_000, "ImageNet-Sketch": 50_889, "ImageNet-V2": 10_000}
@@ -73,8 +74,9 @@ def read_imagenet(path: Path, name: str, loading: LoadingSettings) -> list[Evalu
     unknown = sorted(set(folders) - set(wnids()))
     if unknown:
         raise UserError(
-            f"'{path}' has {len(unknown)} class folders that are not wnids of ImageNet's 1000 classes "
-            f"({named(unknown)}): move them away, or name all classes in '{path / 'classes.json'}' as {{id: name}}"
+            f"'{path}' has {counted(len(unknown), 'class folder')} whose name is not a wnid of ImageNet's 1000 "
+            f"classes ({named(unknown)}): move away what does not belong, or name all classes in "
+            f"'{path / 'classes.json'}' as {{id: name}}"
         )
     return [_of_wnids(path, name, loading, folders)]
 
@@ -119,7 +121,8 @@ def _objectnet(path: Path, name: str, loading: LoadingSettings) -> EvaluationSet
     mapped = np.array([label in classes for label in index.classes] + [False])
     index = index.take(np.flatnonzero(mapped[index.columns.label]))
     if len(classes) != OBJECTNET_CLASSES:
-        note(f"'{name}': its mappings name {len(classes)} classes, and ObjectNet's name {OBJECTNET_CLASSES}")
+        here = counted(len(classes), "class", "classes")
+        note(f"'{name}': its mappings name {here}, and ObjectNet's name {OBJECTNET_CLASSES}")
     return EvaluationSet(index, "ObjectNet", SIZES["ObjectNet"], prompts=prompts(), classes=classes)
 
 

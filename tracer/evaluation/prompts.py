@@ -15,6 +15,7 @@ from tracer.data.index import Index
 from tracer.data.text import TEMPLATE, words
 from tracer.errors import UserError
 from tracer.models.registry import Tokenizer
+from tracer.words import counted
 
 
 def names_of(training: Index, sets: list[Index]) -> dict[str, str]:
@@ -125,7 +126,9 @@ def check_labelled(sets: list[Index]) -> None:
         missing = [index.id(int(row)) for row in np.flatnonzero(index.columns.label < 0)]
         if missing:
             how_many = (
-                "no labels" if len(missing) == len(index) else f"{len(missing)} pictures without a label"
+                "no labels"
+                if len(missing) == len(index)
+                else f"{counted(len(missing), 'picture')} without a label"
             )
             raise UserError(
                 f"'{index.name}' has {how_many}, first '{missing[0]}': zero-shot evaluation needs a label for "
@@ -140,6 +143,6 @@ def check_labels(sets: list[Index], prompts: dict[str, list[str]]) -> None:
         unknown = sorted(set(index.classes) - set(prompts))
         if unknown:
             raise UserError(
-                f"'{index.name}' has {len(unknown)} labels without prompts, first '{unknown[0]}': "
-                "add them to --classes or drop their rows"
+                f"'{index.name}' has {counted(len(unknown), 'label')} without prompts, first '{unknown[0]}': "
+                "add what is missing to --classes or drop those rows"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from tracer.evaluation.prompts import check_distinct, check_labels, class_prompt
 from tracer.evaluation.record import classes_for
 from tracer.evaluation.sets import EvaluationSet, Prompts
 from tracer.evaluation.wilds import read_wilds
-from tracer.models.registry import Tokenizer
+from tracer.models.clip import load_tokenizer
 
 Reader = Callable[[Path, str, LoadingSettings], list[EvaluationSet]]
 
@@ -86,11 +85,16 @@ def read_sets(
     return sets
 
 
-def check_prompts(sets: list[EvaluationSet], tokenizer: Tokenizer) -> None:
-    """Raise UserError if two classes of the user's own prompts are the same to the model's tokenizer."""
+def check_prompts(sets: list[EvaluationSet], model: str, pretrained: str | None) -> None:
+    """Raise UserError if two classes of the user's own prompts are the same to the tokenizer of a model.
+
+    No weights are loaded.
+    """
     checked: list[int] = []
+    tokenizer = None
     for each in sets:
         if not each.layout and id(each.prompts) not in checked:
+            tokenizer = tokenizer or load_tokenizer(model, pretrained)
             check_distinct(each.prompts, tokenizer, each.alike)
             checked.append(id(each.prompts))
 
@@ -122,13 +126,12 @@ def _groups_of(path: Path, index: Index) -> list[str]:
         separator = separator_of(path, file.readline())
         file.seek(0)
         rows = csv.DictReader(file, skipinitialspace=True, delimiter=separator)
-        header = rows.fieldnames or []
+        rows.fieldnames = header = [name.strip() for name in rows.fieldnames or []]
         if "group" not in header:
             return []
         picture = "image" if "image" in header else "filepath"
-        folder = f"{path.parent}{os.sep}"
-        group = {os.path.join(folder, row[picture].strip()): row["group"].strip() for row in rows}
-    return [group[str(image)] for image in map(os.fspath, index.images)]
+        group = {path.parent / row[picture].strip(): row["group"].strip() for row in rows}
+    return [group[Path(image)] for image in index.images]
 
 
 def _check(each: EvaluationSet, given: Prompts) -> None:

@@ -16,6 +16,7 @@ from tracer.files import digest_of
 from tracer.models.choice import choose_model
 from tracer.models.clip import openai_templates, weights_file
 from tracer.models.weights import digest_of_values
+from tracer.words import counted
 
 SCHEMA = 1  # of every file of results; docs/results.md says what each version holds
 
@@ -52,7 +53,8 @@ class Classes(NamedTuple):
         if self.templates:
             more = f" and {len(self.templates) - 1} more" if len(self.templates) > 1 else ""
             made = f"'{self.templates[0]}'{more}"
-        return f"{len(self.prompts)} classes, those of {self.source}, with {made}"
+        classes = counted(len(self.prompts), "class", "classes")
+        return f"{classes}, those of {self.source}, with {made}"
 
 
 def classes_for(

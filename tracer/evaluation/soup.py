@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from tracer.evaluation.zero_shot import classifier, evaluate_sets
 from tracer.files import check_output
 from tracer.machine import compute_device
 from tracer.models.architecture import Architecture, Form, first_difference, one_form, saved_architecture
-from tracer.models.choice import choose_model
+from tracer.models.choice import STUDENT, choose_model
 from tracer.models.clip import Clip, load_clip
 from tracer.models.heads import load_state
 from tracer.models.soups import Weights, fisher_weighted, greedy, uniform
@@ -39,7 +40,9 @@ def soup(config: SoupConfig) -> Path:
     check_output(config.output)
     files = [_file_of(run) for run in config.runs]
     architecture = _common_architecture(files)
+    _check_starts(config.runs)
     sets = _validation(config)
+    check_prompts(sets, "auto", str(files[0]))
     models = [load_file(file) for file in files]
     try:
         mixed = uniform(models) if config.kind == "uniform" else _mixed(config, sets, files, models)
@@ -76,6 +79,21 @@ def _common_architecture(files: Sequence[Path]) -> Architecture:
     return replace(first, form=one_form(forms)) if forms else first
 
 
+def _check_starts(runs: Sequence[Path]) -> None:
+    """Refuse runs that began at different weights, whose mean is no model; a file does not say its start."""
+    starts: dict[str, Path] = {}
+    for run in runs:
+        about = run / "run.json"
+        if about.is_file():
+            starts.setdefault(json.loads(about.read_text())["weights"]["zero-shot"], run)
+    if len(starts) > 1:
+        one, other = list(starts.values())[:2]
+        raise UserError(
+            f"'{one}' and '{other}' began at different weights, so that their mean is no model: mix runs of one "
+            f"start, or name the files, such as {one / STUDENT}, if it is the same in two forms"
+        )
+
+
 def _validation(config: SoupConfig) -> list[EvaluationSet]:
     """Return the validation set alone; none for a kind that needs none."""
     if config.kind == "uniform" or config.validation is None:
@@ -97,7 +115,6 @@ def _mixed(
 ) -> Weights:
     """Return the greedy or the Fisher-weighted soup."""
     clip = load_clip("auto", str(files[0]))
-    check_prompts(sets, clip.tokenizer)
     clip.model.to(compute_device())
     if config.kind == "fisher":
         return fisher_weighted(models, [_fisher(clip, sets[0], model, config.workers) for model in models])

@@ -7,6 +7,7 @@ import json
 import os
 import urllib.error
 import urllib.request
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,6 +88,36 @@ def _name_of(saved: Architecture, file: Path) -> str:
         with whole_file(path) as part:
             part.write_text(text)
     return str(path)
+
+
+def with_the_tags_activation(name: str, pretrained: str | None) -> str:
+    """Return the name of the model that has the activation with which the tag's weights were trained.
+
+    A tag that does not mention the activation belongs to the model as it is.
+    """
+    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+    trained_with = tag.get("quick_gelu")
+    config = open_clip.get_model_config(name) or {}
+    if trained_with is None or trained_with == config.get("quick_gelu", False):
+        return name
+    twin = quick_gelu_twin(name)
+    if twin is None or not trained_with:
+        raise UserError(
+            f"the weights '{pretrained}' were trained with {'QuickGELU' if trained_with else 'GELU'}, and {name} "
+            "has another activation: give a --model with it"
+        )
+    warnings.warn(
+        f"the weights '{pretrained}' were trained with QuickGELU: building {twin} in place of {name}",
+        stacklevel=2,  # one caller, whoever calls that: shown once
+    )
+    return twin
+
+
+def quick_gelu_twin(name: str) -> str | None:
+    """Return the model of open_clip that differs from ``name`` in its activation alone: QuickGELU for GELU."""
+    config = open_clip.get_model_config(name)
+    twin = open_clip.get_model_config(f"{name}-quickgelu")
+    return f"{name}-quickgelu" if config and twin == config | {"quick_gelu": True} else None
 
 
 def check_model(model: str, pretrained: str | None) -> None:

@@ -20,10 +20,10 @@ from torch import Size, Tensor, nn
 from tracer.adapters import Adapter
 from tracer.errors import UserError
 from tracer.models.architecture import Architecture, Form, refuse_another, saved_architecture
-from tracer.models.choice import OWN_WEIGHTS, choose_model
+from tracer.models.choice import OWN_WEIGHTS, choose_model, quick_gelu_twin, with_the_tags_activation
 from tracer.models.heads import head_in, read_head, set_class_head
 from tracer.models.picture_format import PictureFormat
-from tracer.models.registry import Tokenizer, registered_model, registered_names
+from tracer.models.registry import RegisteredModel, Tokenizer, registered_model, registered_names
 from tracer.models.weights import MAX_LOGIT_SCALE, SUFFIXES, check_finite, readable_by_open_clip
 
 CONFIG_FILE = "open_clip_config.json"  # of a folder or a hub's repository with a model
@@ -90,18 +90,7 @@ def load_clip(name: str, pretrained: str | None) -> Clip:
             take other weights; or the picture format is not supported.
     """
     unset = pretrained == "auto"
-    name, pretrained = choose_model(name, pretrained)
-    if pretrained and Path(pretrained).suffix in SUFFIXES and not Path(pretrained).exists():
-        raise UserError(f"checkpoint '{pretrained}' does not exist: check --pretrained")
-    registered = registered_model(name)
-    if registered:
-        config = registered.config
-    else:
-        if name.endswith(".json"):
-            name = _add_model_config(Path(name))
-        _check_names(name, pretrained)
-        name = _with_the_tags_activation(name, pretrained)
-        config = _config(name, pretrained)
+    name, pretrained, registered, config = _resolved(name, pretrained)
     file = weights_file(name, pretrained)
     saved = saved_architecture(file) if file else None
     if saved and file:
@@ -109,7 +98,7 @@ def load_clip(name: str, pretrained: str | None) -> Clip:
     if unset and pretrained is None and not registered and not name.startswith(OWN_WEIGHTS):
         warnings.warn(f"{name} has random weights: give --pretrained to take trained ones", stacklevel=2)
     load = _load_registered if registered else _load_open_clip
-    model, tokenizer = load(name, pretrained)
+    model, tokenizer = load(name, pretrained), _tokenizer(name, pretrained, registered)
     set_class_head(model, head_in(read_head(file)) if file else None)
     check_finite(model.state_dict(), f"'{file or pretrained or name}'")
     wanted = open_clip.get_model_preprocess_cfg(model)
@@ -125,6 +114,16 @@ def load_clip(name: str, pretrained: str | None) -> Clip:
             f"and {name} has none of its own: write the file again, with 'logit_bias' in its header"
         )
     return Clip(name, model, tokenizer, _picture_format(name, wanted), config, form)
+
+
+def load_tokenizer(name: str, pretrained: str | None) -> Tokenizer:
+    """Return the tokenizer of the model that :func:`load_clip` builds, without its weights.
+
+    Raises:
+        UserError: the model or the tag is unknown, or its tokenizer cannot be downloaded.
+    """
+    name, pretrained, registered, _ = _resolved(name, pretrained)
+    return _tokenizer(name, pretrained, registered)
 
 
 def contrast_of(model: Any) -> str:
@@ -177,7 +176,31 @@ def source_files(name: str, pretrained: str | None) -> list[Path]:
     return [path for path in files if path.is_file()]
 
 
-def _load_registered(name: str, pretrained: str | None) -> tuple[nn.Module, Tokenizer]:
+def _resolved(
+    name: str, pretrained: str | None
+) -> tuple[str, str | None, RegisteredModel | None, dict[str, Any] | None]:
+    """Return the model's own name, its weights, its entry in the registry, and its config."""
+    name, pretrained = choose_model(name, pretrained)
+    if pretrained and Path(pretrained).suffix in SUFFIXES and not Path(pretrained).exists():
+        raise UserError(f"checkpoint '{pretrained}' does not exist: check --pretrained")
+    registered = registered_model(name)
+    if registered:
+        return name, pretrained, registered, registered.config
+    if name.endswith(".json"):
+        name = _add_model_config(Path(name))
+    _check_names(name, pretrained)
+    name = with_the_tags_activation(name, pretrained)
+    return name, pretrained, None, _config(name, pretrained)
+
+
+def _tokenizer(name: str, pretrained: str | None, registered: RegisteredModel | None) -> Tokenizer:
+    try:
+        return registered.tokenizer() if registered else open_clip.get_tokenizer(name)
+    except Exception as error:  # as many kinds as in _load_open_clip
+        raise _not_loadable(name, pretrained, error) from error
+
+
+def _load_registered(name: str, pretrained: str | None) -> nn.Module:
     registered = registered_model(name)
     assert registered is not None  # load_clip asked
     if pretrained and not Path(pretrained).is_file():
@@ -244,36 +267,6 @@ def _file_in_folder(name: str) -> Path:
     return Path(file)
 
 
-def _with_the_tags_activation(name: str, pretrained: str | None) -> str:
-    """Return the name of the model that has the activation with which the tag's weights were trained.
-
-    A tag that does not mention the activation belongs to the model as it is.
-    """
-    tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
-    trained_with = tag.get("quick_gelu")
-    config = open_clip.get_model_config(name) or {}
-    if trained_with is None or trained_with == config.get("quick_gelu", False):
-        return name
-    twin = _quick_gelu_twin(name)
-    if twin is None or not trained_with:
-        raise UserError(
-            f"the weights '{pretrained}' were trained with {'QuickGELU' if trained_with else 'GELU'}, and {name} "
-            "has another activation: give a --model with it"
-        )
-    warnings.warn(
-        f"the weights '{pretrained}' were trained with QuickGELU: building {twin} in place of {name}",
-        stacklevel=2,  # load_clip, whoever calls it: shown once
-    )
-    return twin
-
-
-def _quick_gelu_twin(name: str) -> str | None:
-    """Return the model of open_clip that differs from ``name`` in its activation alone: QuickGELU for GELU."""
-    config = open_clip.get_model_config(name)
-    twin = open_clip.get_model_config(f"{name}-quickgelu")
-    return f"{name}-quickgelu" if config and twin == config | {"quick_gelu": True} else None
-
-
 def _config(name: str, pretrained: str | None) -> dict[str, Any]:
     """Return open_clip's model config; UserError where it cannot be read or downloaded."""
     try:
@@ -285,7 +278,7 @@ def _config(name: str, pretrained: str | None) -> dict[str, Any]:
     return config
 
 
-def _load_open_clip(name: str, pretrained: str | None) -> tuple[nn.Module, Tokenizer]:
+def _load_open_clip(name: str, pretrained: str | None) -> nn.Module:
     file = weights_file(name, pretrained) if pretrained else None
     try:
         with ExitStack() as stack:
@@ -302,7 +295,7 @@ def _load_open_clip(name: str, pretrained: str | None) -> tuple[nn.Module, Token
                 require_pretrained=bool(pretrained) or name.startswith(OWN_WEIGHTS),
             )
         _warn_of_resizing(model, shapes, file)
-        return model, open_clip.get_tokenizer(name)
+        return model
     except Exception as error:  # open_clip raises many kinds, from network errors to shapes that do not fit
         raise _not_loadable(name, pretrained, error) from error
 
@@ -348,9 +341,9 @@ def _presumed_format(name: str, file: Path, default: dict[str, Any]) -> dict[str
 
 def _warn_of_an_unknown_activation(name: str, file: Path) -> None:
     """Warn if open_clip has the model with another activation too."""
-    twin = _quick_gelu_twin(name)
+    twin = quick_gelu_twin(name)
     plain = name.removesuffix("-quickgelu")
-    if twin or (plain != name and _quick_gelu_twin(plain) == name):
+    if twin or (plain != name and quick_gelu_twin(plain) == name):
         has, other, whose = (
             ("GELU", "QuickGELU", "OpenAI's") if twin else ("QuickGELU", "GELU", "most of LAION's")
         )

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tracer._frozen import multiply_once
 from tracer.errors import UserError
+from tracer.words import counted
 
 Part = Literal["none", "image", "text", "all_but_projections"]
 
@@ -88,7 +89,7 @@ def _lowest_blocks(model: nn.Module, which: str, count: int) -> list[str]:
         )
     if count > len(groups) - 1:
         raise UserError(
-            f"--freeze_{which}_blocks is {count}: the {which} tower has {len(groups) - 1} blocks "
+            f"--freeze_{which}_blocks is {count}: the {which} tower has {counted(len(groups) - 1, 'block')} "
             f"(--freeze {which} freezes all of it)"
         )
     return [name for group in groups[: count + 1] for name in group]

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 Tokenizer = Callable[[list[str]], Tensor]  # n strings → int64 tokens [n, context]
 
-Loader = Callable[[Path | None], tuple[nn.Module, Tokenizer]]
+Loader = Callable[[Path | None], nn.Module]
 
 
 class RegisteredModel(NamedTuple):
-    """``load`` builds the model and its tokenizer from a checkpoint; ``weights`` is its default checkpoint.
+    """``load`` builds the model from a checkpoint, by default ``weights``; ``tokenizer`` makes that of its texts.
 
     ``config`` is the model's config in open_clip's words; None where it has none.
     """
 
     load: Loader
+    tokenizer: Callable[[], Tokenizer]
     weights: Path
     config: dict[str, Any] | None = None
 
@@ -27,16 +28,23 @@ class RegisteredModel(NamedTuple):
 _MODELS: dict[str, RegisteredModel] = {}
 
 
-def register_model(name: str, load: Loader, weights: Path, config: dict[str, Any] | None = None) -> None:
+def register_model(
+    name: str,
+    load: Loader,
+    tokenizer: Callable[[], Tokenizer],
+    weights: Path,
+    config: dict[str, Any] | None = None,
+) -> None:
     """Make ``name`` a model that :func:`~tracer.models.clip.load_clip` can load.
 
     Args:
         name: the name for ``--model``; it takes precedence over a model of open_clip with the same name.
-        load: builds the model and its tokenizer from a checkpoint's path; None stands for ``weights``.
+        load: builds the model from a checkpoint's path; None stands for ``weights``.
+        tokenizer: makes the tokenizer of its texts.
         weights: checkpoint that ``load`` reads when the user names none.
         config: model config with the keys of open_clip's; saved weights are described with it.
     """
-    _MODELS[name] = RegisteredModel(load, weights, config)
+    _MODELS[name] = RegisteredModel(load, tokenizer, weights, config)
 
 
 def registered_model(name: str) -> RegisteredModel | None:

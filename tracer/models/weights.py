@@ -20,6 +20,7 @@ from torch import Size, Tensor
 from tracer.adapters import adapter_state
 from tracer.errors import UserError
 from tracer.files import write_tensors
+from tracer.words import counted
 
 MAX_LOGIT_SCALE = (
     100.0  # the bound in CLIP's own training (Radford et al. 2021, arXiv 2103.00020, section 2.5)
@@ -141,8 +142,8 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
     if name is not None:
         count = int((~state[name].isfinite()).sum())
         raise UserError(
-            f"the weights of {source} are not finite: '{name}' holds {count} NaN or infinite values of "
-            f"{state[name].numel()}: the training that wrote them diverged, so take an earlier checkpoint"
+            f"the weights of {source} are not finite: '{name}' holds {counted(count, 'NaN or infinite value')} of "
+            f"{state[name].numel():,}: the training that wrote them diverged, so take an earlier checkpoint"
         )
 
 

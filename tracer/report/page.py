@@ -17,7 +17,7 @@ from tracer.report.figures import draw
 from tracer.report.palette import COLOURS, PAGE
 from tracer.report.results import Example, Results, number, sampling_error, sizes_of
 from tracer.report.sentences import amount, duration, findings, gap_sentence, headline, percent, with_spread
-from tracer.report.tables import class_changes, table_rows
+from tracer.report.tables import class_changes, mixtures, table_rows
 
 
 def write_report(results: Results, path: Path) -> Path:
@@ -68,6 +68,7 @@ def render(results: Results, folder: Path) -> str:
         },
         sizes=sizes_of(results),
         class_changes=class_changes(results),
+        mixtures=mixtures(results),
         sampling_error=sampling_error(results),
         runs=[(method, run) for method in results.methods for run in method.runs],
         examples=[_example(example, results, folder) for example in results.examples],

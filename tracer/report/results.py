@@ -233,6 +233,7 @@ class Results:
     notices: list[str] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    soups: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)  # method → kind → scores
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Results:
@@ -261,6 +262,7 @@ class Results:
             notices=[str(text) for text in content.get("notices") or []],
             pairs=[Pair(**pair) for pair in content.get("pairs") or []],
             choices=content.get("choices") or {},
+            soups=content.get("soups") or {},
         )
 
     @cached_property
@@ -292,9 +294,9 @@ class Results:
 
     @cached_property
     def plain(self) -> Method | None:
-        """Return the method without regularisation: flyp, or else the first trained method."""
-        named = next((m for m in self.methods if m.key == "flyp"), None)
-        return named or next((m for m in self.methods if m.trained), None)
+        """Return the method without regularisation: flyp, or flyp-multi, or else the first trained method."""
+        named = [m for key in ("flyp", "flyp-multi") for m in self.methods if m.key == key]
+        return next((m for m in (*named, *self.methods) if m in named or m.trained), None)
 
     @cached_property
     def in_distribution(self) -> Column:
@@ -359,7 +361,8 @@ def _numbers(values: dict[str, Any] | None) -> dict[str, float]:
     return {str(name): number(value) for name, value in (values or {}).items()}
 
 
-def _scores(content: dict[str, Any] | None) -> Scores:
+def scores_of(content: dict[str, Any] | None) -> Scores:
+    """Return the scores of a part of results.json as numbers."""
     return {str(name): _numbers(score) for name, score in (content or {}).items()}
 
 
@@ -381,8 +384,8 @@ def _run(content: dict[str, Any]) -> Run:
             for of, score in scores.items()
         },
         seed=content.get("seed"),
-        eval=_scores(content.get("eval")),
-        teacher_eval=_scores(content.get("teacher_eval")),
+        eval=scores_of(content.get("eval")),
+        teacher_eval=scores_of(content.get("teacher_eval")),
         log=[_numbers(row) for row in content.get("log") or []],
         seconds=number(content.get("seconds")),
         sizes=_numbers(content.get("sizes")),
@@ -404,7 +407,7 @@ def _method(content: dict[str, Any]) -> Method:
 
 def _interpolation(content: dict[str, Any]) -> Interpolation:
     points = [
-        Point(number(point.get("alpha")), point.get("seed"), _scores(point.get("eval")))
+        Point(number(point.get("alpha")), point.get("seed"), scores_of(point.get("eval")))
         for point in content["points"]
     ]
     return Interpolation(str(content["key"]), str(content["name"]), points)

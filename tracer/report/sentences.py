@@ -218,32 +218,43 @@ def ablation_sentences(results: Results) -> list[tuple[str, str]]:
 def pair_sentences(results: Results) -> list[tuple[str, str]]:
     """Return what beats each method of comparison, and what cannot be told apart from it, by paired intervals.
 
-    A method beats another under shift where its interval lies above 0. It has equal accuracy in distribution where
-    the interval there holds 0.
+    A method beats another under shift where its interval lies above 0; its calibration is better where that of the
+    error lies below 0. It has equal accuracy in distribution where the interval there holds 0.
     """
     names = {method.key: method.name for method in results.methods}
     topics = []
     for other in dict.fromkeys(pair.other for pair in results.pairs):
-        told: dict[str, list[str]] = {"above": [], "below": [], "apart": []}
-        for pair in results.pairs:
-            if (pair.other, pair.column, pair.measure) != (other, "shifted", "accuracy"):
-                continue
-            home = next(
-                (p for p in results.pairs if (p.one, p.other, p.measure) == (pair.one, other, "accuracy")
-                 and p.column == "in-distribution"), None
-            )  # fmt: skip
-            where = "above" if pair.low > 0 else "below" if pair.high < 0 else "apart"
-            text = f"{names.get(pair.one, pair.one)} ({_interval(pair)}{_at_home(home)})"
-            told[where].append(text)
         name, sentences = names.get(other, other), []
-        for where, verb in (("above", "beat"), ("below", "fall below")):
-            if told[where]:
-                s = "" if len(told[where]) > 1 else "s"
-                sentences.append(f"Under shift, {listing(told[where])} {verb}{s} {name}.")
-        if told["apart"]:
-            sentences.append(f"Not to be told apart from {name} under shift: {listing(told['apart'])}.")
-        topics.append((f"Against {name}, paired 95 % intervals", " ".join(sentences)))
+        above, below, apart = _told(results, other, "accuracy", names)
+        for those, verb in ((above, "beat"), (below, "fall below")):
+            if those:
+                verb = verb if len(those) > 1 else verb.replace("beat", "beats").replace("fall", "falls")
+                sentences.append(f"Under shift, {listing(those)} {verb} {name}.")
+        if apart:
+            sentences.append(f"Not to be told apart from {name} under shift: {listing(apart)}.")
+        worse, better, _ = _told(results, other, "ece", names)
+        for those, word in ((better, "better"), (worse, "worse")):
+            if those:
+                verb = "is" if len(those) == 1 else "are"
+                sentences.append(f"Under shift, {listing(those)} {verb} {word} calibrated than {name}.")
+        if sentences:
+            topics.append((f"Against {name}, paired 95 % intervals", " ".join(sentences)))
     return topics
+
+
+def _told(results: Results, other: str, measure: str, names: dict[str, str]) -> tuple[list[str], ...]:
+    """Return the methods whose measure under shift is above that of another, below it, or not to be told apart."""
+    told: tuple[list[str], ...] = ([], [], [])
+    for pair in results.pairs:
+        if (pair.other, pair.column, pair.measure) != (other, "shifted", measure):
+            continue
+        home = next(
+            (p for p in results.pairs if (p.one, p.other, p.measure) == (pair.one, other, "accuracy")
+             and p.column == "in-distribution"), None
+        ) if measure == "accuracy" else None  # fmt: skip
+        where = 0 if pair.low > 0 else 1 if pair.high < 0 else 2
+        told[where].append(f"{names.get(pair.one, pair.one)} ({_interval(pair)}{_at_home(home)})")
+    return told
 
 
 def _interval(pair: Pair) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tracer.report.results import Method, Results, Stat, best_of, clearly_differ
+from tracer.report.results import Method, Results, Stat, best_of, clearly_differ, number, scores_of
 
 
 @dataclass(frozen=True)
@@ -128,3 +128,37 @@ def _cell(stat: Stat, start: Stat | None, best: bool, lower: bool, paired_error:
     better = (change < 0) == lower
     trend = ("up" if better else "down") if clearly_differ(stat, start, paired_error) else ""
     return Cell(stat, best, change, trend)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A soup of a method's trials, or the trial that was chosen: fractions, NaN where nothing was measured."""
+
+    method: Method
+    kind: str
+    validation: float
+    scores: list[tuple[float, float]]  # accuracy and ece in each column of the summary
+
+
+MIXTURES = {"uniform": "uniform", "greedy": "greedy", "fisher": "Fisher-weighted"}
+
+
+def mixtures(results: Results) -> list[Mixture]:
+    """Return for each method whose trials were mixed the chosen trial and its soups."""
+    columns = [column for column in (results.in_distribution, results.under_shift) if column]
+    rows = []
+    for method in results.methods:
+        choice, soups = results.choices.get(method.key), results.soups.get(method.key)
+        if not choice or not soups or not method.runs:
+            continue
+        trials = {trial["run"]: number(trial["validation"]) for trial in choice["trials"]}
+        chosen = next(t for t in choice["trials"] if t["point"] == choice["chosen"])
+        tested = [(f"chosen of {len(trials)} trials", trials[chosen["run"]], method.runs[0].eval)]
+        for kind, soup in soups.items():
+            of = f", {len(soup['trials'])} of {len(trials)} trials" if "trials" in soup else ""
+            name = MIXTURES.get(kind, kind) + of
+            tested.append((name, number(soup["validation"]), scores_of(soup["eval"])))
+        for name, validation, scores in tested:
+            read = [(c.read(scores, "accuracy"), c.read(scores, "ece")) for c in columns]
+            rows.append(Mixture(method, name, validation, read))
+    return rows

@@ -16,11 +16,17 @@ from tracer.report.sentences import headline, percent, size_sentence, with_sprea
 from tracer.report.tables import Row, table_rows
 from tracer.report.verdict import verdicts
 
+OF_INTERVALS = (
+    "Second line of a cell: 95 % interval over the choice of the pictures. They are drawn in groups: the classes, "
+    "unless the column 'group' of a table or a published set names others; in retrieval each picture alone."
+)
+
 
 def print_scores(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     """Print a row for each model and set, in one table for classification and one for retrieval.
 
-    A published set with another number of pictures than it should have is marked as incomplete.
+    The caption of a table says what the second line of a cell is. A published set with another number of pictures
+    than it should have is marked as incomplete.
 
     Where the gains above the start are known, they stand beside the accuracy, with their 95 % interval, and a
     sentence for each set says whether the fine-tuning helped.
@@ -57,7 +63,8 @@ def _with_gains(columns: dict[str, str], rows: list[tuple[str, str, Mapping[str,
 def _print_table(title: str, rows: list[tuple[str, str, Mapping[str, Any]]], columns: dict[str, str]) -> None:
     if not rows:
         return
-    table = Table(title=title)
+    bounded = any(f"{key}_low" in score for *_, score in rows for key in columns)
+    table = Table(title=title, caption=OF_INTERVALS if bounded else None, caption_justify="left")
     for column in ("model", "set", "pictures", *columns.values()):
         left = column in ("model", "set")
         table.add_column(column, justify="left" if left else "right", no_wrap=not left, overflow="fold")

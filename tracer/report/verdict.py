@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tracer.report.sentences import percent
+from tracer.words import counted
 
 # Where a set is judged by another measure than its accuracy.
 IN_WORDS = {"macro_f1": "macro-F1", "worst_region": "the worst region", "image_to_text_r1": "image→text R@1"}
@@ -33,11 +34,13 @@ def _verdict(name: str, score: Mapping[str, Any]) -> str:
     measure = IN_WORDS.get(score.get("measure", ""), "")
     name = f"{name} ({measure})" if measure else name
     bounds = f"{percent(low, signed=True)} to {percent(high, signed=True)}"
+    pictures, groups = int(score["pictures"]), int(score.get("groups", 0))
+    size = counted(pictures, "picture") + (f" in {counted(groups, 'group')}" if 1 < groups < pictures else "")
     if gain == low == high == 0:
-        return f"{name}: no change on {score['pictures']:.0f} pictures"
+        return f"{name}: no change on {size}"
     if low <= 0 <= high:
         return (
-            f"{name}: no sure change; {percent(gain, signed=True)} points on {score['pictures']:.0f} pictures "
+            f"{name}: no sure change; {percent(gain, signed=True)} points on {size} "
             f"could be chance (95 %: {bounds})"
         )
     verb = "helped" if gain > 0 else "hurt"

@@ -2,6 +2,7 @@
 
 # Annotations are not postponed: jsonargparse would look for their names in the modules of the subclasses.
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -125,6 +126,10 @@ BASELINES = {
 }
 
 
+# Settings that tell one method from another: with another value a run is not the baseline that its tables name.
+DECISIVE = ("method", "teacher", "classifier", "positives")
+
+
 @dataclass
 class BaselineSettings:
     """Choose a published baseline, or add its terms to the objective.
@@ -166,12 +171,37 @@ class BaselineSettings:
             if getattr(self, name) == defaults[name]:
                 setattr(self, name, value)
 
+    @classmethod
+    def check_given(cls, values: Mapping[str, Any], given: Collection[str]) -> None:
+        """Raise UserError for an option on the command line whose value the baseline would override.
+
+        A setting at its default looks unset, so that the baseline's own value takes its place.
+
+        Args:
+            values: of all settings, as they were parsed.
+            given: names of the options on the command line.
+        """
+        baseline = values["baseline"]
+        chosen = BASELINES.get(baseline or "")
+        for name, own in overridden(chosen.settings if chosen else {}, values, given, cls):
+            raise UserError(
+                f"--{name} {values[name]} is the default, in place of which --baseline {baseline} has {own}: "
+                f"leave --{name} out, or give --baseline null and the other settings that you want"
+            )
+
     def validate(self) -> None:
         """Raise UserError for the first setting of this section that is out of range, or has no effect."""
         if self.baseline is not None and self.baseline not in BASELINES:
             raise UserError(
                 f"--baseline is '{self.baseline}': it must be one of {', '.join(BASELINES)}, or left out"
             )
+        own = {"method": "tracer"} | BASELINES[self.baseline].settings if self.baseline else {}
+        for name in DECISIVE:
+            if name in own and getattr(self, name) != own[name]:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} is not --baseline {self.baseline}, whose {name} is "
+                    f"{own[name]}: leave --{name} out, or give --baseline null"
+                )
         ranges = {
             "at least 0": "l2_sp ldreg gradient augmented",
             "at least 0 and below 1": "mask",
@@ -186,3 +216,18 @@ class BaselineSettings:
             )
         if self.ldreg_neighbours < 2:
             raise UserError(f"--ldreg_neighbours is {self.ldreg_neighbours}: it must be at least 2")
+
+
+def overridden(
+    own: Mapping[str, Any], values: Mapping[str, Any], given: Collection[str], settings: type
+) -> list[tuple[str, Any]]:
+    """Return the options of the command line in whose place a method's own values would come, with these.
+
+    Args:
+        own: settings of a method.
+        values: of all settings, as they were parsed.
+        given: names of the options on the command line.
+        settings: dataclass of the settings, which knows the defaults.
+    """
+    defaults = {f.name: f.default for f in fields(settings)}
+    return [(n, v) for n, v in own.items() if n in given and v != values[n] == defaults[n]]

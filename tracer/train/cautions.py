@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
+from torch import nn
+
 from tracer.evaluation.sets import EvaluationSet
+from tracer.models.clip import projections
 from tracer.train.config import Config
 from tracer.train.ranks import ranks
+from tracer.words import counted
 
 FEW_PICTURES = 100  # below it the standard error of an accuracy can exceed 5 points
 
@@ -26,7 +30,10 @@ def caution_of_size(name: str, pictures: int) -> str | None:
     if pictures >= FEW_PICTURES:
         return None
     error = 50 / pictures**0.5  # of an accuracy of 50 %, the worst case
-    return f"'{name}' has {pictures} pictures: an accuracy on it has a standard error of up to {error:.0f} points"
+    return (
+        f"'{name}' has {counted(pictures, 'picture')}: an accuracy on it has a standard error of up to "
+        f"{error:.0f} points"
+    )
 
 
 def cautions_of_sizes(sets: Iterable[EvaluationSet]) -> list[str]:
@@ -63,7 +70,7 @@ def _idle(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("positives", "margin", "smoothing"), f"with --classifier {config.classifier}"
     if not config.ldreg:
         yield ("ldreg_neighbours",), "without --ldreg"
-    if not config.eval_data:
+    if not config.eval_data and config.classifier == "none":
         yield ("classes", "prompt_template"), "without evaluation sets: give --eval_data.NAME"
     if config.micro_batch is not None and config.micro_batch >= config.batch_size:
         yield ("micro_batch",), f"as it is not below --batch_size {config.batch_size}"
@@ -76,6 +83,18 @@ def _chosen(config: Config, name: str) -> bool:
     (field,) = (field for field in dataclasses.fields(config) if field.name == name)
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return getattr(config, name) != default
+
+
+def missing_parts(config: Config, model: nn.Module) -> list[str]:
+    """Return a sentence if the model lacks the projections that ``config`` would penalise."""
+    if not config.penalised or projections(model) is not None:
+        return []
+    weights = [f"--{name} {value:g}" for name in OF_PENALTIES if (value := getattr(config, name))]
+    verb = "has" if len(weights) == 1 else "have"
+    return [
+        f"{' and '.join(weights)} {verb} no effect: a tower of the model does not end with a linear projection (a "
+        "ResNet ends with attention), so that there is none to penalise"
+    ]
 
 
 def resting_averages(config: Config) -> Iterator[str]:

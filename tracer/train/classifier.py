@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tracer.train.engine import DeepSpeedEngine
 
 
-def begin_classifier(config: Config, clip: Clip, index: Index, sets: list[EvaluationSet]) -> None:
+def begin_classifier(config: Config, clip: Clip, index: Index, prompts: Prompts) -> None:
     """Give the model of a run the classifier that it trains, or take the one away that it does not train.
 
     W begins as the zero-shot classifier times the logit scale (WiSE-FT: Wortsman et al. 2022, arXiv 2109.01903,
@@ -32,17 +32,14 @@ def begin_classifier(config: Config, clip: Clip, index: Index, sets: list[Evalua
         config: settings of the run.
         clip: the start, changed in place.
         index: the training data.
-        sets: evaluation sets.
-
-    Raises:
-        UserError: pictures have no label, or a class has no prompts.
+        prompts: from :func:`prompts_of_training`.
     """
     own = class_head(clip.model)
     if config.classifier == "none":
         set_class_head(clip.model, None)
     elif own is None or own.classes != index.classes:
         set_class_head(clip.model, None)
-        rows = classifier(clip, _prompts(config, index, sets)).clone()  # it was made in inference mode
+        rows = classifier(clip, prompts).clone()  # it was made in inference mode
         set_class_head(clip.model, ClassHead(rows * logit_scale(clip).detach(), index.classes))
 
 
@@ -58,8 +55,16 @@ def check_classes(config: Config, index: Index) -> None:
         )
 
 
-def _prompts(config: Config, index: Index, sets: list[EvaluationSet]) -> Prompts:
-    """Return the prompts of the training classes: those of a set that has them all, else a set's default."""
+def prompts_of_training(config: Config, index: Index, sets: list[EvaluationSet]) -> Prompts:
+    """Return the prompts of the classes that a classifier is trained on; none where none is trained.
+
+    They are those of a set that has them all, else a set's default.
+
+    Raises:
+        UserError: a class has no prompts.
+    """
+    if config.classifier == "none":
+        return {}
     known = [each.prompts for each in sets if not each.retrieval]
     if config.classes:
         known.insert(0, class_prompts(config.classes, []))

@@ -24,6 +24,7 @@ from tracer.train.sections import (
     OptimisationSettings,
     RunSettings,
 )
+from tracer.words import counted
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
 
@@ -76,8 +77,8 @@ class Config(
         steps = max(1, self.epochs * pictures // (self.batch_size * self.accumulation))
         if self.warmup is not None and self.warmup >= steps:
             raise UserError(
-                f"--warmup is {self.warmup}: it must be below the {steps} steps that --epochs {self.epochs} makes "
-                f"of {pictures} pictures"
+                f"--warmup is {self.warmup}: it must be below the {counted(steps, 'step')} that --epochs "
+                f"{self.epochs} makes of {counted(pictures, 'picture')}"
             )
         return dataclasses.replace(self, steps=steps, epochs=None)
 

@@ -55,7 +55,7 @@ class Extras:
         self._weights = [p for p in model.parameters() if p.requires_grad] if settings.l2_sp else []
         self._start = [p.detach().float().clone() for p in self._weights]
         self._fusion: Fusion | None = getattr(model, FUSION, None)
-        _check(settings, model)
+        check_extras(settings, model)
 
     def terms(
         self,
@@ -79,8 +79,8 @@ class Extras:
         return terms
 
 
-def _check(settings: Any, model: nn.Module) -> None:
-    """Refuse terms that the other settings do not allow."""
+def check_extras(settings: Any, model: nn.Module) -> None:
+    """Raise UserError for a term of the baselines that a run's other settings or its model do not allow."""
     need_teacher = {"gradient": settings.gradient, "augmented": settings.augmented}
     for name, weight in need_teacher.items():
         if weight and settings.method != "tracer":

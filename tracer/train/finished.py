@@ -14,6 +14,7 @@ from tracer.errors import UserError
 from tracer.settings import as_paths, check_ranges
 from tracer.train.config import Config
 from tracer.train.sections import MethodSettings
+from tracer.words import counted
 
 NEEDED = ("run.json", "metrics.json", "config.yaml")  # of the folder of a finished run
 
@@ -199,7 +200,8 @@ def show(config: ShowConfig) -> tuple[list[str], dict[str, Any]]:
     lines = [
         f"{config.run}: {method}, {about['model']} from {start or 'its own weights'}, seed {settings['seed']}",
         f"trained on: {settings['train_data']}",
-        f"for: {settings['steps']} steps of {settings['batch_size'] * settings['accumulation']} pairs in "
+        f"for: {counted(settings['steps'], 'step')} of "
+        f"{counted(settings['batch_size'] * settings['accumulation'], 'pair')} in "
         f"{about['seconds']:.0f} s, {about['precision']}",
         f"classes: {len(about['classes'])}",
         *(f"weights of {name}: sha256 {digest}" for name, digest in about["weights"].items()),

@@ -59,6 +59,7 @@ from tracer.train.log import Shown, StepLog
 from tracer.train.ranks import ranks
 from tracer.train.scoring import Scorer, Weights
 from tracer.train.stop import StopHere, stop_requests
+from tracer.words import counted
 
 if TYPE_CHECKING:
     from tracer.train.engine import DeepSpeedEngine
@@ -450,9 +451,9 @@ def _end_not_finite(trainer: Trainer, step: int, skipped: int, index: Index) -> 
 
     def end() -> None:
         raise UserError(
-            f"the loss or its gradient was not finite in {skipped} steps in a row; the last is step {step}, "
-            f"{batches} with {named}{more}{whose}: lower --lr, give a --clip_grad above 0, or check the start's "
-            "weights (--max_skipped sets the bound)"
+            f"the loss or its gradient was not finite in {counted(skipped, 'step')} in a row; the last is "
+            f"step {step}, {batches} with {named}{more}{whose}: lower --lr, give a --clip_grad above 0, or check "
+            "the start's weights (--max_skipped sets the bound)"
         )
 
     here.agree(end)

@@ -23,6 +23,7 @@ from tracer._mesh import MeshShape
 from tracer.errors import Refused, Stopped, UserError
 from tracer.train.start import check_network, refused_by_the_network
 from tracer.train.watch import Watch
+from tracer.words import counted
 
 T = TypeVar("T")
 
@@ -287,6 +288,6 @@ def check_mesh(mesh: MeshShape, size: int) -> None:
     """
     if isinstance(mesh, tuple) and mesh[0] * mesh[1] != size:
         raise UserError(
-            f"--mesh {mesh[0]}x{mesh[1]} has {mesh[0] * mesh[1]} places, and there are {size} ranks: give two "
-            f"numbers whose product is {size}, auto or ring"
+            f"--mesh {mesh[0]}x{mesh[1]} has {counted(mesh[0] * mesh[1], 'place')}, and the run has "
+            f"{counted(size, 'rank')}: give two numbers whose product is {size}, auto or ring"
         )

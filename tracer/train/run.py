@@ -26,7 +26,7 @@ from tracer.data.loader import announce, choose
 from tracer.errors import Stopped, UserError
 from tracer.evaluation.recognise import check_eval_data, check_prompts, read_sets
 from tracer.evaluation.record import digest_of_start, head, sentences
-from tracer.evaluation.sets import EvaluationSet
+from tracer.evaluation.sets import EvaluationSet, Prompts
 from tracer.files import (
     aside,
     check_ours,
@@ -44,21 +44,22 @@ from tracer.files import (
 from tracer.machine import compute_device, resolve_precision, versions
 from tracer.models.architecture import Architecture
 from tracer.models.choice import check_model
-from tracer.models.clip import contrast_of, load_clip
+from tracer.models.clip import Clip, contrast_of, load_clip
 from tracer.models.freezing import freeze, lock_batchnorm, locked_buffers, trained_batchnorm
 from tracer.models.heads import START_HEAD, head_state
 from tracer.models.towers import checkpoint_activations
 from tracer.models.weights import first_not_finite, save_weights
-from tracer.train.cautions import cautions_of_sizes, idle_options, resting_averages
+from tracer.train.cached import refuse_batch_statistics
+from tracer.train.cautions import cautions_of_sizes, idle_options, missing_parts, resting_averages
 from tracer.train.checkpoint import WHOLE, Checkpoints
-from tracer.train.classifier import begin_classifier, check_classes
+from tracer.train.classifier import begin_classifier, check_classes, prompts_of_training
 from tracer.train.config import Config
 from tracer.train.engine import deepspeed_settings
-from tracer.train.extras import add_baseline
+from tracer.train.extras import add_baseline, check_extras
 from tracer.train.identity import IDENTITY, INDEX, Identity, differences_from, identity_of, training_index
 from tracer.train.log import StepLog, read_log
 from tracer.train.loggers import check_loggers
-from tracer.train.loop import Trained, stopped_after, train
+from tracer.train.loop import Trained, objective, stopped_after, train
 from tracer.train.ranks import Ranks, check_batch_size, check_mesh, join, ranks
 from tracer.train.scoring import (
     BEST,
@@ -129,17 +130,17 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
     choose(config, compute_device())  # refuses a loader that is missing
     # The data first: most mistakes are made there. One rank builds an index, the others find it in the cache.
     index = here.leaders_first(lambda: training_index(config))
-    check_classes(config, index)
     sets = here.agree(lambda: _read_evaluation(config, index) if here.first else [])
     here.agree(lambda: deepspeed_settings(config))
     config = config.resolve(len(index))
     notices = here.once(lambda: _notices(config, sets, series))
+    prompts = here.agree(lambda: _check_prompts(config, index, sets))
     torch.manual_seed(config.seed)  # for random initial weights, and for adapters of a given rank
     clip = here.leaders_first(lambda: load_clip(config.model, config.pretrained))
-    check_prompts(sets, clip.tokenizer)
-    here.agree(partial(begin_classifier, config, clip, index, sets))
+    here.agree(partial(begin_classifier, config, clip, index, prompts))
     asked, config = config, with_form_of(config, clip)
     start = {name: value.clone() for name, value in clip.model.state_dict().items()}
+    notices += here.once(partial(_missing, config, clip.model))
     prepare(config, clip.model)
     with ExitStack() as stack:
         own = here.leaders_first(lambda: identity_of(asked, index))
@@ -256,10 +257,27 @@ def _read_evaluation(config: Config, index: Index) -> list[EvaluationSet]:
     return sets
 
 
+def _check_prompts(config: Config, index: Index, sets: list[EvaluationSet]) -> Prompts:
+    """Refuse classes and prompts that say nothing to any model; return those that a classifier begins with."""
+    check_classes(config, index)
+    prompts = prompts_of_training(config, index, sets)
+    check_prompts(sets, config.model, config.pretrained)
+    return prompts
+
+
 def _notices(config: Config, sets: list[EvaluationSet], series: Series | None) -> list[str]:
     """Print what the user should know before the training, and return it."""
     idle = [] if series else idle_options(config)
-    notices = [*idle, *resting_averages(config), *cautions_of_sizes(sets)]
+    return _say([*idle, *resting_averages(config), *cautions_of_sizes(sets)])
+
+
+def _missing(config: Config, model: nn.Module) -> list[str]:
+    """Print which terms the model does not allow, and return it."""
+    return _say(missing_parts(config, model))
+
+
+def _say(notices: list[str]) -> list[str]:
+    """Print sentences as warnings, and return them."""
     for text in notices:
         warnings.warn(text, stacklevel=2)
     return notices
@@ -277,18 +295,45 @@ def _scorer(
 def prepare(config: Config, model: nn.Module) -> None:
     """Add adapters, freeze, lock BatchNorm and switch activation checkpointing on, as ``config`` says.
 
+    It prints which share of the model trains, where that is not all of it.
+
     Raises:
         UserError: the model does not allow what the settings ask for; names the settings.
     """
+    if share := _fit(config, model):
+        tqdm.write(str(share))
+
+
+def check_trainable(config: Config, clip: Clip) -> None:
+    """Refuse a run whose settings do not fit the model, as its training would, but before any training.
+
+    Args:
+        config: settings of the run.
+        clip: the start, which is changed and of no further use.
+
+    Raises:
+        UserError: the model does not allow what the settings ask for; names the settings.
+    """
+    config = with_form_of(config, clip)
+    clip.model.train()
+    _fit(config, clip.model)
+    objective(config, clip.model)
+    check_extras(config, clip.model)
+    if config.micro_batches(ranks().size) > 1:
+        refuse_batch_statistics(clip.model)
+
+
+def _fit(config: Config, model: nn.Module) -> Share | None:
+    """Change the model as ``config`` says; return which share of it trains, None for all of it."""
+    share = None
     if config.logit_bias is not None and contrast_of(model) == "sigmoid":
         nn.init.constant_(model.get_parameter("logit_bias"), config.logit_bias)
     if config.adapted:
-        tqdm.write(str(adapt(config, model)))
+        share = adapt(config, model)
     freeze(model, config.freeze, config.freeze_image_blocks, config.freeze_text_blocks)
     if config.freezing:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         share = Share(trained, sum(p.numel() for p in model.parameters()))
-        tqdm.write(str(share))
     add_baseline(config, model)
     lock_batchnorm(model, all_layers=config.lock_batchnorm)
     layer = trained_batchnorm(model)
@@ -303,6 +348,7 @@ def prepare(config: Config, model: nn.Module) -> None:
                 "step: add --lock_batchnorm true"
             )
         checkpoint_activations(model)
+    return share
 
 
 def _frozen(model: nn.Module) -> list[str]:
