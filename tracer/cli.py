@@ -198,6 +198,8 @@ def main(argv: list[str] | None = None) -> int:
         with _sigterm_raises():
             run(*parse(_without_local_rank(sys.argv[1:] if argv is None else argv)))
     except Stopped as stopped:
+        if stopped.together and os.environ.get("RANK", "0") != "0":
+            time.sleep(1.0)  # the first rank has the progress bar: it shall have closed it, and speak
         return _end(f"tracer: {stopped}", stopped.code)
     except Refused:
         return 2
