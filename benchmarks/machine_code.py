@@ -276,10 +276,10 @@ def shipped(architectures: list[str], quick: bool) -> list[Case]:
     cases = [
         Case(arch, kernel, many, bits, tile, options, width)
         for arch in architectures
-        for (kernel, many, bits), tiles in TABLES[arch].items()
+        for kernel, many, bits in TABLES[arch]
         if kernel not in LIKE
-        for tile in tiles
         for options, width in variants
+        for tile in _tiles_of(arch, kernel, many, bits, options)
     ]
     cases += [
         Case(arch, kernel, many, bits, tile, True, 512, form)
@@ -292,7 +292,7 @@ def shipped(architectures: list[str], quick: bool) -> list[Case]:
     if not quick:
         return cases
     cases += [
-        Case(arch, kernel, False, 16, TABLES[arch][kernel, False, 16][0], options=False)
+        Case(arch, kernel, False, 16, _tiles_of(arch, kernel, False, 16, options=False)[0], options=False)
         for arch in architectures
         for kernel in PASSES
     ]
@@ -303,6 +303,12 @@ def shipped(architectures: list[str], quick: bool) -> list[Case]:
         return case.bits != 16 and case.arch != "sm_90" and case.tile in entry
 
     return [case for case in cases if not known(case)]
+
+
+def _tiles_of(arch: str, kernel: str, many: bool, bits: int, options: bool) -> tuple[Tile, ...]:
+    """Return the tiles of a kernel that no form has, with all options or without."""
+    plain = kernel in PASSES and not (many or options)
+    return tiles_of(TABLES[arch], f"{kernel}, plain" if plain else kernel, many, bits)
 
 
 def _is_largest(case: Case) -> bool:

@@ -12,12 +12,14 @@ copies into it. Bytes of the second-level cache are all loads and stores of glob
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from typing import NamedTuple
 
 from benchmarks.disassembly import TENSOR_CORE
 from tracer.kernels._tiles import Tile
 
+_COPY = "LDGSTS"  # asynchronous, from global into shared memory
 _OPERAND_ROW = 32  # bytes of an operand's row that an asynchronous tensor-core instruction multiplies
 _NVIDIA = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
 _AMD = re.compile(r"^\s+([a-z]\w+)\b([^;]*)")
@@ -48,9 +50,9 @@ class Visit(NamedTuple):
     shared_bytes: int
     multiply_adds: int  # of tensor cores; more than the tile's where warps repeat one another's products
 
-    def plus(self, other: Visit, times: int = 1) -> Visit:
-        """Return the sum of this and ``times`` the other."""
-        return Visit(*(a + times * b for a, b in zip(self, other, strict=True)))
+    def plus(self, other: Visit, times: Fraction | int = 1) -> Visit:
+        """Return the sum of this and ``times`` the other, in whole numbers."""
+        return Visit(*(round(a + times * b) for a, b in zip(self, other, strict=True)))
 
 
 class _Instruction(NamedTuple):
@@ -71,6 +73,10 @@ class _Loop(NamedTuple):
     def length(self) -> int:
         return self.last - self.first
 
+    @property
+    def indices(self) -> range:
+        return range(self.first, self.last + 1)
+
 
 def count(arch: str, text: str, tile: Tile, warps: int, width: int) -> tuple[Visit, Visit] | None:
     """Return what a visit executes for features of ``width``, and what one step of the loop over D adds.
@@ -85,11 +91,12 @@ def count(arch: str, text: str, tile: Tile, warps: int, width: int) -> tuple[Vis
     Returns:
         None for a kernel that has no loop over D.
     """
-    instructions, loops = _parsed(text)
+    instructions, jumps = _parsed(text)
     pattern = re.compile(TENSOR_CORE[arch])
     if not any(pattern.match(x.opcode) for x in instructions):
         pattern = re.compile(r"FFMA|v_(?:pk_)?fma")
     products = [i for i, x in enumerate(instructions) if pattern.match(x.opcode)]
+    loops = _loops(jumps)
     inner = _multiplying(loops, products)
     if inner is None:
         return None
@@ -97,35 +104,78 @@ def count(arch: str, text: str, tile: Tile, warps: int, width: int) -> tuple[Vis
     if not larger:
         return None
     outer = min(larger, key=lambda loop: loop.length)
-    step = _sum(arch, instructions[inner.first : inner.last + 1], tile, warps)
-    rest = instructions[outer.first : inner.first] + instructions[inner.last + 1 : outer.last + 1]
-    around = _sum(arch, rest, tile, warps)
-    # Asynchronous copies before the loop are those that its last steps mask out.
-    ahead = _sum(arch, [x for x in rest if x.opcode.startswith("LDGSTS")], tile, warps)
-    around = around._replace(
-        cache_bytes=around.cache_bytes - ahead.cache_bytes,
-        shared_bytes=around.shared_bytes - ahead.shared_bytes,
-    )
+
+    def total(indices: Iterable[int], opcode: str = "") -> Visit:
+        chosen = [instructions[i] for i in indices if instructions[i].opcode.startswith(opcode)]
+        return _sum(arch, chosen, tile, warps)
+
+    ahead, behind = range(outer.first, inner.first), range(inner.last + 1, outer.last + 1)
+    one_pass, copied = total(inner.indices), total(inner.indices, _COPY)
+    unrolled = _unrolled(total(ahead), total(ahead, _COPY), one_pass, copied, tile.num_stages)
+    executed = [*ahead, *_taken(behind, instructions, jumps)]
+    around, copies = total(executed), total(executed, _COPY)
     # A product that the compiler has taken out of the loop is one that the loop has not to take.
-    taken_out = around.multiply_adds // step.multiply_adds if step.multiply_adds else 0
-    return around.plus(step, -(-width // tile.block_d) - taken_out), step
+    taken_out = unrolled * around.multiply_adds // one_pass.multiply_adds if one_pass.multiply_adds else 0
+    # Each block is copied once: the loop's last passes mask out as many copies as stand ahead of it.
+    share = Fraction(taken_out, unrolled)
+    around = around._replace(
+        cache_bytes=around.cache_bytes - copies.cache_bytes + int(share * copied.cache_bytes),
+        shared_bytes=around.shared_bytes - copies.shared_bytes + int(share * copied.shared_bytes),
+    )
+    passes = Fraction(-(-width // tile.block_d) - taken_out, unrolled)
+    return around.plus(one_pass, passes), _sum(arch, [], tile, warps).plus(one_pass, Fraction(1, unrolled))
 
 
-def _parsed(text: str) -> tuple[list[_Instruction], list[_Loop]]:
-    """Return the instructions of a listing and its loops."""
+def _unrolled(ahead: Visit, copied_ahead: Visit, one_pass: Visit, copied: Visit, stages: int) -> int:
+    """Return how many blocks of D a pass of the loop over D multiplies; the compiler unrolls some loops.
+
+    Ahead of the loop stand the copies of one block fewer than the pipeline has stages, and those of blocks that
+    are multiplied there.
+    """
+    if not (copied.cache_bytes and one_pass.multiply_adds):
+        return 1
+    waiting = Fraction(copied_ahead.cache_bytes, copied.cache_bytes)
+    waiting -= Fraction(ahead.multiply_adds, one_pass.multiply_adds)
+    return max(1, round((stages - 1) / waiting)) if waiting > 0 else 1
+
+
+def _taken(behind: range, instructions: list[_Instruction], jumps: dict[int, int]) -> list[int]:
+    """Return the indices ``behind`` the loop over D that each visit executes.
+
+    A whole program jumps together over code with a barrier in it: over the blocks that an unrolled loop leaves
+    over, of which there are none, and over the positives without labels, which lie in tiles on the diagonal alone.
+    """
+    barriers = [i for i in behind if _is_barrier(instructions[i].opcode)]
+    left_out = {
+        i
+        for first, target in jumps.items()
+        if first in behind and target - 1 in behind and any(first < barrier < target for barrier in barriers)
+        for i in range(first + 1, target)
+    }
+    return [i for i in behind if i not in left_out]
+
+
+def _parsed(text: str) -> tuple[list[_Instruction], dict[int, int]]:
+    """Return the instructions of a listing, and where those that jump may go on, by index."""
     instructions: list[_Instruction] = []
     labels: dict[str, int] = {}
-    ends: dict[int, int] = {}
+    targets: dict[int, str] = {}
     for line in text.splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(instructions)
         elif match := _NVIDIA.match(line) or _AMD.match(line):
             opcode, operands = match[1], match[2]
             target = _TARGET.search(operands) if opcode.startswith(("BRA", "s_branch", "s_cbranch")) else None
-            if target and target[1] in labels:  # jumps back
-                ends[labels[target[1]]] = len(instructions)
+            if target:
+                targets[len(instructions)] = target[1]
             instructions.append(_Instruction(opcode, operands))
-    return instructions, [_Loop(first, last) for first, last in ends.items()]
+    return instructions, {i: labels[label] for i, label in targets.items() if label in labels}
+
+
+def _loops(jumps: dict[int, int]) -> list[_Loop]:
+    """Return the loops: of those with the same first instruction the one that ends last."""
+    ends = {target: i for i, target in sorted(jumps.items()) if target <= i}
+    return [_Loop(first, last) for first, last in ends.items()]
 
 
 def _multiplying(loops: list[_Loop], products: list[int]) -> _Loop | None:
@@ -153,11 +203,15 @@ def _of_one(arch: str, x: _Instruction, tile: Tile, warps: int) -> Iterator[int]
     read, multiplied = _product(arch, x, tile, warps)
     yield int(not amd or (x.opcode.startswith("v_") and not x.opcode.startswith("v_mfma")))
     yield int(bool(re.match(r"SHFL|REDUX|ds_bpermute|ds_swizzle", x.opcode)))
-    yield int(bool(re.match(r"BAR\.|s_barrier", x.opcode)))
+    yield int(_is_barrier(x.opcode))
     yield int(bool(re.match(r"MUFU\.EX2|v_exp_f32", x.opcode)))
     yield threads * (_word(x.opcode) if _is_global(x.opcode) else 0)
     yield threads * _shared_word(x.opcode) + read
     yield multiplied
+
+
+def _is_barrier(opcode: str) -> bool:
+    return bool(re.match(r"BAR\.|s_barrier", opcode))
 
 
 def _is_global(opcode: str) -> bool:

@@ -45,7 +45,7 @@ from benchmarks.counting import Allocated, counting
 from benchmarks.harness import Highlight, command_line, progress, table
 from benchmarks.work_of_forms import count_forms, exact_forms, report_forms
 from tracer.kernels import _grid, average_triton, contrastive_triton
-from tracer.kernels._tiles import TABLES, Tile
+from tracer.kernels._tiles import TABLES, Tile, tiles_of
 from tracer.kernels._triton import INTERPRETED, planning_for, recording
 from tracer.kernels.contrastive import Inputs, Needs, Options
 
@@ -95,8 +95,10 @@ ARCHITECTURES: tuple[Architecture, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 def tiles(architecture: str, objective: str) -> dict[str, Tile]:
     """Return the tiles that large batches in 16 bits take, by pass."""
-    many = OBJECTIVES[objective].has_teacher
-    return {kernel: TABLES[architecture][kernel, many, 16][0] for kernel in PASSES}
+    chosen = OBJECTIVES[objective]
+    form = "" if chosen.has_teacher or chosen.labelled else ", plain"
+    table = TABLES[architecture]
+    return {kernel: tiles_of(table, f"{kernel}{form}", chosen.has_teacher, 16)[0] for kernel in PASSES}
 
 
 def visited_bytes(objective: str, N: int, D: int, tile: Tile) -> int:

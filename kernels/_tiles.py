@@ -5,6 +5,10 @@
 tiles on the first call of a size instead, and prints the choice once per kernel and size. (Another tile
 sums in another order: results then agree to rounding, not bit for bit.)
 
+**Which entry.** Of the tiles that do not spill, the largest of an entry takes the fewest clocks per logit by
+what ``benchmarks/visits.py`` counts in its machine code and ``benchmarks/roofline.py`` makes of it. Fewer warps
+often win: each then has more of a tile, exchanges less with the others, and repeats no product.
+
 **Small batches.** Work is dealt out in tiles, so a GPU is busy only if there are as many tiles as
 multiprocessors. N = M = 512 has 64 tiles of 64×64, half of an H100's 132 multiprocessors, but 256 of
 32×32, and 256×256 has 64 of those. So each entry lists tiles from large (fewer operand reads) to small,
@@ -14,8 +18,8 @@ less than the launch.
 
 **Wide features.** D is the inner loop only: registers and scratch do not depend on it, and operand
 traffic per product does not either. A visit of an n×m tile reads 2(n+m)·D operands for 4·n·m·D
-multiply-adds (the full objective), in 16 bits 2·n·m/(n+m) FLOP per byte: 64 for 64×64, and n·m/(n+m) =
-43 for one product at 128×64, all from the second-level cache, where a row of rectangles shares its
+multiply-adds (the full objective), in 16 bits 2·n·m/(n+m) FLOP per byte: 43 for 32×64, and n·m/(n+m) =
+51 for one product at 256×64, all from the second-level cache, where a row of rectangles shares its
 operands. So D 1024 and 1280 use the same tiles as D 512 and only take longer, and the share of the
 elementwise work, which is independent of D, falls.
 """
@@ -62,8 +66,12 @@ def _table(tiles_16: Tiles, tiles_19: Tiles, tiles_32: Tiles) -> Table:
     }
 
 
-# Kernels that take the tiles of another one where a table names none for them.
-LIKE = {"sigmoid": "backward", "forward, one way": "forward", "backward, one way": "backward"}
+# Kernels that take the tiles of another one where a table names none for them. Plain ones have one product and
+# neither labels nor margin nor smoothing: the CLIP loss, whose few registers allow larger tiles.
+LIKE = {
+    "sigmoid": "backward",
+    **{f"{kernel}, {form}": kernel for kernel in ("forward", "backward") for form in ("one way", "plain")},
+}
 
 
 def tiles_of(table: Table, kernel: str, many: bool, bits: int) -> tuple[Tile, ...]:
@@ -85,17 +93,21 @@ _FLOAT32 = _everywhere(Tile(32, 32, 32, 4, 2)) | {
     "backward, one product": (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
 }
 _TINY = Tile(32, 32, 64, 4, 3)
+_ONE_WARP = Tile(32, 32, 32, 1, 3)  # of gfx942, whose warps would repeat the one product that a small tile is
 
 TABLES: dict[str, Table] = {
     "sm_80": _table(
         {
-            "forward": (Tile(64, 32, 64, 4, 3), _TINY),
-            "forward with stats": (Tile(32, 16, 32, 8, 2),),
+            "forward": (Tile(32, 64, 64, 4, 3), _TINY),
+            "forward with stats": (Tile(32, 64, 64, 8, 3), Tile(32, 16, 32, 8, 2)),
             "backward": (Tile(128, 32, 64, 8, 3), Tile(64, 32, 64, 4, 3), Tile(32, 32, 64, 8, 3)),
             "forward, one product": (Tile(64, 64, 64, 8, 3), _TINY),
             "forward with stats, one product": (Tile(64, 32, 32, 8, 3), _TINY),
-            "backward, one product": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
+            "backward, one product": (Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3), _TINY),
             "sigmoid": (Tile(32, 32, 64, 4, 3),),
+            "sigmoid, one product": (Tile(128, 64, 32, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
+            "forward, plain, one product": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), _TINY),
+            "backward, plain, one product": (Tile(256, 64, 64, 8, 3), Tile(128, 64, 64, 4, 3), _TINY),
         },
         _FLOAT32
         | {
@@ -111,13 +123,26 @@ TABLES: dict[str, Table] = {
     ),
     "sm_90": _table(
         {
-            "forward": (Tile(64, 64, 32, 8, 3), _TINY),
+            "forward": (Tile(32, 64, 64, 4, 3), _TINY),
             "forward with stats": (Tile(64, 32, 32, 8, 2),),
             "backward": (Tile(64, 64, 64, 8, 3), _TINY),
             "forward, one product": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
             "forward with stats, one product": (Tile(64, 64, 64, 8, 3), _TINY),
-            "backward, one product": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
+            "backward, one product": (Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3), _TINY),
             "forward, one way": (Tile(64, 64, 32, 8, 3), Tile(32, 32, 32, 4, 3)),
+            "sigmoid, one product": (Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), _TINY),
+            "forward, plain, one product": (
+                Tile(256, 64, 64, 8, 3),
+                Tile(128, 64, 64, 4, 3),
+                Tile(64, 64, 64, 4, 3),
+                _TINY,
+            ),
+            "backward, plain, one product": (
+                Tile(128, 128, 64, 8, 3),
+                Tile(128, 64, 64, 8, 3),
+                Tile(64, 64, 64, 4, 3),
+                _TINY,
+            ),
         },
         _FLOAT32
         | {
@@ -136,17 +161,19 @@ TABLES: dict[str, Table] = {
     ),
     "sm_100": _table(
         {
-            "forward": (Tile(64, 32, 64, 8, 3), Tile(32, 16, 64, 4, 3)),
-            "forward with stats": (Tile(64, 32, 32, 8, 2),),
-            "backward": (Tile(64, 32, 32, 8, 3), _TINY),
-            "forward, one product": (Tile(64, 64, 64, 8, 3), _TINY),
-            "forward with stats, one product": (Tile(64, 32, 64, 8, 3), _TINY),
+            "forward": (Tile(64, 64, 64, 8, 3), Tile(64, 32, 64, 8, 3), Tile(32, 16, 64, 4, 3)),
+            "forward with stats": (Tile(32, 64, 64, 8, 3), Tile(64, 32, 32, 8, 2)),
+            "backward": (Tile(64, 64, 64, 8, 3), Tile(64, 32, 32, 8, 3), _TINY),
+            "forward, one product": (Tile(64, 64, 64, 4, 3), _TINY),
+            "forward with stats, one product": (_TINY,),
             "backward, one product": (
                 Tile(128, 64, 64, 8, 3),
                 Tile(64, 64, 64, 4, 3),
                 Tile(32, 32, 64, 4, 2),  # three stages spill
             ),
             "forward, one way": (Tile(32, 32, 64, 8, 3), Tile(32, 16, 64, 4, 3)),
+            "forward, one way, one product": (Tile(64, 64, 64, 8, 3), _TINY),
+            "forward, plain, one product": (Tile(128, 64, 32, 4, 3), Tile(64, 64, 64, 8, 3), _TINY),
         },
         {},  # several products spill in TF32, so float32 stays exact here
         _FLOAT32
@@ -161,13 +188,14 @@ TABLES: dict[str, Table] = {
     ),
     "gfx942": _table(
         {
-            "forward": (Tile(64, 32, 32, 4, 3), _TINY),
-            "forward with stats": (Tile(64, 32, 32, 4, 3), _TINY),
-            "backward": (Tile(64, 64, 64, 8, 3), _TINY),
-            "forward, one product": (Tile(128, 64, 64, 8, 3), _TINY),
-            "forward with stats, one product": (Tile(64, 32, 32, 4, 3), _TINY),
-            "backward, one product": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 32, 8, 3), _TINY),
-            "sigmoid": (Tile(64, 64, 32, 8, 3), _TINY),
+            "forward": (Tile(64, 64, 32, 4, 3), _ONE_WARP),
+            "forward with stats": (Tile(64, 64, 32, 4, 3), _ONE_WARP),
+            "backward": (Tile(64, 64, 32, 4, 3), _ONE_WARP),
+            "forward, one product": (Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 4, 3), _ONE_WARP),
+            "forward with stats, one product": (Tile(64, 128, 32, 4, 3), _ONE_WARP),
+            "backward, one product": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 32, 8, 3), _ONE_WARP),
+            "sigmoid": (Tile(64, 64, 32, 4, 3), _ONE_WARP),
+            "forward, plain, one product": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), _ONE_WARP),
         },
         _FLOAT32,
         _FLOAT32,

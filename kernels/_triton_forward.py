@@ -53,6 +53,7 @@ from ._triton_tile import (
     dots,
     empty_statistics,
     load_statistics,
+    may_have_positives,
     merge,
     own_part,
     positive_pairs,
@@ -124,6 +125,7 @@ def forward_kernel(
                 D, USE_S, USE_X, USE_X and not ONE_WAY, USE_T, PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
             )  # fmt: skip
             b_positive = positive_pairs(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS)
+            has_positives = may_have_positives(row, col, LABELS, BLOCK_N, BLOCK_M)
 
             b_s, b_a, b_b, b_t = b_s * scale, b_a * scale, b_b * scale, b_t * teacher_factor
             row_inside, col_inside = offs_n < N, offs_m < M
@@ -134,7 +136,7 @@ def forward_kernel(
             #    over all warps, go to this program's part of the scratch at once.
             places = scratch_offsets(offs_m, K, BLOCK_M)
             row_part, col_part = contrastive_part(
-                b_s, b_positive, shift, row_pad, col_pad, SLOTS, MARGIN, ONE_WAY
+                b_s, b_positive, has_positives, shift, row_pad, col_pad, SLOTS, MARGIN, ONE_WAY
             )  # fmt: skip
             if not ONE_WAY:
                 store_statistics(park_ptr, places, col_inside, BLOCK_M, col_part, SLOTS, Z_MAX)
@@ -153,9 +155,9 @@ def forward_kernel(
             t = merge(t, row_part, SLOTS, T_MAX)
 
             if not ONE_WAY:
-                col_part = cross_part(b_b, b_positive, row_inside, row_pad, SLOTS, 0)
+                col_part = cross_part(b_b, b_positive, has_positives, row_inside, row_pad, SLOTS, 0)
                 store_statistics(park_ptr, places, col_inside, BLOCK_M, col_part, SLOTS, X_MAX)
-            row_part = cross_part(b_a, b_positive, col_inside, col_pad, SLOTS, 1)
+            row_part = cross_part(b_a, b_positive, has_positives, col_inside, col_pad, SLOTS, 1)
             x = merge(x, row_part, SLOTS, X_MAX)
 
         # 5. Rows are complete.

@@ -184,7 +184,7 @@ def _first(b_x, top, offs, AXIS: tl.constexpr):
 
 @triton.jit
 def contrastive_part(
-    b_s, b_positive, shift, row_pad, col_pad,
+    b_s, b_positive, has_positives, shift, row_pad, col_pad,
     SLOTS: tl.constexpr, MARGIN: tl.constexpr, ONE_WAY: tl.constexpr = False,
 ):  # fmt: skip
     """Return Z_MAX … Z_NEGATIVE of the student's logits b_s; ``shift`` is the margin's share of z on negatives.
@@ -194,11 +194,12 @@ def contrastive_part(
     row_zero, col_zero = tl.zeros([b_s.shape[0]], tl.float32), tl.zeros([b_s.shape[1]], tl.float32)
     row_max, row_sum, row_positive, row_negative = row_zero, row_zero, row_zero, row_zero
     col_max, col_sum, col_positive, col_negative = col_zero, col_zero, col_zero, col_zero
-    if SLOTS[Z_POSITIVE] >= 0:
-        b_at_positives = tl.where(b_positive, b_s, 0.0)
-        row_positive = tl.sum(b_at_positives, 1)
-        if not ONE_WAY:
-            col_positive = tl.sum(b_at_positives, 0)
+    if SLOTS[Z_POSITIVE] >= 0:  # noqa: SIM102 (decided by the compiler, the inner one by the program)
+        if has_positives:
+            b_at_positives = tl.where(b_positive, b_s, 0.0)
+            row_positive = tl.sum(b_at_positives, 1)
+            if not ONE_WAY:
+                col_positive = tl.sum(b_at_positives, 0)
     if SLOTS[Z_NEGATIVE] >= 0:
         b_at_negatives = tl.where(b_positive, 0.0, b_s)
         row_negative = tl.sum(b_at_negatives, 1)
@@ -243,15 +244,16 @@ def teacher_part(b_t, b_s, b_x, b_positive, offs, pad, SLOTS: tl.constexpr, AXIS
 
 
 @triton.jit
-def cross_part(b_x, b_positive, inside, pad, SLOTS: tl.constexpr, AXIS: tl.constexpr):
+def cross_part(b_x, b_positive, has_positives, inside, pad, SLOTS: tl.constexpr, AXIS: tl.constexpr):
     """Return X_MAX … COUNT along an axis."""
     zero = tl.zeros([b_x.shape[1 - AXIS]], tl.float32)
     top, total, positive, count = zero, zero, zero, zero
     if SLOTS[COUNT] >= 0:
         ones = tl.expand_dims(tl.where(inside, 1.0, 0.0), 1 - AXIS)
         count = tl.sum(tl.where(b_positive, ones, 0.0), AXIS)
-    if SLOTS[X_POSITIVE] >= 0:
-        positive = tl.sum(tl.where(b_positive, b_x, 0.0), AXIS)
+    if SLOTS[X_POSITIVE] >= 0:  # noqa: SIM102 (decided by the compiler, the inner one by the program)
+        if has_positives:
+            positive = tl.sum(tl.where(b_positive, b_x, 0.0), AXIS)
     if SLOTS[X_MAX] >= 0:
         top, total, _ = _softmax(b_x + pad, AXIS)
     return top, total, positive, count
@@ -315,3 +317,12 @@ def positive_pairs(labels_ptr, text_labels_ptr, offs_n, offs_m, N, M, LABELS: tl
         return row_label[:, None] == col_label[None, :]
     else:
         return offs_n[:, None] == offs_m[None, :]
+
+
+@triton.jit
+def may_have_positives(row, col, LABELS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return whether the tile at (row, col) may have positives: without labels they lie on the diagonal alone."""
+    if LABELS:
+        return True
+    else:
+        return (row < col + BLOCK_M) & (col < row + BLOCK_N)

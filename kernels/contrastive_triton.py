@@ -203,12 +203,19 @@ def forward(inputs: Inputs, options: Options, *, tile: Tile | None = None) -> Fo
     return combine(operands, options, partials)
 
 
+def _form(kernel: str, products: int, inputs: Inputs, options: Options) -> str:
+    """Return the name of a walk's tiles in the table."""
+    if options.one_way:
+        return f"{kernel}, one way"
+    plain = products == 1 and inputs.labels is None and not (options.margin or options.smoothing)
+    return f"{kernel}, plain" if plain else kernel
+
+
 def _forward_tile(inputs: Inputs, options: Options) -> Tile:
     slots = slots_of(inputs, options)
     crossed = options.crossed * (1 if options.one_way else 2)
     products = (slots[Z_MAX] >= 0 or slots[S_MAX] >= 0) + (slots[T_MAX] >= 0) + crossed
-    kernel = "forward, one way" if options.one_way else "forward"
-    kernel = "forward with stats" if options.stats else kernel
+    kernel = "forward with stats" if options.stats else _form("forward", products, inputs, options)
     return _tiles.choose(
         kernel, products, inputs.image, len(inputs.text), lambda tile: forward(inputs, options, tile=tile)
     )
@@ -352,7 +359,7 @@ def backward(
     use = _Matrices.of(options, needs)
     if tile is None:
         tile = _tiles.choose(
-            "backward, one way" if options.one_way else "backward", use.products, inputs.image, len(inputs.text),
+            _form("backward", use.products, inputs, options), use.products, inputs.image, len(inputs.text),
             lambda tile: backward(
                 grad_terms, inputs, saved, options, needs, whole, weights, tile=tile, strip_bytes=strip_bytes
             ),

@@ -62,16 +62,54 @@ def test_the_loop_over_d_counts_as_often_as_it_runs():
     visit, step = visits.count("sm_80", NVIDIA, TILE, warps=4, width=80)
     threads, steps = 128, 3  # ⌈80 / 32⌉
     assert step == (5, 0, 1, 0, 0, threads * (16 + 8), 4 * 16 * 8 * 16)
-    around = (
-        7,
-        1,
-        0,
-        1,
-        threads * 8,
-        threads * 2,
-        0,
-    )  # without the copy ahead, which the loop's last masks out
+    around = (7, 1, 0, 1, threads * 8, threads * 2, 0)
     assert visit == tuple(a + steps * b for a, b in zip(around, step, strict=True))
+
+
+COPY = "        /*0030*/                   LDGSTS.E.BYPASS.LTC128B.128 [R4], desc[UR4][R2.64] ;\n"
+PRODUCT = "        /*0050*/                   HMMA.16816.F32.BF16 R12, R4, R8, R12 ;\n"
+BARRIER = "        /*0060*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;\n"
+
+
+def walk(ahead: str, loop: str, behind: str) -> str:
+    """Return the listing of a walk: what stands ahead of the loop over D, in it, and behind it."""
+    return f"""
+.L_x_1:
+{ahead}
+.L_x_2:
+{loop}
+        /*0070*/              @!P0 BRA `(.L_x_2) ;
+{behind}
+        /*00d0*/               @P2 BRA `(.L_x_1) ;
+"""
+
+
+@pytest.mark.parametrize("unrolled", [1, 4])
+@pytest.mark.parametrize("taken_out", [0, 1])
+def test_each_block_of_d_counts_once(unrolled, taken_out):
+    """Copies run ahead of the products, blocks may stand ahead of the loop, and a pass of it may have several."""
+    blocks, threads, stages = 8 + taken_out, 128, TILE.num_stages
+    ahead = (stages - 1 + taken_out) * COPY + taken_out * PRODUCT
+    left_over = (
+        "        /*00a0*/               @P1 BRA `(.L_x_3) ;\n" + COPY + PRODUCT + BARRIER + ".L_x_3:\n"
+    )
+    text = walk(ahead, unrolled * (COPY + PRODUCT + BARRIER), left_over if unrolled > 1 else "")
+    visit, step = visits.count("sm_80", text, TILE, warps=4, width=blocks * TILE.block_d)
+    assert visit.multiply_adds == blocks * 4 * 16 * 8 * 16
+    assert visit.cache_bytes == visit.shared_bytes == blocks * threads * 16
+    assert visit.barriers == 8
+    assert step.multiply_adds == 4 * 16 * 8 * 16
+    assert step.cache_bytes == threads * 16
+
+
+def test_code_with_a_barrier_that_a_program_jumps_over_does_not_count():
+    """As the sums over positives, which without labels tiles on the diagonal alone have."""
+    shuffle = "        /*0090*/                   SHFL.BFLY PT, R6, R5, 0x1, 0x1f ;\n"
+    jump, label = "        /*00a0*/               @P1 BRA `(.L_x_3) ;\n", ".L_x_3:\n"
+    loop = PRODUCT + BARRIER
+    shared = walk(BARRIER, loop, jump + shuffle + BARRIER + label + shuffle)
+    alone = walk(BARRIER, loop, jump + shuffle + label + shuffle)
+    assert [visits.count("sm_80", text, TILE, 4, 32)[0].shuffles for text in (shared, alone)] == [1, 2]
 
 
 def test_vector_instructions_alone_count_where_the_others_are_not_scarce():
@@ -118,16 +156,12 @@ def test_the_products_of_a_visit_are_those_of_its_tile(rows):
             (3, 4) if "one direction" in row["kernel"] else (2, 4) if "sigmoid" in row["kernel"] else (4,)
         )
         needed = (1,) if row["products"] == "one" else several
-        assert products
-        # Within a twentieth, which hides a known defect: a loop unrolled by four (sm_90, TF32, forward with
-        # stats, 32×16×32) is counted about four times too often.
-        nearest = min((max(1, round(products / n)) * n for n in needed), key=lambda p: abs(p - products))
-        assert products == pytest.approx(nearest, rel=0.05), row
+        assert products in needed or products / 2 in needed or products / 4 in needed, row
 
 
-def test_large_batches_multiply_no_tile_twice_on_nvidia(rows):
+def test_large_batches_multiply_no_tile_twice(rows):
     """Of several products warps lie along the rows, of which a tile needs 16 for each."""
-    for architecture in ("sm_80", "sm_90", "sm_100"):
+    for architecture in roofline.CARDS:
         for objective in OBJECTIVES:
             for row in roofline.code_of(rows, architecture, objective).values():
                 n, m, _ = row["tile"]
@@ -148,5 +182,4 @@ def test_bytes_of_a_visit_are_at_least_its_operands(rows):
         if row["visit"] and row["bits"] == 16:
             n, m, _ = row["tile"]
             operands = 1 if row["products"] == "one" else 2
-            # An eighth less hides a known defect: on sm_100 the copies in front of a loop are not counted.
-            assert row["visit"]["cache_bytes"] >= 7 / 8 * operands * (n + m) * row["width"] * 2
+            assert row["visit"]["cache_bytes"] >= operands * (n + m) * row["width"] * 2, row
