@@ -59,4 +59,4 @@ def test_the_second_line_of_a_cell_has_a_caption(capsys: pytest.CaptureFixture[s
     score = {"accuracy": 0.4567, "accuracy_low": 0.4, "accuracy_high": 0.5, "ece": 0.012, "pictures": 300.0}
     terminal.print_scores({"ViT-B-32": {"photos": score}})
     out = " ".join(capsys.readouterr().out.split())
-    assert "Second line of a cell: 95 % interval" in out
+    assert "second line of a cell is a 95 % interval" in " ".join(out.split())

@@ -49,22 +49,24 @@ def test_one_picture_of_each_class_is_no_sure_fall():
     before, after = scored([True] * 200, 2), scored([False] * 2 + [True] * 198, 2)
     add_gains(after, before)
     assert after["a"].score["accuracy_gain_high"] == 0
-    assert verdicts({"student": {"a": after["a"].score}})[0].startswith("a: no sure change; −1.0 points")
+    assert verdicts({"student": {"a": after["a"].score}})[0].startswith(
+        "a: no sure change of the student; −1.0 points"
+    )
 
 
 @pytest.mark.parametrize(
     ("gain", "low", "high", "says"),
     [
-        (0.1, 0.08, 0.12, "a: fine-tuning helped, by 10.0 points (95 %: +8.0 to +12.0)"),
-        (-0.1, -0.12, -0.08, "a: fine-tuning hurt, by 10.0 points (95 %: −12.0 to −8.0)"),
+        (0.1, 0.08, 0.12, "a: fine-tuning helped the student by 10.0 points (95 %: +8.0 to +12.0)"),
+        (-0.1, -0.12, -0.08, "a: fine-tuning hurt the student by 10.0 points (95 %: −12.0 to −8.0)"),
         (
             0.01,
             -0.01,
             0.03,
-            "a: no sure change; +1.0 points on 100 pictures could be chance (95 %: −1.0 to +3.0)",
+            "a: no sure change of the student; +1.0 points on 100 pictures could be chance (95 %: −1.0 to +3.0)",
         ),
-        (0.0, 0.0, 0.0, "a: no change on 100 pictures"),
-        (0.0, -0.02, 0.02, "a: no sure change; 0.0 points"),
+        (0.0, 0.0, 0.0, "a: no change of the student on 100 pictures"),
+        (0.0, -0.02, 0.02, "a: no sure change of the student; 0.0 points"),
     ],
 )
 def test_the_verdict_says_how_sure_a_change_is(gain, low, high, says):

@@ -17,8 +17,9 @@ from tracer.report.tables import Row, table_rows
 from tracer.report.verdict import verdicts
 
 OF_INTERVALS = (
-    "Second line of a cell: 95 % interval over the choice of the pictures. They are drawn in groups: the classes, "
-    "unless the column 'group' of a table or a published set names others; in retrieval each picture alone."
+    "The second line of a cell is a 95 % interval: how far the number may move with other test pictures. Whole "
+    "classes are drawn, or the groups that a column 'group' or a published set names, so that few classes make it "
+    "wide; for retrieval single pictures are drawn."
 )
 
 

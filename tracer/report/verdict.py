@@ -37,14 +37,14 @@ def _verdict(name: str, score: Mapping[str, Any]) -> str:
     pictures, groups = int(score["pictures"]), int(score.get("groups", 0))
     size = counted(pictures, "picture") + (f" in {counted(groups, 'group')}" if 1 < groups < pictures else "")
     if gain == low == high == 0:
-        return f"{name}: no change on {size}"
+        return f"{name}: no change of the student on {size}"
     if low <= 0 <= high:
         return (
-            f"{name}: no sure change; {percent(gain, signed=True)} points on {size} "
+            f"{name}: no sure change of the student; {percent(gain, signed=True)} points on {size} "
             f"could be chance (95 %: {bounds})"
         )
     verb = "helped" if gain > 0 else "hurt"
     return (
-        f"{name}: fine-tuning {verb}, by {percent(abs(gain))} points (95 %: {bounds}), on these pictures and with "
-        "this seed"
+        f"{name}: fine-tuning {verb} the student by {percent(abs(gain))} points (95 %: {bounds}), "
+        "on these pictures and with this seed"
     )
