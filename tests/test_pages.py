@@ -112,7 +112,7 @@ def test_commands_of_the_pages_are_valid(command, tmp_path, monkeypatch):
 
 
 def test_headline_of_the_readme_is_measured():
-    results = json.loads((ROOT / "benchmarks/results/intel-xeon-amx-2-cores.json").read_text())
+    results = json.loads((ROOT / "benchmarks/results/amd-epyc-avx-512-2-cores.json").read_text())
     (row,) = (
         row
         for row in results["parts"]["losses"]["results"]["rows"]
