@@ -225,3 +225,12 @@ def test_auto_tiles_only_what_is_large(monkeypatch, n, tiled, options):
     teacher = {"teacher_image": x, "teacher_text": x} if "relational" in options else {}
     assert contrastive_loss(x, x, 5.0, **teacher, **options).loss.isfinite()
     assert bool(calls) == tiled
+
+
+@pytest.mark.parametrize(("most", "impl"), [(2**17, "blocked"), (768**2, "eager")])
+def test_auto_goes_by_the_library_that_multiplies_float32(monkeypatch, most, impl):
+    monkeypatch.setattr(_checks, "_SMALL_FLOAT32", most)
+    x, small = torch.empty(500, 8), torch.empty(360, 8)
+    assert _checks.resolve("auto", x, x, Options()) == impl
+    assert _checks.resolve("auto", small, small, Options()) == "eager"
+    assert _checks.resolve("auto", x.bfloat16(), x.bfloat16(), Options()) == "eager"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from tracer.kernels._processor import mkl_knows_this_processor
 from tracer.kernels.contrastive import IMPLEMENTATIONS, Options
 
 Labels: TypeAlias = Tensor | Sequence[int]  # a NumPy array serves as a sequence
@@ -21,6 +22,9 @@ CONTRASTS = ("softmax", "sigmoid")
 # the tiled walk, which computes the logits twice, and its memory is as bounded. The contrastive term alone, of
 # which the definition stores fewer matrices, stays there up to 768 x 768: its walk calls more operations of torch.
 _SMALL, _SMALL_ALONE = 2**18, 768**2
+# Float32 products of the definition go to MKL, those of the walk to the library that knows the processor. Where
+# that is another, the walk is ahead from 362 x 362 on (docs/losses.md).
+_SMALL_FLOAT32 = _SMALL_ALONE if mkl_knows_this_processor() else 2**17
 
 
 def check_numbers(
@@ -275,6 +279,8 @@ def resolve(impl: str, image: Tensor, text: Tensor, options: Options, ranks: int
             impl = "triton"
         else:
             most = _SMALL_ALONE if options.alone else _SMALL
+            if image.dtype == torch.float32 and image.device.type == "cpu":
+                most = min(most, _SMALL_FLOAT32)
             small = ranks == 1 and not options.sigmoid and len(image) * len(text) <= most
             impl = "eager" if small else "blocked"
     chosen = IMPLEMENTATIONS[impl]

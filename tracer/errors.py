@@ -9,6 +9,10 @@ class UserError(ValueError):
     """Bad input in the rooms behind the command line, which prints its one line; the library raises ValueError."""
 
 
+class Diverged(UserError):
+    """The loss or the weights of a run are no longer finite; a sweep goes on without such a trial."""
+
+
 class Stopped(BaseException):
     """A signal has asked the process to stop; like KeyboardInterrupt it passes through ``except Exception``.
 

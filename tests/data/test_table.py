@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from tracer.data.sample import Fault, Sample
-from tracer.data.table import read_table
+from tracer.data.table import read_groups, read_table
 from tracer.errors import UserError
 
 
@@ -100,6 +100,21 @@ def test_parquet_is_read_as_a_csv_is(tmp_path):
     ]
     path = parquet(tmp_path / "b.parquet", image=["a.png"], captions=["one| two"])
     assert [sample.captions for sample in read_table(path)] == [["one", "two"]]
+
+
+def test_groups_of_parquet_are_those_of_csv(tmp_path, write_csv):
+    """Regression: intervals passed over them."""
+    want = {tmp_path / "a.png": "1", tmp_path / "b.png": "hand 2", tmp_path / "c.png": ""}
+    rows = [["a.png", "x", " 1"], ["b.png", "y", "hand 2"], ["c.png", "y", ""]]
+    assert read_groups(write_csv("a.csv", ["image", "label", "group"], rows)) == want
+    images = ["a.png", "b.png", "c.png"]
+    path = parquet(
+        tmp_path / "a.parquet", filepath=images, label=["x", "y", "y"], group=["1", "hand 2", None]
+    )
+    assert read_groups(path) == want
+    whole = parquet(tmp_path / "b.parquet", image=["a.png"], label=["x"], group=[1.0])
+    assert read_groups(whole) == {tmp_path / "a.png": "1"}
+    assert read_groups(parquet(tmp_path / "c.parquet", image=["a.png"], label=["x"])) == {}
 
 
 def test_nothing_of_parquet_is_written_in_two_ways(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tracer.demo.config import DemoConfig, SweepConfig
 from tracer.demo.methods import METHODS
 from tracer.demo.runs import settings_of
 from tracer.demo.sweep import Choice, Trial, choose, points, sweep
-from tracer.errors import UserError
+from tracer.errors import Diverged, UserError
 from tracer.evaluation.recognise import read_sets
 from tracer.evaluation.zero_shot import evaluate_sets
 from tracer.models.clip import load_clip
@@ -99,6 +100,17 @@ def test_a_sweep(config, monkeypatch):
         ]
         assert set(results["soups"][method]) == {"uniform", "greedy", "fisher"}
         assert results["soups"][method]["greedy"]["validation"] >= max(scores)
+        pairs = results["soups"][method]["uniform"]["pairs"]
+        measured = [(p["one"], p["other"], p["column"], p["measure"]) for p in pairs]
+        kinds = [(c, m) for c in ("in-distribution", "shifted") for m in ("accuracy", "ece")]
+        assert measured == [("uniform", method, c, m) for c, m in kinds]
+        soup, chosen = (
+            results["soups"][method]["uniform"]["eval"],
+            next(m for m in results["methods"] if m["key"] == method)["runs"][0]["eval"],
+        )
+        gain = soup["same"]["accuracy"] - chosen["same"]["accuracy"]
+        assert pairs[0]["value"] == pytest.approx(gain)
+        assert pairs[0]["low"] <= gain <= pairs[0]["high"]
     assert set(results["examples"][0]["predictions"]) == {"zero-shot", "flyp", "wma"}
     pairs = {(p["one"], p["other"], p["column"], p["measure"]) for p in results["pairs"]}
     assert ("wma", "flyp", "shifted", "accuracy") in pairs
@@ -138,6 +150,47 @@ def test_a_sweep_goes_on_and_refuses_another_grid(config, monkeypatch):
         match=r"the grid of '.*run' was .*0.001.* and is now .*0.01.*: all methods must get the same",
     ):
         sweep(dataclasses.replace(config, grid={"lr": [1e-2]}))
+
+
+def test_a_trial_that_diverges_is_no_candidate(config, tmp_path):
+    """Regression: it ended the sweep, with all that the other trials had reached."""
+    changes = {"methods": ("flyp",), "grid": {"lr_times": [1e33, 1e3]}, "lr": 1e-5, "steps": 3, "seeds": 1}
+    own = dataclasses.replace(config, **changes, output=tmp_path / "run")
+    with pytest.warns(
+        UserWarning, match=r'flyp-trial-0 diverged at {"lr_times": 1e\+33} and is no candidate'
+    ):
+        page = sweep(own).read_text()
+    results = results_of(own)
+    validate(results)
+    choice = results["choices"]["flyp"]
+    lost, kept = choice["trials"]
+    assert (lost["validation"], lost["lr"]) == (None, pytest.approx(1e28))
+    assert (choice["chosen"], choice["lr"]) == (kept["point"], pytest.approx(1e-2))
+    assert re.fullmatch(r"the only trial: .* on the validation set; 1 trial diverged", choice["why"])
+    assert results["soups"]["flyp"]["greedy"]["trials"] == ["flyp-trial-1"]
+    assert "flyp-trial-0 diverged at" in page
+    assert "lr_times 1,000, lr 0.01 (the only trial" in page
+    again = dataclasses.replace(own, grid={"lr_times": [1e33]}, output=tmp_path / "none")
+    with (
+        pytest.warns(UserWarning, match="no candidate"),
+        pytest.raises(UserError, match="every trial of flyp diverged: leave it out of --methods, or give a"),
+    ):
+        sweep(again)
+
+
+def test_a_further_seed_that_diverges_ends_the_sweep_with_the_way_out(config, tmp_path, monkeypatch):
+    def trained(run, series):
+        if run.seed == 1:
+            raise Diverged("the loss was not finite")
+        return once(run, series)
+
+    once = protocol.run_once
+    monkeypatch.setattr(protocol, "run_once", trained)
+    changes = {"methods": ("flyp",), "grid": {"lr": [1e-2]}, "seeds": 3}
+    with pytest.raises(
+        UserError, match=r'flyp-seed-1 diverged at the chosen {"lr": 0.01}: give --seeds 1, or'
+    ):
+        sweep(dataclasses.replace(config, **changes, output=tmp_path / "run"))
 
 
 def test_parts_of_r_adapter_are_methods_of_the_same_protocol(config, tmp_path):
@@ -180,7 +233,7 @@ def test_what_each_part_of_r_adapter_sets(config):
 
 
 def test_the_first_of_equal_trials_is_chosen(tmp_path):
-    trials = [Trial({"lr": n}, tmp_path, score) for n, score in enumerate((0.25, 0.5, 0.5))]
+    trials = [Trial({"lr": n}, n, tmp_path, score) for n, score in enumerate((0.25, 0.5, 0.5))]
     choice = choose(trials)
     assert choice == Choice(trials, trials[1], choice.why)
     assert choice.why == "best of 3 trials on the validation set: 50.0 %, the next 50.0 %"

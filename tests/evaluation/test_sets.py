@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from evaluation import layouts
@@ -301,8 +302,10 @@ def test_a_column_of_groups(tmp_path):
     for n in range(6):
         layouts.picture(tmp_path / f"{n}.png", n)
     layouts.write_csv(tmp_path / "icons.csv", rows)
-    (own,) = read_sets({"icons": tmp_path / "icons.csv"}, LoadingSettings(workers=1))
-    assert (own.groups.tolist(), own.grouped_by) == ([0, 1, 2, 0, 1, 2], "group")
+    pandas.DataFrame(rows).to_parquet(tmp_path / "icons.parquet")
+    for name in ("icons.csv", "icons.parquet"):  # Regression: that of Parquet was not read
+        (own,) = read_sets({"icons": tmp_path / name}, LoadingSettings(workers=1))
+        assert (own.groups.tolist(), own.grouped_by) == ([0, 1, 2, 0, 1, 2], "group")
 
 
 def test_groups_of_a_table_named_from_its_own_folder(tmp_path, monkeypatch):

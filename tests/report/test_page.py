@@ -114,6 +114,7 @@ def test_trials_are_drawn_for_each_setting_of_the_grid(
         for lr in (0.5, 2)
         for n in (10, 40)
     ]
+    trials.append({"point": {"lr_times": 8, "steps": 40, "batch_size": 64}, "run": "r", "validation": None})
     choice = {"trials": trials, "chosen": trials[1]["point"], "why": "best"}
     results = Results.from_json(content | {"choices": {"flyp": choice}})
     lines: list[tuple[list[float], list[float]]] = []
@@ -140,6 +141,9 @@ def test_soups_stand_beside_the_trial_that_was_chosen(small: dict[str, Any], tmp
     scores = {d["name"]: {"accuracy": 0.5, "ece": 0.125} for d in small["domains"]}
     soups = {kind: {"validation": 0.25, "eval": scores} for kind in ("uniform", "greedy", "fisher")}
     soups["greedy"]["trials"] = ["flyp-trial-3", "flyp-trial-1"]
+    gain = {"one": "greedy", "other": "flyp", "column": "in-distribution", "measure": "accuracy"}
+    soups["greedy"]["pairs"] = [gain | {"value": 0.02, "low": -0.01, "high": 0.05}]
+    trials.append({"point": {"lr": 4}, "run": "flyp-trial-4", "validation": None})  # it diverged
     choice = {"trials": trials, "chosen": {"lr": 3}, "why": "best"}
     results = Results.from_json(small | {"choices": {"flyp": choice}, "soups": {"flyp": soups}})
     first, *others = tables.mixtures(results)
@@ -151,6 +155,7 @@ def test_soups_stand_beside_the_trial_that_was_chosen(small: dict[str, Any], tmp
     text = page.render(results, tmp_path)
     assert text.count('data-cell="soup/flyp/') == 2 * 4
     assert ">50.0<small>ECE 12.5</small></td>" in text
+    assert text.count("<small>ECE 12.5</small><small>+2.0 points, −1.0 to +5.0</small></td>") == 1
 
 
 def test_an_incomplete_set_is_marked_in_every_table_and_figure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,18 @@ def test_weights_are_averaged(config, run, tmp_path):
     )
     with pytest.raises(UserError, match=r"trained no adapters \('adapters.safetensors' is missing\)"):
         fold_again(FoldConfig(tmp_path / "flyp"))
+
+
+def test_the_command_that_repeats_a_run_is_found_by_the_shell(config, monkeypatch):
+    """Regression: it was 'tracer', which a shell outside the virtual environment does not know."""
+    folder = finetune(dataclasses.replace(config, method="flyp", steps=1, warmup=0, eval_data={}))
+    monkeypatch.setattr(sys, "argv", [".venv/bin/tracer", "show", str(folder)])
+    monkeypatch.setattr("shutil.which", lambda _name: None)
+    (line,) = (line for line in show(ShowConfig(folder))[0] if line.startswith("repeat it: "))
+    assert line.startswith("repeat it: .venv/bin/tracer finetune --config ")
+    monkeypatch.setattr("shutil.which", lambda _name: "/usr/bin/tracer")
+    (line,) = (line for line in show(ShowConfig(folder))[0] if line.startswith("repeat it: "))
+    assert line.startswith("repeat it: tracer finetune --config ")
 
 
 def test_what_is_not_a_run_is_named(tmp_path):

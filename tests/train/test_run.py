@@ -94,6 +94,15 @@ def test_a_failed_run_leaves_nothing_that_looks_whole(config, monkeypatch, place
     assert part.exists() == bool(left)
 
 
+def test_too_few_pictures_are_refused_before_a_model_is_loaded(config, monkeypatch, capsys):
+    """Regression: the line about the run stood above the refusal, and the folder of a run beside it."""
+    monkeypatch.setattr("tracer.train.run.load_clip", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match="fewer than one batch of 5000: lower --batch_size or add pictures"):
+        finetune(dataclasses.replace(config, batch_size=5000))
+    assert "step" not in capsys.readouterr().err
+    assert not aside(config.output).exists()
+
+
 def test_an_existing_run_is_not_overwritten(config):
     config.output.mkdir()
     with pytest.raises(UserError, match="exists: choose another --output"):

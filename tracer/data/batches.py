@@ -63,6 +63,15 @@ class Variation:
     shuffle_window: int = 0
 
 
+def check_enough(index: Index, batch_size: int) -> None:
+    """Raise UserError if a data set has fewer pictures than one batch."""
+    if len(index) < batch_size:
+        raise UserError(
+            f"'{index.name}' holds {counted(len(index), 'picture')}, fewer than one batch of {batch_size}: "
+            "lower --batch_size or add pictures"
+        )
+
+
 class TrainingBatches:
     """Iterate over the batches ``first``, …, ``steps`` − 1 of a run; those before ``first`` are not read.
 
@@ -108,11 +117,7 @@ class TrainingBatches:
     ):
         if batch_size % world_size:
             raise ValueError(f"batch_size is {batch_size}: it must be divisible by world_size {world_size}")
-        if len(index) < batch_size:
-            raise UserError(
-                f"'{index.name}' holds {counted(len(index), 'picture')}, fewer than one batch of {batch_size}: "
-                "lower --batch_size or add pictures"
-            )
+        check_enough(index, batch_size)
         loading = replace(loading or LoadingSettings(), workers=workers)
         mine = batch_size // world_size
         self._mine, self._rank = slice(rank * mine, (rank + 1) * mine), rank if world_size > 1 else None

@@ -58,6 +58,28 @@ def read_table(source: Path) -> Iterator[Sample | Fault]:
         note(f"'{source}': left out {left_out}")
 
 
+def read_groups(source: Path) -> dict[Path, str]:
+    """Return the field ``group`` of each picture in a table that :func:`read_table` has read.
+
+    Nothing where it has no such column.
+    """
+    if source.suffix.lower() == ".parquet":
+        file = _open_parquet(source)
+        header = list(file.schema_arrow.names)
+        picture = "image" if "image" in header else "filepath"
+        rows = file.read(columns=[picture, "group"]).to_pylist() if "group" in header else []
+        return {source.parent / str(row[picture]).strip(): str(_cell(row["group"])).strip() for row in rows}
+    with source.open(newline="", encoding="utf-8-sig") as table:
+        separator = _separator_of(source, table.readline())
+        table.seek(0)
+        fields = csv.DictReader(table, skipinitialspace=True, delimiter=separator)
+        fields.fieldnames = header = [name.strip() for name in fields.fieldnames or []]
+        if "group" not in header:
+            return {}
+        picture = "image" if "image" in header else "filepath"
+        return {source.parent / row[picture].strip(): row["group"].strip() for row in fields}
+
+
 Row = tuple[int, str, str | None, list[str]]  # line, picture, label and captions
 
 
@@ -66,7 +88,7 @@ def _csv(source: Path) -> Iterator[Row]:
     line = 1
     try:
         with source.open(newline="", encoding="utf-8-sig") as file:  # Excel begins a file with this mark
-            separator = separator_of(source, file.readline())
+            separator = _separator_of(source, file.readline())
             file.seek(0)
             rows = csv.reader(file, strict=True, skipinitialspace=True, delimiter=separator)
             header = [name.strip() for name in next(rows, [])]
@@ -83,7 +105,7 @@ def _csv(source: Path) -> Iterator[Row]:
         raise UserError(f"{_csv_fault(source, line, str(error))}") from error
 
 
-def separator_of(source: Path, header: str) -> str:
+def _separator_of(source: Path, header: str) -> str:
     """Return the separator by which the header names a picture column; a comma where none does."""
     names = {name for known in NAMES.values() for name in known}
 
@@ -94,8 +116,8 @@ def separator_of(source: Path, header: str) -> str:
     return best if known(best) else next((s for s in SEPARATORS if s in header), ",")
 
 
-def _parquet(source: Path) -> Iterator[Row]:
-    """Yield the rows of a Parquet file, a batch of rows in memory at a time."""
+def _open_parquet(source: Path) -> Any:
+    """Return the Parquet file, of which nothing but the header is read yet."""
     try:
         parquet = __import__("pyarrow.parquet", fromlist=["parquet"])
     except ImportError as error:
@@ -103,9 +125,14 @@ def _parquet(source: Path) -> Iterator[Row]:
             f"'{source}' is a Parquet file, which {how_to_install('pyarrow')}, or save it as CSV"
         ) from error
     try:
-        file = parquet.ParquetFile(source)
+        return parquet.ParquetFile(source)
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         raise UserError(f"'{source}' is not a Parquet file ({error}): save it again, or as CSV") from error
+
+
+def _parquet(source: Path) -> Iterator[Row]:
+    """Yield the rows of a Parquet file, a batch of rows in memory at a time."""
+    file = _open_parquet(source)
     header = list(file.schema_arrow.names)
     columns, line = _columns(source, header), 0
     wanted = [header[c] for c in columns[:3] if c is not None]

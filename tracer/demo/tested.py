@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
 
@@ -88,61 +89,80 @@ class Tested:
         points.sort(key=lambda p: (p["seed"], p["alpha"]))
         return {"key": method, "name": METHODS[method].title, "points": points}
 
+    def soups(
+        self, validating: Judge, trials: dict[str, list[tuple[Path, float]]]
+    ) -> dict[str, dict[str, Any]]:
+        """Return each method's soups with their paired differences to its chosen trial; see :func:`soups`."""
+        mixed = {method: soups(validating, runs) for method, runs in trials.items()}
+        return {method: self._tested(kinds, method) for method, kinds in mixed.items()}
+
+    def _tested(self, kinds: dict[str, Soup], method: str) -> dict[str, Any]:
+        """Return the soups of a method as the results have them."""
+        chosen, described = self._at[method, 1.0][0], {}
+        for kind, soup in kinds.items():
+            scored = self._judge.scored(soup.weights, soup.form)
+            pairs = self._differences(kind, [scored], method, [chosen])
+            described[kind] = {
+                "validation": soup.validation,
+                "eval": numbers_alone(_scores(scored)),
+                "pairs": pairs,
+            } | ({"trials": soup.trials} if soup.trials else {})
+        return described
+
     def _pairs(self) -> list[dict[str, Any]]:
         """Return the paired differences of every method and of WiSE-FT, to the plain one and to WiSE-FT."""
-        roles = {d["name"]: d["kind"] for d in describe_domains(self._config, self._judge.sets)}
-        columns = {
-            role: [n for n, r in roles.items() if r == role] for role in ("in-distribution", "shifted")
-        }
         plain, wise = (self._plain, 1.0), (self._plain, self._config.wise_alpha)
         keys = {plain: self._plain, wise: "wise-ft"} | {(m, 1.0): m for m in self._main}
         pairs = []
         for other in dict.fromkeys((plain, wise)):  # one where WiSE-FT's α is 1
             for one in keys:
-                for role, names in columns.items() if one != other else ():
-                    a, b = ([s[name] for s in self._at[k] for name in names] for k in (one, other))
-                    for measure in MEASURES if names else ():
-                        result = paired(a, b, measure)
-                        if result:
-                            pair = {
-                                "one": keys[one],
-                                "other": keys[other],
-                                "column": role,
-                                "measure": measure,
-                            }
-                            pairs.append(pair | result._asdict())
+                if one != other:
+                    pairs += self._differences(keys[one], self._at[one], keys[other], self._at[other])
+        return pairs
+
+    def _differences(
+        self, one: str, now: Sequence[dict[str, Scored]], other: str, before: Sequence[dict[str, Scored]]
+    ) -> list[dict[str, Any]]:
+        """Return the paired differences of ``one`` to ``other``, by the scores of their seeds, set by set."""
+        roles = {d["name"]: d["kind"] for d in describe_domains(self._config, self._judge.sets)}
+        pairs = []
+        for role in ("in-distribution", "shifted"):
+            names = [name for name, r in roles.items() if r == role]
+            a, b = ([scored[name] for scored in side for name in names] for side in (now, before))
+            for measure in MEASURES if names else ():
+                result = paired(a, b, measure)
+                if result:
+                    pair = {"one": one, "other": other, "column": role, "measure": measure}
+                    pairs.append(pair | result._asdict())
         return pairs
 
 
-def soups(
-    validating: Judge, judge: Judge, trials: dict[str, list[tuple[Path, float]]]
-) -> dict[str, dict[str, Any]]:
-    """Return the uniform, greedy and Fisher-weighted soup of each method's trials, with their test scores.
+class Soup(NamedTuple):
+    """A mixture of trials: its weights and their form, its validation score, and of a greedy one the trials."""
+
+    weights: Weights
+    form: Form
+    validation: float
+    trials: list[str]
+
+
+def soups(validating: Judge, runs: list[tuple[Path, float]]) -> dict[str, Soup]:
+    """Return the uniform, greedy and Fisher-weighted soup of a method's trials.
 
     The greedy one is chosen, and the Fisher information measured, on the validation set.
 
     Args:
         validating: scores weights on the validation set.
-        judge: scores them on the test sets.
-        trials: method → folder and validation score of each trial.
+        runs: folder and validation score of each trial.
     """
-    mixed: dict[str, dict[str, Any]] = {}
-    for method, runs in trials.items():
-        form = one_form({folder.name: judge.form_of(folder) for folder, _ in runs})
-        models = [load_file(folder / STUDENT) for folder, _ in runs]
-        validate = partial(_validated, validating, form=form)
-        best, chosen = greedy(models, validate, [score for _, score in runs])
-        fishers = [_fisher(validating, model, form) for model in models]
-        kinds = {"uniform": uniform(models), "greedy": best, "fisher": fisher_weighted(models, fishers)}
-        mixed[method] = {
-            name: {
-                "validation": validate(weights),
-                "eval": numbers_alone(_scores(judge.scored(weights, form))),
-            }
-            for name, weights in kinds.items()
-        }
-        mixed[method]["greedy"]["trials"] = [runs[n][0].name for n in chosen]
-    return mixed
+    form = one_form({folder.name: validating.form_of(folder) for folder, _ in runs})
+    models = [load_file(folder / STUDENT) for folder, _ in runs]
+    validate = partial(_validated, validating, form=form)
+    best, chosen = greedy(models, validate, [score for _, score in runs])
+    fishers = [_fisher(validating, model, form) for model in models]
+    kinds = {"uniform": uniform(models), "greedy": best, "fisher": fisher_weighted(models, fishers)}
+    mixed = {kind: Soup(weights, form, validate(weights), []) for kind, weights in kinds.items()}
+    return mixed | {"greedy": mixed["greedy"]._replace(trials=[runs[n][0].name for n in chosen])}
 
 
 def _validated(validating: Judge, weights: Weights, form: Form) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 from tracer.data.build import check_sources, read_index
 from tracer.data.config import LoadingSettings
 from tracer.data.index import Index
-from tracer.data.table import separator_of
+from tracer.data.table import read_groups
 from tracer.errors import UserError
 from tracer.evaluation.captions import read_captions
 from tracer.evaluation.coop import read_coop
@@ -119,19 +118,11 @@ def _read(path: Path, name: str, loading: LoadingSettings, given: Prompts) -> li
 
 
 def _groups_of(path: Path, index: Index) -> list[str]:
-    """Return the field ``group`` of each picture in a CSV file; nothing where it has no such column."""
-    if path.suffix.lower() not in (".csv", ".tsv", ".txt") or not path.is_file():
+    """Return the field ``group`` of each picture in a table; nothing where it has no such column."""
+    if path.suffix.lower() not in (".csv", ".tsv", ".txt", ".parquet") or not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        separator = separator_of(path, file.readline())
-        file.seek(0)
-        rows = csv.DictReader(file, skipinitialspace=True, delimiter=separator)
-        rows.fieldnames = header = [name.strip() for name in rows.fieldnames or []]
-        if "group" not in header:
-            return []
-        picture = "image" if "image" in header else "filepath"
-        group = {path.parent / row[picture].strip(): row["group"].strip() for row in rows}
-    return [group[Path(image)] for image in index.images]
+    groups = read_groups(path)
+    return [groups[Path(image)] for image in index.images] if groups else []
 
 
 def _check(each: EvaluationSet, given: Prompts) -> None:

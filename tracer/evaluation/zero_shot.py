@@ -16,7 +16,7 @@ from tracer.data.decoded import DecodedPictures
 from tracer.data.index import Index
 from tracer.data.names import note
 from tracer.data.skipped import Skipped
-from tracer.errors import UserError
+from tracer.errors import Diverged
 from tracer.evaluation.metrics import Predictions
 from tracer.evaluation.prompts import check_labels
 from tracer.evaluation.retrieval import Ranks, ranks
@@ -146,7 +146,7 @@ def _text_features(
         with autocast(device, precision):
             features = clip.model.encode_text(tokens, normalize=True)
         if not features.isfinite().all():
-            raise UserError("the model's text features are NaN or infinite: its weights diverged in training")
+            raise Diverged("the model's text features are NaN or infinite: its weights diverged in training")
         yield features.float() if precision == "fp32" else F.normalize(features.float(), dim=-1)
 
 
@@ -174,7 +174,7 @@ def _picture_features(
             bad = (~features.isfinite()).any(1).nonzero()
             if len(bad):
                 picture = index.id(int(rows[int(bad[0])]))
-                raise UserError(
+                raise Diverged(
                     f"the model's probabilities are NaN, first '{picture}': its weights diverged in training"
                 )
             bar.update(len(features))
@@ -273,7 +273,7 @@ def logit_scale(clip: Clip) -> Tensor:
     """
     scale = bounded_logit_scale(clip.model).float()
     if not scale.isfinite().all():
-        raise UserError("the model's logit scale is NaN or infinite: its weights diverged in training")
+        raise Diverged("the model's logit scale is NaN or infinite: its weights diverged in training")
     return scale
 
 

@@ -243,14 +243,18 @@ class Figures:
         return [name for name, several in values.items() if len(several) > 1]
 
     def trials(self, setting: str) -> Markup:
-        """Draw the best validation score at each value of a setting, a line a method; the chosen is large."""
+        """Draw the best validation score at each value of a setting, a line a method; the chosen is large.
+
+        A value at which all trials of a method diverged has no point.
+        """
         ax = self.axes(4.4, 3.4)
         seen: set[float] = set()
         for m in (m for m in self.results.main if m.key in self.results.choices):
             choice, best = self.results.choices[m.key], dict[float, float]()
             for trial in choice["trials"]:
                 x, y = number(trial["point"].get(setting)), 100 * number(trial["validation"])
-                best[x] = max(y, best.get(x, y))
+                if math.isfinite(y):  # it did not diverge
+                    best[x] = max(y, best.get(x, y))
             line = sorted(best.items())
             ax.plot(
                 *zip(*line, strict=True), color=self.colour(m), marker=self.marker(m), markersize=4.5,

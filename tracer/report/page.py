@@ -16,7 +16,16 @@ from tracer.files import whole_file
 from tracer.report.figures import draw
 from tracer.report.palette import COLOURS, PAGE
 from tracer.report.results import Example, Results, number, sampling_error, sizes_of
-from tracer.report.sentences import amount, duration, findings, gap_sentence, headline, percent, with_spread
+from tracer.report.sentences import (
+    amount,
+    duration,
+    findings,
+    gap_sentence,
+    headline,
+    interval,
+    percent,
+    with_spread,
+)
 from tracer.report.tables import class_changes, mixtures, table_rows
 
 
@@ -51,7 +60,9 @@ def render(results: Results, folder: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, duration=duration, with_spread=with_spread, amount=amount)
+    environment.filters.update(
+        percent=percent, duration=duration, with_spread=with_spread, amount=amount, interval=interval
+    )
     return environment.get_template("page.html.j2").render(
         results=results,
         colours=COLOURS,

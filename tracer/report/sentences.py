@@ -253,11 +253,12 @@ def _told(results: Results, other: str, measure: str, names: dict[str, str]) -> 
              and p.column == "in-distribution"), None
         ) if measure == "accuracy" else None  # fmt: skip
         where = 0 if pair.low > 0 else 1 if pair.high < 0 else 2
-        told[where].append(f"{names.get(pair.one, pair.one)} ({_interval(pair)}{_at_home(home)})")
+        told[where].append(f"{names.get(pair.one, pair.one)} ({interval(pair)}{_at_home(home)})")
     return told
 
 
-def _interval(pair: Pair) -> str:
+def interval(pair: Pair) -> str:
+    """Return a difference with its interval: +0.4 points, −0.2 to +1.0."""
     low, high = percent(pair.low, signed=True), percent(pair.high, signed=True)
     return f"{percent(pair.value, signed=True)} points, {low} to {high}"
 
@@ -276,7 +277,8 @@ def choice_sentence(results: Results) -> str:
     names = {method.key: method.name for method in results.methods}
     parts = []
     for key, choice in results.choices.items():
-        point = ", ".join(f"{name} {amount(number(value))}" for name, value in choice["chosen"].items())
+        shown = choice["chosen"] | {name: choice[name] for name in ("lr",) if name in choice}
+        point = ", ".join(f"{name} {amount(number(value))}" for name, value in shown.items())
         parts.append(f"{names.get(key, key)}: {point} ({choice['why']})")
     return f"{'; '.join(parts)}." if parts else ""
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tracer.report.results import Method, Results, Stat, best_of, clearly_differ, number, scores_of
+from tracer.report.results import (
+    Method,
+    Pair,
+    Results,
+    Scores,
+    Stat,
+    best_of,
+    clearly_differ,
+    number,
+    scores_of,
+)
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,7 @@ class Mixture:
     kind: str
     validation: float
     scores: list[tuple[float, float]]  # accuracy and ece in each column of the summary
+    changes: list[Pair | None]  # of the accuracy in each of them, against the trial that was chosen
 
 
 MIXTURES = {"uniform": "uniform", "greedy": "greedy", "fisher": "Fisher-weighted"}
@@ -152,13 +163,17 @@ def mixtures(results: Results) -> list[Mixture]:
         if not choice or not soups or not method.runs:
             continue
         trials = {trial["run"]: number(trial["validation"]) for trial in choice["trials"]}
+        trials = {run: score for run, score in trials.items() if math.isfinite(score)}  # the others diverged
         chosen = next(t for t in choice["trials"] if t["point"] == choice["chosen"])
-        tested = [(f"chosen of {len(trials)} trials", trials[chosen["run"]], method.runs[0].eval)]
+        of_chosen = f"chosen of {len(trials)} trials", trials[chosen["run"]], method.runs[0].eval
+        tested: list[tuple[str, float, Scores, list[Pair]]] = [(*of_chosen, [])]
         for kind, soup in soups.items():
             of = f", {len(soup['trials'])} of {len(trials)} trials" if "trials" in soup else ""
             name = MIXTURES.get(kind, kind) + of
-            tested.append((name, number(soup["validation"]), scores_of(soup["eval"])))
-        for name, validation, scores in tested:
+            pairs = [Pair(**pair) for pair in soup.get("pairs", [])]
+            tested.append((name, number(soup["validation"]), scores_of(soup["eval"]), pairs))
+        for name, validation, scores, pairs in tested:
             read = [(c.read(scores, "accuracy"), c.read(scores, "ece")) for c in columns]
-            rows.append(Mixture(method, name, validation, read))
+            gains = {pair.column: pair for pair in pairs if pair.measure == "accuracy"}
+            rows.append(Mixture(method, name, validation, read, [gains.get(c.key) for c in columns]))
     return rows

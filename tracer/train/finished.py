@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,12 @@ def average(config: WiseConfig) -> Path:
     return config.output
 
 
+def _command() -> str:
+    """Return how the user's shell finds this command: by its name, or else by the path that was given."""
+    given = sys.argv[0]
+    return given if Path(given).name == "tracer" and not shutil.which("tracer") else "tracer"
+
+
 def show(config: ShowConfig) -> tuple[list[str], dict[str, Any]]:
     """Return what a run was and how to repeat it, a line each, and its scores."""
     from tracer.machine import versions
@@ -196,7 +204,7 @@ def show(config: ShowConfig) -> tuple[list[str], dict[str, Any]]:
     ]
     start = choose_model(settings["model"], settings["pretrained"]).pretrained
     file = config.run / "config.yaml"
-    again = ["tracer", "finetune", "--config", str(file), "--output", str(config.run) + "-again"]
+    again = [_command(), "finetune", "--config", str(file), "--output", str(config.run) + "-again"]
     lines = [
         f"{config.run}: {method}, {about['model']} from {start or 'its own weights'}, seed {settings['seed']}",
         f"trained on: {settings['train_data']}",

@@ -22,7 +22,7 @@ from tracer.data.batches import Batch, TrainingBatches, Variation
 from tracer.data.index import Index
 from tracer.data.order import adapter_draws
 from tracer.data.skipped import Skipped
-from tracer.errors import Stopped, UserError
+from tracer.errors import Diverged, Stopped, UserError
 from tracer.losses import TracerLoss
 from tracer.machine import resolve_precision
 from tracer.models.clip import BiasedFeatures, Clip, Features, contrast_of, projections, texts_stand_alone
@@ -439,7 +439,7 @@ def _end_not_finite(trainer: Trainer, step: int, skipped: int, index: Index) -> 
     """End the run on all ranks after ``skipped`` steps in a row; names the pairs without finite features, if any.
 
     Raises:
-        UserError: always; names the pairs of all ranks.
+        Diverged: always; names the pairs of all ranks.
     """
     here, config = ranks(), trainer.config
     chosen = [n for rows in here.everyones(trainer.not_finite()) for n in rows]
@@ -447,10 +447,11 @@ def _end_not_finite(trainer: Trainer, step: int, skipped: int, index: Index) -> 
     chosen = chosen or [n for rows in here.everyones(trainer.pictures) for n in rows]
     named = ", ".join(f"'{index.id(n)}'" for n in chosen[:3]) or "no pictures"
     more = f" and {len(chosen) - 3} more" * (len(chosen) > 3)
+    trainer.engine.destroy()  # as after the last step: a sweep goes on
     batches = f"batch {step}" if config.accumulation == 1 else f"the {config.accumulation} batches"
 
     def end() -> None:
-        raise UserError(
+        raise Diverged(
             f"the loss or its gradient was not finite in {counted(skipped, 'step')} in a row; the last is "
             f"step {step}, {batches} with {named}{more}{whose}: lower --lr, give a --clip_grad above 0, or check "
             "the start's weights (--max_skipped sets the bound)"

@@ -19,11 +19,12 @@ from torch import nn
 from tqdm import tqdm
 
 from tracer.adapters import TOWERS, Share, add_adapters, save_adapters
+from tracer.data.batches import check_enough
 from tracer.data.begun import keep
 from tracer.data.build import check_sources
 from tracer.data.index import Index
 from tracer.data.loader import announce, choose
-from tracer.errors import Stopped, UserError
+from tracer.errors import Diverged, Stopped, UserError
 from tracer.evaluation.recognise import check_eval_data, check_prompts, read_sets
 from tracer.evaluation.record import digest_of_start, head, sentences
 from tracer.evaluation.sets import EvaluationSet, Prompts
@@ -129,7 +130,7 @@ def _finetune(config: Config, here: Ranks, series: Series | None) -> Path:
     here.once(lambda: _check_names(config))
     choose(config, compute_device())  # refuses a loader that is missing
     # The data first: most mistakes are made there. One rank builds an index, the others find it in the cache.
-    index = here.leaders_first(lambda: training_index(config))
+    index = here.leaders_first(lambda: _read_training(config))
     sets = here.agree(lambda: _read_evaluation(config, index) if here.first else [])
     here.agree(lambda: deepspeed_settings(config))
     config = config.resolve(len(index))
@@ -244,6 +245,13 @@ def _check_names(config: Config) -> None:
     check_sources([config.train_data])
     check_eval_data(config.eval_data)
     check_model(config.model, config.pretrained)
+
+
+def _read_training(config: Config) -> Index:
+    """Return the index of the training data, of which there must be a batch."""
+    index = training_index(config)
+    check_enough(index, config.batch_size)
+    return index
 
 
 def _read_evaluation(config: Config, index: Index) -> list[EvaluationSet]:
@@ -373,7 +381,7 @@ def _exact(trained: Trained, frozen: Weights) -> Trained:
     """Return the trained weights with the ``frozen`` ones as they were: a bf16 engine has rounded them.
 
     Raises:
-        UserError: weights are not finite, so that their accuracy would mean nothing.
+        Diverged: weights are not finite, so that their accuracy would mean nothing.
     """
     exact = {}
     for name in ("student", "teacher", "last"):
@@ -383,7 +391,7 @@ def _exact(trained: Trained, frozen: Weights) -> Trained:
         exact[name] = state | {n: v for n, v in frozen.items() if n in state}
         key = first_not_finite(exact[name])
         if key is not None:
-            raise UserError(
+            raise Diverged(
                 f"the {name}'s weights are not finite after training ('{key}'): they are neither scored nor "
                 "kept; lower --lr or give a --clip_grad above 0"
             )
