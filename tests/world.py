@@ -61,18 +61,34 @@ def check(outcomes: Callable[[int], dict[str, str]], ranks: int, case: str) -> N
 
 
 def _run(module: str, ranks: int, names: list[str], folder: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for last in (False, True):
+        left = [name for name in names if name not in found]
+        lost, killed = _run_once(module, ranks, left, folder)
+        found |= json.loads((folder / "results.json").read_text())
+        left = [name for name in left if name not in found]
+        if last or not killed or not left:
+            break
+        # A thread of gloo crashes in malloc once in many worlds (docs/hosts.md): a second crash is a failure.
+        warnings.warn(f"{lost}, in {left[0]}: it and the cases after it run once more", stacklevel=2)
+    return dict.fromkeys(names, lost) | found
+
+
+def _run_once(module: str, ranks: int, names: list[str], folder: Path) -> tuple[str, bool]:
+    """Run cases in a new world; return why some may have no outcome, and whether a signal killed a rank."""
     results = folder / "results.json"
     results.write_text("{}")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    lost = "the ranks parted in an earlier case"
     try:
         arguments = (ranks, port, module, names, results)
         mp.start_processes(rank_main, arguments, nprocs=ranks, start_method="forkserver")
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        lost = str(error)
-    return dict.fromkeys(names, lost) | json.loads(results.read_text())
+    except mp.ProcessExitedException as error:
+        return str(error), error.exit_code < 0
+    except mp.ProcessRaisedException as error:
+        return str(error), False
+    return "the ranks parted in an earlier case", False
 
 
 def rank_main(rank: int, world_size: int, port: int, module: str, names: list[str], results: Path) -> None:
